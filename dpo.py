@@ -1,0 +1,443 @@
+"""Direct Preference Optimization: a policy and its frozen reference, preference pairs, one classification loss.
+
+    python dpo.py config/reviews.py                                          # a laptop, the embedded experiment
+    torchrun --standalone --nproc_per_node=8 dpo.py config/hh.py --beta=0.2  # eight GPUs
+    python dpo.py config/hh.py --resume                                      # go on where a run was stopped
+
+Reads data/<name>/ (prepare_prefs.py) and the weights of `init_from`, by default out/<name>/sft; writes checkpoints
+and log.jsonl to out/<name>/dpo. Departures from the authors' code: prompt and responses share one packed row, so
+that a prompt is computed once; `batch_size` is exact whatever the number of processes; the last short batch is used.
+"""
+import copy
+import json
+import math
+import os
+import signal
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import config
+from config import In, Literal, UserError
+from model import (CheckpointError, find_checkpoints, fingerprint, load_model, open_run, packed_mask, peak_flops,
+                   read_checkpoint, save_checkpoint, token_logps)
+from prepare_prefs import Groups, pack, plan_rows, rank_rows, row_length, step_groups
+
+
+def dpo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta):
+    """Eq. 7 of arXiv 2305.18290: -log sigmoid(beta [(log pi(w) - log ref(w)) - (log pi(l) - log ref(l))]).
+
+    All logps are (B,): a response's log-probability in nats, summed over its tokens; w is chosen, l rejected.
+    -> losses, chosen_rewards, rejected_rewards, (B,) float32; a reward is beta log(pi / ref), detached.
+    """
+    chosen_rewards = beta * (policy_chosen_logps - ref_chosen_logps).float()
+    rejected_rewards = beta * (policy_rejected_logps - ref_rejected_logps).float()
+    losses = -F.logsigmoid(chosen_rewards - rejected_rewards)
+    return losses, chosen_rewards.detach(), rejected_rewards.detach()
+
+
+def response_logps(model, head, batch, mask):
+    """Log-probability of every response given its prompt, nats: (G, K) float32. head: (V, C), the tied weight."""
+    hidden = model(batch.tokens, batch.positions, mask)                                     # (B, T, C)
+    logps = token_logps(hidden, head, batch.predictor, batch.target)                        # (S,)
+    G, K = len(batch.ids), batch.K
+    return logps.new_zeros(G * K + 1).index_add(0, batch.response, logps)[:-1].view(G, K)   # the last: padding of S
+
+
+# -----------------------------------------------------------------------------
+# the knobs
+
+@dataclass
+class Config:
+    name: str = 'reviews'                           # of the experiment: reads data/<name>, writes out/<name>/dpo
+    init_from: str = ''                             # policy and reference: '' = out/<name>/sft, a folder or .pt of ours,
+                                                    # a GPT-2 name on the hub, or a directory in its layout
+    beta: In[float, 'x > 0'] = 0.1                  # strength of the leash to the reference; paper: 0.1, TL;DR 0.5
+    batch_size: In[int, 'x >= 1'] = 64              # pairs an optimizer step, over all ranks and micro-steps
+    epochs: In[int, 'x >= 1'] = 1                   # passes over the pairs; more than 1 to 3 over-fits
+    max_steps: In[int, 'x >= 0'] = 0                # stop after so many optimizer steps; 0 = by epochs
+    optimizer: Literal['rmsprop', 'adamw'] = 'rmsprop'  # the paper's is rmsprop: one state a weight, not two
+    learning_rate: In[float, 'x > 0'] = 1e-6        # the paper's; 5e-7 in the authors' code; from 1e-5 on text suffers
+    schedule: Literal['constant', 'linear', 'cosine'] = 'constant'  # after warm-up; linear and cosine go to 0
+    warmup_steps: In[int, 'x >= 0'] = 150           # linear, from 0
+    weight_decay: In[float, 'x >= 0'] = 0.0         # on matrices only
+    grad_clip: In[float, 'x >= 0'] = 10.0           # largest global gradient norm; 0 = no clipping
+    precompute_ref: bool = False                    # the reference's log-probs once, cached; then its memory is free
+    activation_checkpointing: bool = False          # less memory for a third more time
+    row_tokens: In[int, 'x >= 0'] = 0               # tokens of a micro-step on one rank: memory, not results; 0 = 8192 on
+                                                    # CUDA, 1024 elsewhere, more where a pair is longer
+    eval_interval: In[int, 'x >= 0'] = 100          # steps between evaluations on all of val; 0 = first and last only
+    log_interval: In[int, 'x >= 1'] = 10            # steps a log line sums up
+    save_interval: In[int, 'x >= 0'] = 500          # steps between checkpoints; the last step always has one
+    track: Literal['', 'wandb', 'tensorboard'] = '' # also log there
+    seed: In[int, 'x >= 0'] = 1337                  # of the order of pairs
+    device: Literal['auto', 'cpu', 'cuda', 'mps'] = 'auto'  # auto = cuda where there is one, else cpu
+    dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'  # of the matmuls; weights stay float32; auto = bfloat16 on cuda
+    compile: bool = torch.cuda.is_available()       # torch.compile the model: minutes once, then faster
+    resume: bool = False                            # go on from the last checkpoint of out/<name>/dpo, if there is one
+
+
+STATS = ('loss', 'rewards/chosen', 'rewards/rejected', 'rewards/margins', 'rewards/accuracies', 'logps/chosen', 'logps/rejected')
+
+
+def batch_stats(losses, chosen_rewards, rejected_rewards, logps):
+    """Sums over the pairs of a micro-step of what STATS names: (7,) float64 where the device has it."""
+    margins = chosen_rewards - rejected_rewards
+    accuracies = (margins > 0).float() + 0.5 * (margins == 0).float()       # a tie counts one half
+    rows = torch.stack([losses.detach(), chosen_rewards, rejected_rewards, margins, accuracies, *logps.detach().t()])
+    return rows.sum(1).double() if rows.device.type != 'mps' else rows.sum(1)
+
+
+def main(argv=None):
+    cfg = config.load(Config, 'dpo', argv)
+    stage = 'dpo'
+
+    # -------------------------------------------------------------------------
+    # launch: one process, or one a GPU under torchrun
+
+    world, rank, local_rank = (int(os.environ.get(key, default)) for key, default in
+                               (('WORLD_SIZE', 1), ('RANK', 0), ('LOCAL_RANK', 0)))
+    device_type = cfg.device if cfg.device != 'auto' else 'cuda' if torch.cuda.is_available() else 'cpu'
+    if device_type == 'cuda' and local_rank >= torch.cuda.device_count():
+        raise UserError(f'process {local_rank} of this machine has no GPU: torch sees {torch.cuda.device_count()}; '
+                        'lower --nproc_per_node, or --device=cpu')
+    if device_type == 'mps' and not torch.backends.mps.is_available():
+        raise UserError('device=mps is not available here: --device=cpu')
+    if cfg.batch_size < world:
+        raise UserError(f'batch_size={cfg.batch_size} is smaller than the {world} processes that share it')
+    device = torch.device(device_type, local_rank) if device_type == 'cuda' else torch.device(device_type)
+    bf16 = cfg.dtype == 'bfloat16' or cfg.dtype == 'auto' and device_type == 'cuda' and torch.cuda.is_bf16_supported()
+    autocast = torch.autocast(device_type, torch.bfloat16) if bf16 else nullcontext()
+    if device_type == 'cuda':
+        torch.cuda.set_device(device)
+    if world > 1:
+        dist.init_process_group('cpu:gloo,cuda:nccl' if device_type == 'cuda' else 'gloo')
+    out_dir = os.path.join('out', cfg.name, stage)
+
+    def say(text):
+        if rank == 0:
+            tqdm.write(text)
+
+    def reduced(tensor):
+        """The sum over ranks, in place."""
+        if world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    # -------------------------------------------------------------------------
+    # data
+
+    data_dir = os.path.join('data', cfg.name)
+    train, val = Groups(data_dir, 'train'), Groups(data_dir, 'val')
+    if train.K != 2:
+        raise UserError(f'{data_dir} holds groups of {train.K} responses; dpo needs pairs')
+    T = row_length([train, val], cfg.row_tokens, device_type)
+    steps_per_epoch = math.ceil(len(train) / cfg.batch_size)
+    total_steps = cfg.max_steps or cfg.epochs * steps_per_epoch
+
+    # -------------------------------------------------------------------------
+    # model: the policy, and a frozen copy of it, the reference
+
+    init_from = cfg.init_from or os.path.join('out', cfg.name, 'sft')
+    if not cfg.init_from and not find_checkpoints(init_from):
+        raise UserError(f'{init_from} holds no checkpoint: run sft.py with this config first, or set --init_from')
+    try:
+        policy, vocabulary = load_model(init_from, dropout=0.0, activation_checkpointing=cfg.activation_checkpointing)
+    except CheckpointError as error:
+        raise UserError(error) from None
+    train.check_model(policy.config, vocabulary, init_from)
+    policy.to(device)
+    reference = copy.deepcopy(policy).eval().requires_grad_(False)
+    init_fingerprint = fingerprint(policy)
+
+    # -------------------------------------------------------------------------
+    # resume
+
+    start_step, saved = 0, None
+    for path in reversed(find_checkpoints(out_dir) if cfg.resume else []):
+        try:
+            saved = read_checkpoint(path)
+            break
+        except CheckpointError as error:
+            say(f'refused: {error}')
+    if saved is not None:
+        for what, now, then in (('the training data', train.fingerprint, saved['data_fingerprint']),
+                                ('the initial weights', init_fingerprint, saved['init_fingerprint']),
+                                ('batch_size', cfg.batch_size, saved['config']['batch_size']),
+                                ('seed', cfg.seed, saved['config']['seed'])):
+            if now != then:
+                raise UserError(f'cannot resume {path}: {what} changed since ({then} then, {now} now)')
+        changed = [f'{k} {saved["config"].get(k)!r} -> {v!r}' for k, v in asdict(cfg).items()
+                   if k != 'resume' and saved['config'].get(k) != v]
+        policy.load_state_dict(saved['model'])
+        start_step = saved['step']
+        say(f'resuming from {path}' + (f', with {", ".join(changed)}' if changed else ''))
+    elif cfg.resume:
+        say(f'nothing to resume in {out_dir}: starting at step 0')
+
+    # -------------------------------------------------------------------------
+    # optimizer
+
+    matrices = [p for p in policy.parameters() if p.dim() >= 2]
+    others = [p for p in policy.parameters() if p.dim() < 2]
+    param_groups = [dict(params=matrices, weight_decay=cfg.weight_decay), dict(params=others, weight_decay=0.0)]
+    if cfg.optimizer == 'rmsprop':
+        optimizer = torch.optim.RMSprop(param_groups, lr=cfg.learning_rate)
+    else:
+        optimizer = torch.optim.AdamW(param_groups, lr=cfg.learning_rate, betas=(0.9, 0.95), fused=device_type == 'cuda')
+    if saved is not None:
+        optimizer.load_state_dict(saved['optimizer'])
+    saved = None                # frees the copy
+
+    def learning_rate(step):
+        """Of optimizer step `step`, the first being 1: linear warm-up, then the schedule."""
+        if step <= cfg.warmup_steps:
+            return cfg.learning_rate * step / cfg.warmup_steps
+        done = (step - cfg.warmup_steps) / max(1, total_steps + 1 - cfg.warmup_steps)      # in (0, 1)
+        return cfg.learning_rate * {'constant': 1, 'linear': 1 - done, 'cosine': 0.5 + 0.5 * math.cos(math.pi * done)}[cfg.schedule]
+
+    net = torch.compile(policy, dynamic=False) if cfg.compile else policy
+    ddp = DistributedDataParallel(net, device_ids=[local_rank] if device_type == 'cuda' else None,
+                                  broadcast_buffers=False, gradient_as_bucket_view=True) if world > 1 else net
+
+    # -------------------------------------------------------------------------
+    # log
+
+    say(f'{stage}, {world} process{"es" * (world > 1)} on {device_type}:\n{config.show(cfg)}')
+    run = None
+    if rank == 0:
+        try:
+            log_file = open_run(out_dir, start_step)
+        except OSError as error:
+            raise UserError(f'cannot write to {out_dir}: {error.strerror}') from None
+        if cfg.track == 'wandb':
+            import wandb
+            run = wandb.init(project='nanodpo', name=f'{cfg.name}-{stage}', config=asdict(cfg))
+        elif cfg.track == 'tensorboard':
+            from torch.utils.tensorboard import SummaryWriter
+            run = SummaryWriter(out_dir)
+    columns = {'loss': 'loss {:.4f}', 'rewards/accuracies': 'acc {:.3f}', 'rewards/margins': 'margin {:+.4f}',
+               'rewards/chosen': 'chosen {:+.4f}', 'rewards/rejected': 'rejected {:+.4f}', 'perplexity': 'ppl {:.2f}',
+               'grad_norm': 'grad {:.2f}', 'lr': 'lr {:.2e}', 'tokens_per_second': '{:,.0f} tok/s', 'mfu': 'mfu {:.1%}'}
+
+    def log(step, record, prefix=''):
+        """One aligned line to the terminal, one JSON line to log.jsonl."""
+        if rank > 0:
+            return
+        label = f'{prefix.strip("/") or "step":5}{step:>7,}/{total_steps:,}'
+        tqdm.write(' | '.join([label] + [text.format(record[key]) for key, text in columns.items() if key in record]))
+        record = {prefix + key: value for key, value in record.items()}
+        log_file.write(json.dumps({'step': step, **record}) + '\n')
+        if cfg.track == 'wandb':
+            run.log(record, step=step)
+        elif cfg.track == 'tensorboard':
+            for key, value in record.items():
+                run.add_scalar(key, value, step)
+
+    def save(step):
+        if rank == 0:
+            try:
+                save_checkpoint(out_dir, step, policy, dict(
+                    stage=stage, config=asdict(cfg), optimizer=optimizer.state_dict(), vocabulary=train.vocabulary,
+                    data_fingerprint=train.fingerprint, init_from=init_from, init_fingerprint=init_fingerprint))
+            except OSError as error:
+                raise UserError(f'cannot save step {step} to {out_dir}: {error.strerror or error}; '
+                                'the checkpoints before it are untouched') from None
+
+    def stop_non_finite(step, bad, ids):
+        """End the run, naming the groups whose own loss is not finite, or all of the step's where none is."""
+        gathered = [bad]
+        if world > 1:
+            gathered = [None] * world
+            dist.all_gather_object(gathered, bad)
+        bad = sorted(i for some in gathered for i in some) or sorted(ids.tolist())
+        raise UserError(f'step {step}: the loss or its gradient is not finite; groups of {data_dir}/train: {bad}; '
+                        f'nothing of this step is saved; lower the learning rate, or look at these groups')
+
+    stopped_by = torch.zeros(1, dtype=torch.int32)      # a signal's number; on the CPU, so that asking costs no GPU sync
+
+    def on_signal(number, frame):
+        stopped_by[0] = number
+        signal.signal(number, signal.SIG_DFL)           # a second one stops at once
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, on_signal)
+
+    # -------------------------------------------------------------------------
+    # the reference's log-probs: live, or computed once
+
+    ref_net = torch.compile(reference, dynamic=False) if cfg.compile else reference
+    cached = None
+
+    def reference_logps(groups, batch, mask):
+        if cached is not None:
+            return cached[groups.split][batch.ids].to(device)
+        return response_logps(ref_net, reference.wte.weight, batch, mask)
+
+    @torch.no_grad()
+    def all_reference_logps(groups, ids):
+        """(len(groups), 2): the reference's log-probs of the pairs `ids`, zeros elsewhere; every rank has all."""
+        logps = torch.zeros(len(groups), 2)
+        with tqdm(total=len(ids), desc=f'reference {groups.split}', unit='pair', disable=None if rank == 0 else True) as bar:
+            for some in np.array_split(ids, math.ceil(len(ids) / 1024)):
+                for row in rank_rows(plan_rows(some, groups.lengths[some], T), rank, world):
+                    batch = pack(groups, [row], T).to(device)
+                    with autocast:
+                        mine = response_logps(ref_net, reference.wte.weight, batch, packed_mask(batch.group, batch.part))
+                    logps[batch.ids] = mine.float().cpu()
+                bar.update(len(some))
+        return reduced(logps)
+
+    if cfg.precompute_ref:
+        cached = {}
+        for groups in (train, val):
+            path = os.path.join('out', cfg.name, f'reference-{groups.split}.npz')      # outlives this run
+            key = f'{groups.fingerprint} {init_fingerprint} {"bfloat16" if bf16 else "float32"}'
+            few = np.arange(min(16, len(groups)))
+            live = all_reference_logps(groups, few)[few]
+            logps = torch.zeros(len(groups), 2)
+            why = read_reference(path, key, logps, live, bf16) if rank == 0 else ''
+            verdict = reduced(torch.tensor([len(why)]))         # rank 0 alone reads; all must agree on what follows
+            if verdict.item():
+                say(f'reference log-probs of {groups.split}: {why}, computing them')
+                logps = all_reference_logps(groups, np.arange(len(groups)))
+                if rank == 0:
+                    write_reference(path, key, logps)
+            else:
+                logps = reduced(logps)
+                say(f'reference log-probs of {groups.split}: from {path}, equal to live ones')
+            cached[groups.split] = logps
+        del ref_net, reference
+
+    # -------------------------------------------------------------------------
+    # evaluation: all of val, each pair once, sums over ranks
+
+    @torch.no_grad()
+    def evaluate():
+        policy.eval()
+        sums = torch.zeros(len(STATS), dtype=torch.float64)
+        ids = np.arange(len(val))
+        for row in rank_rows(plan_rows(ids, val.lengths, T), rank, world):
+            batch = pack(val, [row], T).to(device)
+            with autocast:
+                mask = packed_mask(batch.group, batch.part)
+                logps = response_logps(net, policy.wte.weight, batch, mask)                 # (G, 2)
+                ref = reference_logps(val, batch, mask)
+            sums += batch_stats(*dpo_loss(*logps.t(), *ref.t(), cfg.beta), logps).cpu()
+        policy.train()
+        return dict(zip(STATS, (reduced(sums) / len(val)).tolist()))
+
+    # -------------------------------------------------------------------------
+    # the loop
+
+    say(f'{len(train):,} pairs to train on, {len(val):,} to validate on; {total_steps:,} steps of {cfg.batch_size} pairs, '
+        f'{steps_per_epoch:,} an epoch; rows of {T:,} tokens\n'
+        f'policy and reference from {init_from}: {policy.num_params():,} parameters each')
+    policy.train()
+    step, stopped_by_any = start_step, 0
+    if start_step == 0:
+        log(0, evaluate(), 'eval/')
+    sums, tokens, pairs, flops, elapsed = torch.zeros(len(STATS), dtype=torch.float64), 0, 0, 0, 0.0
+    bar = tqdm(range(start_step + 1, total_steps + 1), initial=start_step, total=total_steps, desc=stage, unit='step',
+               disable=None if rank == 0 else True)
+    for step in bar:
+        began = time.perf_counter()
+        torch.manual_seed((cfg.seed * 1_000_003 + step) * 1_000_003 + rank)       # dropout's: resuming needs the step alone
+        for group in optimizer.param_groups:
+            group['lr'] = learning_rate(step)
+        ids = step_groups(len(train), cfg.batch_size, step - 1, cfg.seed)
+        rows = rank_rows(plan_rows(ids, train.lengths[ids], T), rank, world)
+        bad = []
+        for j, row in enumerate(rows):
+            batch = pack(train, [row], T).to(device)
+            if world > 1:
+                ddp.require_backward_grad_sync = j == len(rows) - 1      # once a step
+            with autocast:
+                mask = packed_mask(batch.group, batch.part)                                  # one for policy and reference
+                with torch.no_grad():
+                    ref_logps = reference_logps(train, batch, mask)                          # (G, 2)
+                logps = response_logps(ddp, policy.wte.weight, batch, mask)                  # (G, 2)
+            losses, chosen_rewards, rejected_rewards = dpo_loss(*logps.t(), *ref_logps.t(), cfg.beta)
+            loss = losses.sum() / len(ids)                  # of the whole step, on all ranks
+            (loss * world).backward()                       # DDP takes the mean over ranks
+            sums += batch_stats(losses, chosen_rewards, rejected_rewards, logps).cpu()
+            bad += [batch.ids[i] for i in (~losses.isfinite()).nonzero()[:, 0].tolist()]
+        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.grad_clip or math.inf).item()
+        if not math.isfinite(norm):
+            stop_non_finite(step, bad, ids)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        tokens, pairs = tokens + int(train.lengths[ids].sum()), pairs + len(ids)
+        flops += train.forward_flops(ids, policy.config) * (3 if cached else 4)    # forward, backward twice that, reference
+        elapsed += time.perf_counter() - began
+
+        signalled = stopped_by.clone()
+        if world > 1:
+            dist.all_reduce(signalled, dist.ReduceOp.MAX)           # all ranks leave, or none
+        stopped_by_any = signalled.item()
+        leaving = step == total_steps or stopped_by_any > 0
+        if step == 1 or step % cfg.log_interval == 0 or leaving:
+            record = dict(zip(STATS, (reduced(sums) / pairs).tolist()), grad_norm=norm, lr=learning_rate(step),
+                          tokens_per_second=tokens / elapsed, pairs_per_second=pairs / elapsed)
+            if peak_flops(device):
+                record['mfu'] = flops / elapsed / world / peak_flops(device)
+            log(step, record)
+            sums, tokens, pairs, flops, elapsed = torch.zeros_like(sums), 0, 0, 0, 0.0
+        if step == total_steps or cfg.eval_interval and step % cfg.eval_interval == 0:
+            log(step, evaluate(), 'eval/')
+        if leaving or cfg.save_interval and step % cfg.save_interval == 0:
+            save(step)
+        if leaving:
+            break
+    bar.close()
+    if world > 1:
+        dist.destroy_process_group()
+    if stopped_by_any:
+        say(f'stopped by signal {stopped_by_any}, saved at step {step}: --resume goes on from there')
+        raise SystemExit(128 + stopped_by_any)
+    say(f'done: {out_dir}')
+
+
+# -----------------------------------------------------------------------------
+# the reference's log-probs on disk
+
+def read_reference(path, key, logps, live, bf16):
+    """Fill logps (N, 2) from the cache at `path`. -> '' where it is good, else why it is not.
+
+    key: of data, weights and type. live: (n, 2), fresh log-probs of the first n pairs, which the cached ones must
+    equal: packed beside other pairs they round differently, within 1e-4 of their size in float32, 2e-2 in bfloat16.
+    """
+    try:
+        with np.load(path) as file:
+            if str(file['key']) != key:
+                return 'the cache is of other data or weights'
+            cached = torch.from_numpy(file['logps'])
+    except FileNotFoundError:
+        return 'none cached'
+    except Exception as error:      # whatever a damaged file makes of numpy
+        return f'the cache is damaged ({type(error).__name__})'
+    if cached.shape != logps.shape or not torch.allclose(cached[:len(live)], live, rtol=2e-2 if bf16 else 1e-4, atol=1e-3):
+        return 'the cache does not equal live values'
+    logps.copy_(cached)
+    return ''
+
+
+def write_reference(path, key, logps):
+    """Cache the reference's log-probs; written aside and renamed."""
+    try:
+        with open(path + '.tmp', 'wb') as file:
+            np.savez(file, key=np.array(key), logps=logps.numpy())
+        os.replace(path + '.tmp', path)
+    except OSError as error:
+        raise UserError(f'cannot write {path}: {error.strerror}') from None
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,525 @@
+"""A GPT-2, whole, in one file.
+
+    model = GPT(GPTConfig(n_layer=4, n_head=4, n_embd=128))     # random weights
+    model = GPT.from_pretrained('gpt2')                         # a hub name, or a directory in that layout
+    model.save_pretrained('gpt2-dpo')                           # transformers and what builds on it load this
+
+`forward` gives hidden states for packed rows: a row holds several groups [prompt | response_1 | ... | response_K]
+side by side, and `packed_mask` says who sees whom. The tied output head stands apart (`token_logps`), because it
+is needed at response tokens only. `generate` samples with a key-value cache.
+
+Departures from GPT-2: dropout acts on embeddings and residual branches, not on attention weights (FlexAttention
+has none). The weights are float32; a stage casts with autocast.
+"""
+import glob
+import hashlib
+import json
+import math
+import os
+import pickle
+import re
+import shutil
+from dataclasses import asdict, dataclass, fields
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.utils.checkpoint import checkpoint
+
+flex = torch.compile(flex_attention, dynamic=False)     # inlined where the whole model is compiled
+block_mask = torch.compile(create_block_mask, dynamic=False)
+
+
+@dataclass
+class GPTConfig:
+    block_size: int = 1024      # longest prompt + response, in tokens
+    vocab_size: int = 50257
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+    layer_norm_epsilon: float = 1e-5
+    activation_checkpointing: bool = False      # recompute each block in the backward pass: less memory, a third more time
+
+
+class CheckpointError(ValueError):
+    """Weights that this model cannot load; the message is one line."""
+
+
+# -----------------------------------------------------------------------------
+# attention over packed rows
+
+def packed_mask(group, part):
+    """Who sees whom in packed rows: group, part (B, T) -> a mask for GPT.forward.
+
+    A query sees a key of its own group, not after it, in the prompt (part 0) or in its own response. The result
+    is the same numbers as each prompt + response alone. On CUDA a FlexAttention BlockMask; elsewhere, where
+    FlexAttention has no backward pass, a dense boolean (B, 1, T, T) for scaled_dot_product_attention.
+    """
+    def rule(b, h, q, k):
+        return (group[b, q] == group[b, k]) & (q >= k) & ((part[b, k] == 0) | (part[b, k] == part[b, q]))
+
+    B, T = group.shape
+    if group.is_cuda:
+        return block_mask(rule, B, None, T, T, device=group.device)
+    b, t = torch.arange(B, device=group.device), torch.arange(T, device=group.device)
+    return rule(b[:, None, None], None, t[:, None], t[None, :]).unsqueeze(1)
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.n_head = config.n_head
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x, mask, cache=None, positions=None):
+        B, T, C = x.shape
+        q, k, v = (y.view(B, T, self.n_head, -1) for y in self.c_attn(x).split(C, dim=2))      # (B, T, H, D)
+        if cache is not None:       # write this call's keys and values into their slots, attend to all up to now
+            rows = torch.arange(B, device=x.device)[:, None]
+            cache[0][rows, positions], cache[1][rows, positions] = k, v
+            k, v = (c[:, :mask.shape[-1]] for c in cache)
+        q, k, v = (y.transpose(1, 2) for y in (q, k, v))                                        # (B, H, T, D)
+        if isinstance(mask, BlockMask):
+            y = flex(q, k, v, block_mask=mask)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        C, eps = config.n_embd, config.layer_norm_epsilon
+        self.ln_1, self.attn = nn.LayerNorm(C, eps), Attention(config)
+        self.ln_2, self.c_fc, self.c_proj = nn.LayerNorm(C, eps), nn.Linear(C, 4 * C), nn.Linear(4 * C, C)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x, mask, cache=None, positions=None):
+        x = x + self.dropout(self.attn(self.ln_1(x), mask, cache, positions))
+        return x + self.dropout(self.c_proj(F.gelu(self.c_fc(self.ln_2(x)), approximate='tanh')))
+
+
+class GPT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        if config.n_embd % config.n_head:
+            raise CheckpointError(f'n_embd={config.n_embd} is not a multiple of n_head={config.n_head}')
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)       # also the output head
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.dropout = nn.Dropout(config.dropout)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon)
+        for name, p in self.named_parameters():     # GPT-2's initialisation
+            if p.dim() == 2:
+                residual = name.endswith('c_proj.weight')
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if residual else 0.02)
+            elif name.endswith('bias'):
+                nn.init.zeros_(p)
+
+    def forward(self, tokens, positions, mask, cache=None):
+        """Hidden states after the last norm. tokens, positions: (B, T); mask: of packed_mask. -> (B, T, C)"""
+        x = self.dropout(self.wte(tokens) + self.wpe(positions))        # (B, T, C)
+        for i, block in enumerate(self.h):
+            if self.config.activation_checkpointing and self.training and torch.is_grad_enabled():
+                x = checkpoint(block, x, mask, use_reentrant=False)
+            else:
+                x = block(x, mask, cache and cache[i], positions)
+        return self.ln_f(x)
+
+    def num_params(self):
+        """Parameters, the head counted once: int."""
+        return sum(p.numel() for p in self.parameters())
+
+    # -------------------------------------------------------------------------
+    # sampling
+
+    @torch.no_grad()
+    def generate(self, prompts, max_new_tokens, end_token, vocab_size=None, temperature=1.0, top_k=0, top_p=1.0,
+                 seed=0):
+        """Sample one response for each prompt, all in one batch, with a key-value cache.
+
+        prompts: list of lists of ids. end_token: its id, where a response ends. vocab_size: the tokenizer's; no
+        id from there on is ever drawn. temperature 0 is greedy; top_k 0 and top_p 1 cut nothing.
+        -> list of lists of ids, at most max_new_tokens each, the end token included where it was drawn.
+
+        A sequence's slots in the cache are its positions, so prompts of unequal length need no padding on the
+        left. Draws invert the cumulative distribution at one uniform number a sequence and step: two models
+        with the same seed share them, and differ only where their distributions do.
+        """
+        lengths = [len(p) for p in prompts]
+        if min(lengths) < 1 or max(lengths) >= self.config.block_size:
+            raise ValueError(f'prompts must have 1 to {self.config.block_size - 1} tokens, got {min(lengths)} to {max(lengths)}')
+        was_training = self.training
+        self.eval()
+        device, B, C = self.wte.weight.device, len(prompts), self.config.n_embd
+        size = min(max(lengths) + max_new_tokens, self.config.block_size)
+        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else self.wte.weight.dtype
+        cache = [torch.zeros(2, B, size, self.config.n_head, C // self.config.n_head, device=device, dtype=dtype)
+                 for _ in self.h]
+        noise = torch.Generator().manual_seed(seed)
+        tokens = torch.zeros(B, max(lengths), dtype=torch.long)
+        for row, prompt in zip(tokens, prompts):
+            row[:len(prompt)] = torch.tensor(prompt)
+        tokens = tokens.to(device)
+        positions = torch.arange(max(lengths), device=device).expand(B, -1)
+        last = torch.tensor(lengths, device=device) - 1                 # (B,) the newest token's position
+        slots, rows = torch.arange(size, device=device), torch.arange(B, device=device)
+        drawn, done = [], torch.zeros(B, dtype=torch.bool, device=device)
+        for step in range(max_new_tokens):
+            seen = max(lengths) + step
+            mask = slots[:min(seen, size)] <= positions[:, None, :, None]           # (B, 1, T, seen)
+            hidden = self(tokens, positions, mask, cache)
+            hidden = hidden[rows, last] if step == 0 else hidden[:, 0]              # (B, C)
+            logits = F.linear(hidden, self.wte.weight).float()[:, :vocab_size]      # (B, V)
+            u = torch.rand(B, generator=noise, dtype=torch.float64).to(device, torch.float32)
+            new = draw(logits, u, temperature, top_k, top_p)
+            drawn.append(torch.where(done, -1, new))                                # -1: after the end
+            done |= new == end_token
+            last = last + 1
+            done |= last >= self.config.block_size
+            if done.all():
+                break
+            tokens, positions = new[:, None], last.clamp(max=size - 1)[:, None]     # (B, 1)
+        self.train(was_training)
+        return [[t for t in row if t >= 0] for row in torch.stack(drawn, 1).tolist()]
+
+    # -------------------------------------------------------------------------
+    # GPT-2 weights in the Hugging Face layout
+
+    @classmethod
+    def from_pretrained(cls, name_or_dir, **options):
+        """The model in a directory with config.json and model.safetensors, or of that name on the hub.
+
+        options: GPTConfig fields that are no part of the weights (dropout, activation_checkpointing).
+        Raises CheckpointError where the files are missing, damaged or of an architecture that is not GPT-2's.
+        """
+        from safetensors import SafetensorError, safe_open
+        path = _fetcher(name_or_dir)
+        try:
+            with open(path('config.json')) as f:
+                hf = json.load(f)
+        except ValueError as error:
+            raise CheckpointError(f'{name_or_dir}/config.json is not JSON: {error}') from None
+        expected = dict(model_type='gpt2', activation_function='gelu_new', tie_word_embeddings=True, n_inner=None,
+                        scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
+        for key, value in expected.items():
+            if hf.get(key, value) not in (value, 4 * hf.get('n_embd', 0) if key == 'n_inner' else value):
+                raise CheckpointError(f'{name_or_dir}: {key}={hf[key]!r}, this model is GPT-2 and needs {value!r}')
+        try:
+            config = GPTConfig(hf.get('n_positions', 1024), hf['vocab_size'], hf['n_layer'], hf['n_head'], hf['n_embd'],
+                               layer_norm_epsilon=hf.get('layer_norm_epsilon', 1e-5), **options)
+        except KeyError as error:
+            raise CheckpointError(f'{name_or_dir}/config.json has no {error}') from None
+        model = cls(config)
+        index = path('model.safetensors.index.json', optional=True)
+        files = sorted(set(json.load(open(index))['weight_map'].values())) if index else ['model.safetensors']
+        tensors = {}
+        for file in files:
+            try:
+                with safe_open(path(file), 'pt') as f:
+                    tensors.update({key.removeprefix('transformer.'): f.get_tensor(key) for key in f.keys()})
+            except SafetensorError as error:
+                raise CheckpointError(f'{name_or_dir}/{file} is damaged: {error}') from None
+        with torch.no_grad():
+            for ours, theirs, p in _hf_names(model):
+                if theirs not in tensors:
+                    raise CheckpointError(f'{name_or_dir} has no tensor {theirs}')
+                tensor = tensors.pop(theirs)
+                tensor = tensor.t() if _transposed(theirs) else tensor
+                if tensor.shape != p.shape:
+                    raise CheckpointError(f'{name_or_dir}: {theirs} has shape {tuple(tensor.shape)}, config.json '
+                                          f'makes it {tuple(p.shape)}')
+                p.copy_(tensor)
+        head = tensors.pop('lm_head.weight', None)
+        left = [k for k in tensors if not k.endswith(('.attn.bias', '.attn.masked_bias'))]     # causal-mask buffers
+        if left or head is not None and not torch.equal(head.float(), model.wte.weight):
+            raise CheckpointError(f"{name_or_dir} holds weights that GPT-2 has no place for: {', '.join(left[:3]) or 'lm_head'}")
+        return model
+
+    def save_pretrained(self, folder, end_token=None):
+        """Write config.json and model.safetensors, as transformers does for GPT2LMHeadModel.
+
+        end_token: the id for bos/eos in config.json (default: the last id of the vocabulary, as GPT-2's).
+        Each file is written aside and renamed.
+        """
+        from safetensors.torch import save_file
+        os.makedirs(folder, exist_ok=True)
+        c = self.config
+        end_token = c.vocab_size - 1 if end_token is None else end_token
+        hf = dict(architectures=['GPT2LMHeadModel'], model_type='gpt2', activation_function='gelu_new',
+                  vocab_size=c.vocab_size, n_positions=c.block_size, n_ctx=c.block_size, n_layer=c.n_layer, n_head=c.n_head,
+                  n_embd=c.n_embd, layer_norm_epsilon=c.layer_norm_epsilon, attn_pdrop=0.0, embd_pdrop=c.dropout,
+                  resid_pdrop=c.dropout, bos_token_id=end_token, eos_token_id=end_token, dtype='float32')
+        tensors = {f'transformer.{theirs}': (p.t() if _transposed(theirs) else p).detach().float().cpu().contiguous()
+                   for _, theirs, p in _hf_names(self)}
+        weights, settings = os.path.join(folder, 'model.safetensors'), os.path.join(folder, 'config.json')
+        try:
+            save_file(tensors, weights + '.tmp', metadata={'format': 'pt'})
+            with open(settings + '.tmp', 'w') as f:
+                json.dump(hf, f, indent=2)
+            os.replace(weights + '.tmp', weights)
+            os.replace(settings + '.tmp', settings)
+        finally:
+            for path in (weights + '.tmp', settings + '.tmp'):
+                if os.path.exists(path):
+                    os.remove(path)
+
+
+def _hf_names(model):
+    """(our name, Hugging Face's name, parameter) for every parameter; only the MLP's differ."""
+    for name, p in model.named_parameters():
+        theirs = name
+        if name.startswith('h.') and name.split('.')[2] in ('c_fc', 'c_proj'):
+            layer, rest = name.split('.', 2)[1:]
+            theirs = f'h.{layer}.mlp.{rest}'
+        yield name, theirs, p
+
+
+def _transposed(name):
+    """Hugging Face keeps GPT-2's linear layers as (in, out), nn.Linear as (out, in)."""
+    return name.endswith(('c_attn.weight', 'c_proj.weight', 'c_fc.weight'))
+
+
+def _fetcher(name_or_dir):
+    """A function from a file's name to its path, in the directory or downloaded from the hub."""
+    def local(file, optional=False):
+        path = os.path.join(name_or_dir, file)
+        if os.path.isfile(path):
+            return path
+        if optional:
+            return None
+        raise CheckpointError(f'{path} does not exist' + ('; convert pytorch_model.bin to model.safetensors first' if
+                              os.path.isfile(os.path.join(name_or_dir, 'pytorch_model.bin')) else ''))
+
+    def hub(file, optional=False):
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError
+        try:
+            return hf_hub_download(name_or_dir, file)
+        except EntryNotFoundError as error:
+            if optional:
+                return None
+            raise CheckpointError(f"'{name_or_dir}' on the hub has no {file}") from error
+        except Exception as error:
+            raise CheckpointError(f"'{name_or_dir}' is neither a directory here nor to be had from the hub "
+                                  f'({type(error).__name__}; offline, or a wrong name?)') from None
+
+    return local if os.path.isdir(name_or_dir) else hub
+
+
+# -----------------------------------------------------------------------------
+# the output head
+
+class _TokenLogps(torch.autograd.Function):
+    """token_logps, with logits for `chunk` tokens at a time, made again in the backward pass."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, predictor, target, chunk, dtype):
+        states, head = hidden.index_select(0, predictor).to(dtype), weight.to(dtype)       # (S, C), (V, C)
+        logps, normalizer = states.new_empty(2, len(target), dtype=torch.float32)           # (S,)
+        for i in range(0, len(target), chunk):
+            logits = (states[i:i + chunk] @ head.t()).float()                               # (chunk, V)
+            normalizer[i:i + chunk] = logits.logsumexp(-1)
+            logps[i:i + chunk] = logits.gather(1, target[i:i + chunk, None])[:, 0] - normalizer[i:i + chunk]
+        ctx.save_for_backward(states, head, predictor, target, normalizer)
+        ctx.chunk, ctx.hidden = chunk, (hidden.shape, hidden.dtype)
+        return logps
+
+    @staticmethod
+    def backward(ctx, grad):
+        states, head, predictor, target, normalizer = ctx.saved_tensors
+        d_states, d_head = torch.empty_like(states), torch.zeros_like(head, dtype=torch.float32)
+        for i in range(0, len(target), ctx.chunk):
+            piece = slice(i, i + ctx.chunk)
+            logits = (states[piece] @ head.t()).float()
+            d_logits = (logits - normalizer[piece, None]).exp_().mul_(-grad[piece, None])   # g (1[target] - p)
+            d_logits.scatter_add_(1, target[piece, None], grad[piece, None])
+            d_logits = d_logits.to(head.dtype)
+            d_states[piece] = d_logits @ head
+            d_head += d_logits.t() @ states[piece]
+        shape, dtype = ctx.hidden
+        d_hidden = torch.zeros(shape, dtype=torch.float32, device=grad.device).index_add_(0, predictor, d_states.float())
+        return d_hidden.to(dtype), d_head, None, None, None, None
+
+
+def token_logps(hidden, weight, predictor, target, chunk=512):
+    """log p(target) at the scored tokens only.
+
+    hidden: (B, T, C) of GPT.forward; weight: (V, C), the head; predictor: (S,) flat index into B*T of the state
+    that predicts target, (S,). -> (S,) float32, nats. The matmuls run in autocast's type where that is on, the
+    softmax in float32. No logits are kept: memory is chunk * V, whatever S.
+    """
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    return _TokenLogps.apply(hidden.flatten(0, 1), weight, predictor, target, chunk, dtype)
+
+
+def draw(logits, u, temperature=1.0, top_k=0, top_p=1.0):
+    """One id a row from logits (B, V), by inverting the cumulative distribution at u (B,) in [0, 1). -> (B,)"""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits / temperature
+    if 0 < top_k < logits.shape[1]:
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
+    if top_p < 1:
+        ordered, ids = logits.softmax(-1).sort(descending=True, stable=True)
+        outside = ordered.cumsum(-1) - ordered >= top_p         # the first is always inside
+        logits = logits.masked_fill(outside.scatter(1, ids, outside), -torch.inf)
+    exact = torch.float32 if logits.device.type == 'mps' else torch.float64     # a long float32 sum drifts; MPS has no other
+    cumulative = logits.softmax(-1).to(exact).cumsum(-1)
+    new = torch.searchsorted(cumulative, u[:, None].to(exact) * cumulative[:, -1:], right=True)[:, 0]
+    # u * total rounded up to total would fall past the end: take the last id that has any probability
+    last = logits.shape[1] - 1 - logits.flip(1).ne(-torch.inf).int().argmax(1)
+    return torch.minimum(new, last)
+
+
+# -----------------------------------------------------------------------------
+# checkpoints: <folder>/step-000100.pt, and step-000100.json with its hash, written last
+
+def save_checkpoint(folder, step, model, state, keep=2):
+    """Write the model and `state` (tensors and plain Python) as checkpoint `step`, then drop all but the last `keep`.
+
+    Written aside and renamed; the .json, which makes it count, comes last. Raises OSError where the disk does.
+    """
+    path = os.path.join(folder, f'step-{step:06}.pt')
+    state = dict(state, format=1, step=step, model_config=asdict(model.config), model=model.state_dict())
+    record = dict(step=step, config=state.get('config'), fingerprint=fingerprint(model))
+    try:
+        with open(path + '.tmp', 'wb') as f:
+            out = _HashingFile(f)
+            try:
+                torch.save(state, out)
+            except RuntimeError as error:       # the zip writer's own error hides the disk's
+                raise OSError(f'{path}: {out.error or error}') from None
+            f.flush()
+            os.fsync(f.fileno())
+        record['sha256'] = out.digest.hexdigest()
+        with open(path[:-3] + '.json.tmp', 'w') as f:
+            json.dump(record, f, indent=2)
+        os.replace(path + '.tmp', path)
+        os.replace(path[:-3] + '.json.tmp', path[:-3] + '.json')
+    finally:
+        for leftover in (path + '.tmp', path[:-3] + '.json.tmp'):
+            if os.path.exists(leftover):
+                os.remove(leftover)
+    for old in find_checkpoints(folder)[:-keep]:
+        os.remove(old[:-3] + '.json')
+        os.remove(old)
+
+
+class _HashingFile:
+    """A file for torch.save that hashes what passes, and remembers what the disk said."""
+    def __init__(self, file):
+        self.file, self.digest, self.error = file, hashlib.sha256(), None
+
+    def write(self, data):
+        self.digest.update(data)
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error.strerror
+            raise
+
+    def flush(self):
+        self.file.flush()
+
+
+def find_checkpoints(folder):
+    """The checkpoints of a folder, oldest first: list of paths of .pt files."""
+    found = [path[:-5] + '.pt' for path in glob.glob(os.path.join(glob.escape(folder), 'step-*.json'))]
+    return sorted(found, key=lambda path: int(re.search(r'step-(\d+)\.pt$', path)[1]))
+
+
+def read_checkpoint(path):
+    """A checkpoint's state, on the CPU, as it was saved; a CheckpointError where it is cut short, altered or foreign."""
+    try:
+        with open(path[:-3] + '.json') as f:
+            record = json.load(f)
+        digest = hashlib.sha256()
+        with open(path, 'rb') as f:
+            while block := f.read(1 << 24):
+                digest.update(block)
+        if digest.hexdigest() != record['sha256']:
+            raise CheckpointError(f'{path} is damaged: its content is not what {path[:-3]}.json records')
+        state = torch.load(path, map_location='cpu', weights_only=True)     # no code is ever run from a checkpoint
+        if not isinstance(state, dict) or state.get('format') != 1 or not {'model', 'model_config', 'step'} <= state.keys():
+            raise CheckpointError(f'{path} is not a checkpoint of this project (or of a later version of it)')
+        return state
+    except OSError as error:
+        raise CheckpointError(f'{path} cannot be read as a checkpoint: {error.strerror}: {error.filename}') from None
+    except (ValueError, KeyError, TypeError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f'{path} is not a checkpoint of this project ({type(error).__name__})') from None
+
+
+def open_run(folder, start_step):
+    """Make the folder of a run ready to go on after step `start_step`, and open its log.jsonl to append.
+
+    At 0 a run that stands there already is moved to <folder>.previous (which goes), so that it is not mixed with
+    the new one. Otherwise lines of the log that lie past the step are dropped: they will be written again.
+    """
+    if start_step == 0 and find_checkpoints(folder):
+        shutil.rmtree(folder + '.previous', ignore_errors=True)
+        os.rename(folder, folder + '.previous')
+    os.makedirs(folder, exist_ok=True)
+    path = os.path.join(folder, 'log.jsonl')
+    kept = []
+    if start_step and os.path.exists(path):
+        with open(path) as f:
+            for line in f:
+                try:
+                    kept += [line] if json.loads(line)['step'] <= start_step else []
+                except (ValueError, KeyError, TypeError):
+                    pass        # the torn line of a killed run
+    with open(path + '.tmp', 'w') as f:
+        f.writelines(kept)
+    os.replace(path + '.tmp', path)
+    return open(path, 'a', buffering=1)
+
+
+def load_model(init_from, **options):
+    """The weights of `init_from` as a GPT: a checkpoint of ours (folder: its last one; or a .pt), or GPT-2's.
+
+    options: GPTConfig fields that are no part of the weights. -> model, vocabulary (the tokenizer's identity as
+    saved, or None). Raises CheckpointError.
+    """
+    if not init_from.endswith('.pt') and not find_checkpoints(init_from):
+        if os.path.isdir(init_from) and not os.path.isfile(os.path.join(init_from, 'config.json')):
+            raise CheckpointError(f'{init_from} holds neither a checkpoint (step-*.pt) nor GPT-2 weights (config.json)')
+        return GPT.from_pretrained(init_from, **options), None
+    path = init_from if init_from.endswith('.pt') else find_checkpoints(init_from)[-1]
+    try:
+        state = read_checkpoint(path)
+    except CheckpointError as error:
+        others = [] if init_from.endswith('.pt') else find_checkpoints(init_from)[-2:-1]
+        raise CheckpointError(f'{error}' + ''.join(f'; the one before it is {p}' for p in others)) from None
+    known = {f.name for f in fields(GPTConfig)}
+    try:
+        model = GPT(GPTConfig(**{k: v for k, v in state['model_config'].items() if k in known} | options))
+        model.load_state_dict(state['model'])
+    except (RuntimeError, TypeError) as error:
+        raise CheckpointError(f'{path}: its weights are not those of its model_config ({type(error).__name__})') from None
+    return model, state.get('vocabulary')
+
+
+def fingerprint(model):
+    """SHA-256 over every parameter's name, shape and bytes, hex: the same weights, wherever they came from."""
+    digest = hashlib.sha256()
+    for name, p in sorted(model.state_dict().items()):
+        digest.update(f'{name} {tuple(p.shape)} {p.dtype}'.encode())
+        digest.update(p.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def peak_flops(device):
+    """The device's dense bfloat16 peak by its data sheet, FLOP/s; 0 where it is not known."""
+    if device.type != 'cuda':
+        return 0
+    name = torch.cuda.get_device_name(device)
+    peaks = {'H200': 989e12, 'H100': 989e12, 'B200': 2250e12, 'A100': 312e12, 'L40S': 362e12, 'RTX 4090': 165e12}
+    return next((peak for key, peak in peaks.items() if key in name), 0)

@@ -1,0 +1,340 @@
+"""Supervised fine-tuning, or pretraining from scratch: next-token prediction on response tokens.
+
+    python sft.py config/reviews.py                                 # a laptop: from scratch, on documents
+    torchrun --standalone --nproc_per_node=8 sft.py config/hh.py    # eight GPUs: GPT-2 on the chosen responses
+    python sft.py config/hh.py --resume                             # go on where a run was stopped
+
+Reads data/<name>/ (prepare_prefs.py); writes checkpoints and log.jsonl to out/<name>/sft, where dpo.py finds its
+policy and reference. A document's prompt is one end token, so that every token of the text is scored; of a pair
+only the chosen response is. The loss is per target token of the whole batch, over all ranks and micro-steps.
+"""
+import json
+import math
+import os
+import signal
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import config
+from config import In, Literal, UserError
+from model import (GPT, CheckpointError, GPTConfig, find_checkpoints, fingerprint, load_model, open_run, packed_mask,
+                   peak_flops, read_checkpoint, save_checkpoint, token_logps)
+from prepare_prefs import Groups, pack, plan_rows, rank_rows, row_length, step_groups
+
+
+# -----------------------------------------------------------------------------
+# the knobs
+
+@dataclass
+class Config:
+    name: str = 'reviews'                           # of the experiment: reads data/<name>, writes out/<name>/sft
+    init_from: str = 'gpt2'                         # scratch, a GPT-2 name on the hub, a directory in its layout, or a
+                                                    # folder or .pt of ours
+    train_on: Literal['chosen', 'documents'] = 'chosen'  # the pairs' chosen responses, or prepare's documents
+    n_layer: In[int, 'x >= 1'] = 4                  # of a model from scratch, as the next three
+    n_head: In[int, 'x >= 1'] = 4
+    n_embd: In[int, 'x >= 1'] = 128
+    block_size: In[int, 'x >= 0'] = 0               # positions; 0 = the data's max_length
+    dropout: In[float, '0 <= x < 1'] = 0.0          # on embeddings and residual branches
+    batch_size: In[int, 'x >= 1'] = 64              # groups an optimizer step, over all ranks and micro-steps
+    epochs: In[int, 'x >= 1'] = 1                   # passes over the data
+    max_steps: In[int, 'x >= 0'] = 0                # stop after so many optimizer steps; 0 = by epochs
+    optimizer: Literal['rmsprop', 'adamw'] = 'adamw'    # rmsprop keeps one state a weight, not two
+    learning_rate: In[float, 'x > 0'] = 1e-5        # 1e-5 for GPT-2's weights, 1e-3 for a small model from scratch
+    schedule: Literal['constant', 'linear', 'cosine'] = 'cosine'    # after warm-up; linear and cosine go to 0
+    warmup_steps: In[int, 'x >= 0'] = 150           # linear, from 0
+    weight_decay: In[float, 'x >= 0'] = 0.0         # on matrices only
+    grad_clip: In[float, 'x >= 0'] = 1.0            # largest global gradient norm; 0 = no clipping
+    activation_checkpointing: bool = False          # less memory for a third more time
+    row_tokens: In[int, 'x >= 0'] = 0               # tokens of a micro-step on one rank: memory, not results; 0 = 8192 on
+                                                    # CUDA, 1024 elsewhere, more where a group is longer
+    eval_interval: In[int, 'x >= 0'] = 100          # steps between evaluations on all of val; 0 = first and last only
+    log_interval: In[int, 'x >= 1'] = 10            # steps a log line sums up
+    save_interval: In[int, 'x >= 0'] = 500          # steps between checkpoints; the last step always has one
+    track: Literal['', 'wandb', 'tensorboard'] = '' # also log there
+    seed: In[int, 'x >= 0'] = 1337                  # of the order of groups, and of weights from scratch
+    device: Literal['auto', 'cpu', 'cuda', 'mps'] = 'auto'  # auto = cuda where there is one, else cpu
+    dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'  # of the matmuls; weights stay float32; auto = bfloat16 on cuda
+    compile: bool = torch.cuda.is_available()       # torch.compile the model: minutes once, then faster
+    resume: bool = False                            # go on from the last checkpoint of out/<name>/sft, if there is one
+
+
+def target_logps(model, batch):
+    """log p of every scored token, (S,) float32 nats; exactly 0 for what only pads S."""
+    hidden = model(batch.tokens, batch.positions, packed_mask(batch.group, batch.part))      # (B, T, C)
+    head = getattr(model, 'module', model).wte.weight
+    logps = token_logps(hidden, head, batch.predictor, batch.target)
+    return torch.where(batch.response < len(batch.ids) * batch.K, logps, 0)
+
+
+def main(argv=None):
+    cfg = config.load(Config, 'sft', argv)
+    stage = 'sft'
+
+    # -------------------------------------------------------------------------
+    # launch: one process, or one a GPU under torchrun
+
+    world, rank, local_rank = (int(os.environ.get(key, default)) for key, default in
+                               (('WORLD_SIZE', 1), ('RANK', 0), ('LOCAL_RANK', 0)))
+    device_type = cfg.device if cfg.device != 'auto' else 'cuda' if torch.cuda.is_available() else 'cpu'
+    if device_type == 'cuda' and local_rank >= torch.cuda.device_count():
+        raise UserError(f'process {local_rank} of this machine has no GPU: torch sees {torch.cuda.device_count()}; '
+                        'lower --nproc_per_node, or --device=cpu')
+    if device_type == 'mps' and not torch.backends.mps.is_available():
+        raise UserError('device=mps is not available here: --device=cpu')
+    if cfg.batch_size < world:
+        raise UserError(f'batch_size={cfg.batch_size} is smaller than the {world} processes that share it')
+    device = torch.device(device_type, local_rank) if device_type == 'cuda' else torch.device(device_type)
+    bf16 = cfg.dtype == 'bfloat16' or cfg.dtype == 'auto' and device_type == 'cuda' and torch.cuda.is_bf16_supported()
+    autocast = torch.autocast(device_type, torch.bfloat16) if bf16 else nullcontext()
+    if device_type == 'cuda':
+        torch.cuda.set_device(device)
+    if world > 1:
+        dist.init_process_group('cpu:gloo,cuda:nccl' if device_type == 'cuda' else 'gloo')
+    out_dir = os.path.join('out', cfg.name, stage)
+
+    def say(text):
+        if rank == 0:
+            tqdm.write(text)
+
+    def reduced(tensor):
+        """The sum over ranks, in place."""
+        if world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    # -------------------------------------------------------------------------
+    # data
+
+    data_dir = os.path.join('data', cfg.name)
+    split = 'documents_' if cfg.train_on == 'documents' else ''
+    train, val = Groups(data_dir, f'{split}train', k=1), Groups(data_dir, f'{split}val', k=1)
+    T = row_length([train, val], cfg.row_tokens, device_type)
+    steps_per_epoch = math.ceil(len(train) / cfg.batch_size)
+    total_steps = cfg.max_steps or cfg.epochs * steps_per_epoch
+
+    # -------------------------------------------------------------------------
+    # model
+
+    try:
+        if cfg.init_from == 'scratch':
+            torch.manual_seed(cfg.seed)
+            policy, vocabulary = GPT(GPTConfig(
+                cfg.block_size or train.meta['max_length'], train.meta['vocab_size'], cfg.n_layer, cfg.n_head, cfg.n_embd,
+                cfg.dropout, activation_checkpointing=cfg.activation_checkpointing)), train.vocabulary
+        else:
+            policy, vocabulary = load_model(cfg.init_from, dropout=cfg.dropout,
+                                            activation_checkpointing=cfg.activation_checkpointing)
+    except CheckpointError as error:
+        raise UserError(error) from None
+    init_from = cfg.init_from
+    train.check_model(policy.config, vocabulary, init_from)
+    policy.to(device)
+    init_fingerprint = fingerprint(policy)
+
+    # -------------------------------------------------------------------------
+    # resume
+
+    start_step, saved = 0, None
+    for path in reversed(find_checkpoints(out_dir) if cfg.resume else []):
+        try:
+            saved = read_checkpoint(path)
+            break
+        except CheckpointError as error:
+            say(f'refused: {error}')
+    if saved is not None:
+        for what, now, then in (('the training data', train.fingerprint, saved['data_fingerprint']),
+                                ('the initial weights', init_fingerprint, saved['init_fingerprint']),
+                                ('batch_size', cfg.batch_size, saved['config']['batch_size']),
+                                ('seed', cfg.seed, saved['config']['seed'])):
+            if now != then:
+                raise UserError(f'cannot resume {path}: {what} changed since ({then} then, {now} now)')
+        changed = [f'{k} {saved["config"].get(k)!r} -> {v!r}' for k, v in asdict(cfg).items()
+                   if k != 'resume' and saved['config'].get(k) != v]
+        policy.load_state_dict(saved['model'])
+        start_step = saved['step']
+        say(f'resuming from {path}' + (f', with {", ".join(changed)}' if changed else ''))
+    elif cfg.resume:
+        say(f'nothing to resume in {out_dir}: starting at step 0')
+
+    # -------------------------------------------------------------------------
+    # optimizer
+
+    matrices = [p for p in policy.parameters() if p.dim() >= 2]
+    others = [p for p in policy.parameters() if p.dim() < 2]
+    param_groups = [dict(params=matrices, weight_decay=cfg.weight_decay), dict(params=others, weight_decay=0.0)]
+    if cfg.optimizer == 'rmsprop':
+        optimizer = torch.optim.RMSprop(param_groups, lr=cfg.learning_rate)
+    else:
+        optimizer = torch.optim.AdamW(param_groups, lr=cfg.learning_rate, betas=(0.9, 0.95), fused=device_type == 'cuda')
+    if saved is not None:
+        optimizer.load_state_dict(saved['optimizer'])
+    saved = None                # frees the copy
+
+    def learning_rate(step):
+        """Of optimizer step `step`, the first being 1: linear warm-up, then the schedule."""
+        if step <= cfg.warmup_steps:
+            return cfg.learning_rate * step / cfg.warmup_steps
+        done = (step - cfg.warmup_steps) / max(1, total_steps + 1 - cfg.warmup_steps)      # in (0, 1)
+        return cfg.learning_rate * {'constant': 1, 'linear': 1 - done, 'cosine': 0.5 + 0.5 * math.cos(math.pi * done)}[cfg.schedule]
+
+    net = torch.compile(policy, dynamic=False) if cfg.compile else policy
+    ddp = DistributedDataParallel(net, device_ids=[local_rank] if device_type == 'cuda' else None,
+                                  broadcast_buffers=False, gradient_as_bucket_view=True) if world > 1 else net
+
+    # -------------------------------------------------------------------------
+    # log
+
+    say(f'{stage}, {world} process{"es" * (world > 1)} on {device_type}:\n{config.show(cfg)}')
+    run = None
+    if rank == 0:
+        try:
+            log_file = open_run(out_dir, start_step)
+        except OSError as error:
+            raise UserError(f'cannot write to {out_dir}: {error.strerror}') from None
+        if cfg.track == 'wandb':
+            import wandb
+            run = wandb.init(project='nanodpo', name=f'{cfg.name}-{stage}', config=asdict(cfg))
+        elif cfg.track == 'tensorboard':
+            from torch.utils.tensorboard import SummaryWriter
+            run = SummaryWriter(out_dir)
+    columns = {'loss': 'loss {:.4f}', 'rewards/accuracies': 'acc {:.3f}', 'rewards/margins': 'margin {:+.4f}',
+               'rewards/chosen': 'chosen {:+.4f}', 'rewards/rejected': 'rejected {:+.4f}', 'perplexity': 'ppl {:.2f}',
+               'grad_norm': 'grad {:.2f}', 'lr': 'lr {:.2e}', 'tokens_per_second': '{:,.0f} tok/s', 'mfu': 'mfu {:.1%}'}
+
+    def log(step, record, prefix=''):
+        """One aligned line to the terminal, one JSON line to log.jsonl."""
+        if rank > 0:
+            return
+        label = f'{prefix.strip("/") or "step":5}{step:>7,}/{total_steps:,}'
+        tqdm.write(' | '.join([label] + [text.format(record[key]) for key, text in columns.items() if key in record]))
+        record = {prefix + key: value for key, value in record.items()}
+        log_file.write(json.dumps({'step': step, **record}) + '\n')
+        if cfg.track == 'wandb':
+            run.log(record, step=step)
+        elif cfg.track == 'tensorboard':
+            for key, value in record.items():
+                run.add_scalar(key, value, step)
+
+    def save(step):
+        if rank == 0:
+            try:
+                save_checkpoint(out_dir, step, policy, dict(
+                    stage=stage, config=asdict(cfg), optimizer=optimizer.state_dict(), vocabulary=train.vocabulary,
+                    data_fingerprint=train.fingerprint, init_from=init_from, init_fingerprint=init_fingerprint))
+            except OSError as error:
+                raise UserError(f'cannot save step {step} to {out_dir}: {error.strerror or error}; '
+                                'the checkpoints before it are untouched') from None
+
+    def stop_non_finite(step, bad, ids):
+        """End the run, naming the groups whose own loss is not finite, or all of the step's where none is."""
+        gathered = [bad]
+        if world > 1:
+            gathered = [None] * world
+            dist.all_gather_object(gathered, bad)
+        bad = sorted(i for some in gathered for i in some) or sorted(ids.tolist())
+        raise UserError(f'step {step}: the loss or its gradient is not finite; groups of {data_dir}/train: {bad}; '
+                        f'nothing of this step is saved; lower the learning rate, or look at these groups')
+
+    stopped_by = torch.zeros(1, dtype=torch.int32)      # a signal's number; on the CPU, so that asking costs no GPU sync
+
+    def on_signal(number, frame):
+        stopped_by[0] = number
+        signal.signal(number, signal.SIG_DFL)           # a second one stops at once
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, on_signal)
+
+    # -------------------------------------------------------------------------
+    # evaluation: all of val, each group once, sums over ranks
+
+    @torch.no_grad()
+    def evaluate():
+        policy.eval()
+        total = torch.zeros(1, dtype=torch.float64)
+        ids = np.arange(len(val))
+        for row in rank_rows(plan_rows(ids, val.lengths, T), rank, world):
+            batch = pack(val, [row], T).to(device)
+            with autocast:
+                logps = target_logps(net, batch)
+            total -= logps.sum().cpu()
+        policy.train()
+        loss = reduced(total).item() / val.response_tokens(ids)
+        return dict(loss=loss, perplexity=math.exp(min(loss, 700)))
+
+    # -------------------------------------------------------------------------
+    # the loop
+
+    say(f'{len(train):,} {cfg.train_on} to train on, {len(val):,} to validate on; {total_steps:,} steps of {cfg.batch_size}, '
+        f'{steps_per_epoch:,} an epoch; rows of {T:,} tokens\n'
+        f'model from {init_from}: {policy.num_params():,} parameters')
+    policy.train()
+    step, stopped_by_any = start_step, 0
+    if start_step == 0:
+        log(0, evaluate(), 'eval/')
+    sums, tokens, targets, flops, elapsed = torch.zeros(1, dtype=torch.float64), 0, 0, 0, 0.0
+    bar = tqdm(range(start_step + 1, total_steps + 1), initial=start_step, total=total_steps, desc=stage, unit='step',
+               disable=None if rank == 0 else True)
+    for step in bar:
+        began = time.perf_counter()
+        torch.manual_seed((cfg.seed * 1_000_003 + step) * 1_000_003 + rank)       # dropout's: resuming needs the step alone
+        for group in optimizer.param_groups:
+            group['lr'] = learning_rate(step)
+        ids = step_groups(len(train), cfg.batch_size, step - 1, cfg.seed)
+        rows = rank_rows(plan_rows(ids, train.lengths[ids], T), rank, world)
+        bad = []
+        for j, row in enumerate(rows):
+            batch = pack(train, [row], T).to(device)
+            if world > 1:
+                ddp.require_backward_grad_sync = j == len(rows) - 1      # once a step
+            with autocast:
+                logps = target_logps(ddp, batch)            # (S,)
+            loss = -logps.sum() / train.response_tokens(ids)        # of the whole step, on all ranks
+            (loss * world).backward()                       # DDP takes the mean over ranks
+            sums -= logps.detach().sum().cpu()
+            bad += batch.ids if not loss.isfinite() else []
+        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.grad_clip or math.inf).item()
+        if not math.isfinite(norm):
+            stop_non_finite(step, bad, ids)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        tokens, targets = tokens + int(train.lengths[ids].sum()), targets + train.response_tokens(ids)
+        flops += train.forward_flops(ids, policy.config) * 3       # forward, and backward twice that
+        elapsed += time.perf_counter() - began
+
+        signalled = stopped_by.clone()
+        if world > 1:
+            dist.all_reduce(signalled, dist.ReduceOp.MAX)           # all ranks leave, or none
+        stopped_by_any = signalled.item()
+        leaving = step == total_steps or stopped_by_any > 0
+        if step == 1 or step % cfg.log_interval == 0 or leaving:
+            record = dict(loss=reduced(sums).item() / targets, grad_norm=norm, lr=learning_rate(step),
+                          tokens_per_second=tokens / elapsed)
+            if peak_flops(device):
+                record['mfu'] = flops / elapsed / world / peak_flops(device)
+            log(step, record)
+            sums, tokens, targets, flops, elapsed = torch.zeros_like(sums), 0, 0, 0, 0.0
+        if step == total_steps or cfg.eval_interval and step % cfg.eval_interval == 0:
+            log(step, evaluate(), 'eval/')
+        if leaving or cfg.save_interval and step % cfg.save_interval == 0:
+            save(step)
+        if leaving:
+            break
+    bar.close()
+    if world > 1:
+        dist.destroy_process_group()
+    if stopped_by_any:
+        say(f'stopped by signal {stopped_by_any}, saved at step {step}: --resume goes on from there')
+        raise SystemExit(128 + stopped_by_any)
+    say(f'done: {out_dir}')
+
+
+if __name__ == '__main__':
+    main()
