@@ -46,9 +46,9 @@ def dpo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_r
 def response_logps(model, head, batch, mask):
     """Log-probability of every response given its prompt, nats: (G, K) float32. head: (V, C), the tied weight."""
     hidden = model(batch.tokens, batch.positions, mask)                                     # (B, T, C)
-    logps = token_logps(hidden, head, batch.predictor, batch.target)                        # (S,)
+    logps = token_logps(hidden, head, batch.predictor, batch.target)[:len(batch.response)]  # (S,)
     G, K = len(batch.ids), batch.K
-    return logps.new_zeros(G * K + 1).index_add(0, batch.response, logps)[:-1].view(G, K)   # the last: padding of S
+    return logps.new_zeros(G * K).index_add(0, batch.response, logps).view(G, K)
 
 
 # -----------------------------------------------------------------------------

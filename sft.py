@@ -66,12 +66,10 @@ class Config:
     resume: bool = False                            # go on from the last checkpoint of out/<name>/sft, if there is one
 
 
-def target_logps(model, batch):
-    """log p of every scored token, (S,) float32 nats; exactly 0 for what only pads S."""
-    hidden = model(batch.tokens, batch.positions, packed_mask(batch.group, batch.part))      # (B, T, C)
-    head = getattr(model, 'module', model).wte.weight
-    logps = token_logps(hidden, head, batch.predictor, batch.target)
-    return torch.where(batch.response < len(batch.ids) * batch.K, logps, 0)
+def target_logps(model, head, batch):
+    """log p of every scored token, (S,) float32, nats. head: (V, C), the tied weight."""
+    hidden = model(batch.tokens, batch.positions, packed_mask(batch.group, batch.part))     # (B, T, C)
+    return token_logps(hidden, head, batch.predictor, batch.target)[:len(batch.response)]
 
 
 def main(argv=None):
@@ -263,7 +261,7 @@ def main(argv=None):
         for row in rank_rows(plan_rows(ids, val.lengths, T), rank, world):
             batch = pack(val, [row], T).to(device)
             with autocast:
-                logps = target_logps(net, batch)
+                logps = target_logps(net, policy.wte.weight, batch)
             total -= logps.sum().cpu()
         policy.train()
         loss = reduced(total).item() / val.response_tokens(ids)
@@ -295,7 +293,7 @@ def main(argv=None):
             if world > 1:
                 ddp.require_backward_grad_sync = j == len(rows) - 1      # once a step
             with autocast:
-                logps = target_logps(ddp, batch)            # (S,)
+                logps = target_logps(ddp, policy.wte.weight, batch)     # (S,)
             loss = -logps.sum() / train.response_tokens(ids)        # of the whole step, on all ranks
             (loss * world).backward()                       # DDP takes the mean over ranks
             sums -= logps.detach().sum().cpu()

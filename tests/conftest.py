@@ -1,0 +1,96 @@
+"""What several test files need: the stages importable, the shared real data where it is, small data sets and models."""
+import base64
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / 'shared'
+sys.path.insert(0, str(ROOT))
+if (SHARED / 'tiktoken_cache').is_dir():
+    os.environ.setdefault('TIKTOKEN_CACHE_DIR', str(SHARED / 'tiktoken_cache'))
+os.environ.setdefault('HF_HUB_OFFLINE', '1')
+torch.set_num_threads(2)
+
+import prepare_prefs                                    # noqa: E402
+from model import GPT, GPTConfig, save_checkpoint       # noqa: E402
+
+VOCAB = 257         # bytes and the end token
+
+
+def write_data(folder, splits, max_length=64):
+    """data/<name>/ by hand, a byte vocabulary. splits: {split: list of [prompt, response_1, ...] of id lists}."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokens = [base64.b64encode(bytes([i])).decode() for i in range(256)]
+    (folder / 'tokenizer.json').write_text(json.dumps(dict(name='bytes', pattern='(?s).', tokens=tokens)))
+    meta = dict(format=prepare_prefs.FORMAT, tokenizer='tokenizer.json', vocab_size=VOCAB, eot_token=256, template='{prompt}',
+                max_length=max_length, splits={})
+    for split, groups in splits.items():
+        pieces = [piece for group in groups for piece in group]
+        bounds = np.cumsum([0] + [len(piece) for piece in pieces])
+        width = len(groups[0])
+        index = np.array([[*bounds[i * width:(i + 1) * width], bounds[(i + 1) * width]] for i in range(len(groups))])
+        np.concatenate(pieces).astype(np.uint16).tofile(folder / f'{split}.bin')
+        np.save(folder / f'{split}.idx.npy', index.astype(np.int64))
+        meta['splits'][split] = dict(groups=len(groups), K=width - 1, dtype='uint16',
+                                     bin_sha256=prepare_prefs.sha256_file(folder / f'{split}.bin'),
+                                     idx_sha256=prepare_prefs.sha256_file(folder / f'{split}.idx.npy'))
+    (folder / 'meta.json').write_text(json.dumps(meta))
+    return folder
+
+
+def random_groups(n, K, rng, longest=20, ends=True):
+    """n ragged groups of bytes; single-token prompts and responses among them."""
+    def piece(low=1):
+        return list(rng.integers(0, 256, rng.integers(low, longest + 1)))
+    groups = [[piece(), *(piece() + [256] * ends for _ in range(K))] for _ in range(n)]
+    groups[0][0] = groups[0][0][:1]
+    groups[min(1, n - 1)][1] = groups[min(1, n - 1)][1][-1:]
+    return groups
+
+
+def small_gpt(seed=0, block_size=64, vocab_size=VOCAB, spread=1.0, **options):
+    """A random GPT whose predictions are far from uniform: GPT-2's initialisation would hide mistakes."""
+    torch.manual_seed(seed)
+    model = GPT(GPTConfig(block_size, vocab_size, 2, 4, 32, **options))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.15 * spread if p.dim() > 1 else 0.1)
+    for module in model.modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            torch.nn.init.normal_(module.weight, 1.0, 0.1)
+    return model
+
+
+@pytest.fixture
+def experiment(tmp_path, monkeypatch):
+    """In a fresh directory: data/tiny with 48 + 10 pairs, out/tiny/sft with a random model. -> the directory."""
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    folder = write_data('data/tiny', {'train': random_groups(48, 2, rng), 'val': random_groups(10, 2, rng)})
+    os.makedirs('out/tiny/sft')
+    save_checkpoint('out/tiny/sft', 1, small_gpt(),
+                    dict(config={}, vocabulary=prepare_prefs.Groups(folder, 'train').vocabulary))
+    return tmp_path
+
+
+def run_stage(script, *args, cwd=None, processes=1, env=None, check=True):
+    """A stage as a user runs it, under torchrun for several processes. -> CompletedProcess with text output."""
+    command = [sys.executable, str(ROOT / script), *args]
+    if processes > 1:
+        command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}', *command[1:]]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300,
+                          env={**os.environ, 'OMP_NUM_THREADS': '1', **(env or {})})
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def read_log(folder):
+    """log.jsonl as a list of dicts."""
+    return [json.loads(line) for line in open(Path(folder) / 'log.jsonl')]

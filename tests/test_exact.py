@@ -1,0 +1,225 @@
+"""The numbers: packed rows, the head, the loss, each against an independent computation."""
+import copy
+import inspect
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import dpo
+from conftest import VOCAB, random_groups, small_gpt, write_data
+from model import packed_mask, token_logps
+from prepare_prefs import Groups, pack, plan_rows, rank_rows, step_groups
+
+
+def one_at_a_time(model, groups):
+    """(N, K) log-probs, each prompt + response alone through the model, float64 log-softmax: shares no packing code."""
+    rows = []
+    for prompt, *responses in groups:
+        row = []
+        for response in responses:
+            ids = torch.tensor([[int(t) for t in (*prompt, *response)]])
+            T = ids.shape[1]
+            hidden = model(ids, torch.arange(T)[None], torch.ones(1, 1, T, T, dtype=torch.bool).tril())
+            logps = F.linear(hidden, model.wte.weight).double().log_softmax(-1)[0, :-1]
+            scored = logps.gather(1, ids[0, 1:, None])[:, 0]
+            row.append(scored[len(prompt) - 1:].sum())
+        rows.append(torch.stack(row))
+    return torch.stack(rows)
+
+
+def packed(model, groups, T, rows_at_once=1):
+    """(N, K) log-probs through the product's path, every row planned."""
+    ids = np.arange(len(groups))
+    logps = [None] * len(groups)
+    rows = plan_rows(ids, groups.lengths, T)
+    for i in range(0, len(rows), rows_at_once):
+        batch = pack(groups, rows[i:i + rows_at_once], T)
+        out = dpo.response_logps(model, model.wte.weight, batch, packed_mask(batch.group, batch.part))
+        for j, g in enumerate(batch.ids):
+            logps[g] = out[j]
+    return torch.stack(logps)
+
+
+@pytest.mark.parametrize('rows_at_once', [1, 3])
+@pytest.mark.parametrize('K', [1, 2, 3])
+def test_packed_logps_and_gradients_equal_one_sequence_at_a_time(tmp_path, K, rows_at_once):
+    data = random_groups(12, K, np.random.default_rng(K))
+    data.append([[7] * 11, *([3] * 7,) * K])                    # responses alike, no end token
+    groups = Groups(write_data(tmp_path / 'd', {'train': data}), 'train')
+    T = int(max(groups.lengths.max(), 96))
+    data[2][1] += [5] * (T - int(groups.lengths[2]))            # group 2 fills a row exactly
+    groups = Groups(write_data(tmp_path / 'd', {'train': data}, 256), 'train')
+    assert groups.lengths[2] == T
+    model = small_gpt(block_size=256)
+    twin = copy.deepcopy(model)
+    a, b = packed(model, groups, T, rows_at_once), one_at_a_time(twin, data)
+    assert b.min() < -50, 'sums over many tokens, far from 0'
+    torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
+    weights = torch.randn(b.shape, dtype=torch.float64)
+    (a * weights).sum().backward()
+    (b * weights).sum().backward()
+    for (name, p), q in zip(model.named_parameters(), twin.parameters()):
+        scale = q.grad.abs().max().item()       # float32 sums of terms of this size
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=2e-6 * scale, msg=lambda m: f'{name}: {m}')
+
+
+def test_a_row_is_blind_to_what_it_is_packed_with(tmp_path):
+    data = random_groups(6, 2, np.random.default_rng(5))
+    groups = Groups(write_data(tmp_path / 'd', {'train': data}), 'train')
+    model = small_gpt()
+    batch = pack(groups, [[0, 1, 2]], 256)
+    alone = pack(groups, [[1]], 256)
+    with torch.no_grad():
+        together = dpo.response_logps(model, model.wte.weight, batch, packed_mask(batch.group, batch.part))
+        single = dpo.response_logps(model, model.wte.weight, alone, packed_mask(alone.group, alone.part))
+    torch.testing.assert_close(together[1], single[0], rtol=1e-5, atol=1e-4)
+
+
+def test_mask_is_the_rule_for_every_pair_of_tokens(tmp_path):
+    data = [[[1, 2], [3, 4], [5]], [[6], [7], [8, 9]]]
+    groups = Groups(write_data(tmp_path / 'd', {'train': data}), 'train')
+    batch = pack(groups, [[0, 1]], 12)
+    mask = packed_mask(batch.group, batch.part)[0, 0]
+    owner = [(0, 0)] * 2 + [(0, 1)] * 2 + [(0, 2)] + [(1, 0), (1, 1)] + [(1, 2)] * 2
+    for q in range(9):
+        for k in range(12):
+            sees = k <= q and k < 9 and owner[q][0] == owner[k][0] and owner[k][1] in (0, owner[q][1])
+            assert mask[q, k].item() == sees, (q, k)
+    assert mask[9:].any(1).all(), 'padding sees something, or its softmax is NaN'
+    assert batch.positions[0, :9].tolist() == [0, 1, 2, 3, 2, 0, 1, 1, 2]
+
+
+def test_flex_attention_with_the_packed_mask_equals_the_dense_mask(tmp_path):
+    """The path that CUDA takes, forward, on the CPU: the same mask_mod, compiled."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    groups = Groups(write_data(tmp_path / 'd', {'train': random_groups(5, 2, np.random.default_rng(3))}), 'train')
+    batch = pack(groups, [list(range(5))], 256)
+    group, part = batch.group, batch.part
+
+    def rule(b, h, q, k):
+        return (group[b, q] == group[b, k]) & (q >= k) & ((part[b, k] == 0) | (part[b, k] == part[b, q]))
+    q, k, v = torch.randn(3, 1, 2, 256, 16)
+    dense = F.scaled_dot_product_attention(q, k, v, attn_mask=packed_mask(group, part))
+    block = create_block_mask(rule, 1, None, 256, 256, device='cpu')
+    torch.testing.assert_close(flex_attention(q, k, v, block_mask=block), dense, rtol=1e-4, atol=1e-5)
+
+
+def test_head_values_and_gradients_equal_autograd_of_log_softmax():
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(2, 9, 8, dtype=torch.float64), torch.randn(31, 8, dtype=torch.float64)
+    predictor, target = torch.randint(0, 18, (50,)), torch.randint(0, 31, (50,))      # predictors repeat
+    g = torch.randn(50)
+    grads = []
+    for ours in (True, False):
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        if ours:
+            logps = token_logps(h, w, predictor, target, chunk=7)
+        else:
+            logps = (h.flatten(0, 1)[predictor] @ w.t()).log_softmax(-1).gather(1, target[:, None])[:, 0]
+        (logps * g).sum().backward()
+        grads.append((logps.double().detach(), h.grad, w.grad))
+    for a, b in zip(*grads):        # float32 softmax inside: 2^-23 of values up to about 20
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_dpo_loss_is_equation_7_and_its_gradient_is_the_paper_s():
+    torch.manual_seed(0)
+    beta = 0.3
+    logps = [torch.randn(64, dtype=torch.float64, requires_grad=True) for _ in range(4)]
+    w, l, ref_w, ref_l = logps
+    losses, chosen, rejected = dpo.dpo_loss(w, l, ref_w.detach(), ref_l.detach(), beta)
+    h = beta * ((w - l) - (ref_w - ref_l))
+    torch.testing.assert_close(losses.double(), -(1 / (1 + (-h).exp())).log(), rtol=1e-6, atol=1e-6)
+    assert losses.dtype == chosen.dtype == rejected.dtype == torch.float32
+    assert losses.shape == (64,) and not chosen.requires_grad and not rejected.requires_grad
+    torch.testing.assert_close(chosen.double(), (beta * (w - ref_w)).detach(), rtol=1e-6, atol=1e-6)
+    losses.sum().backward()
+    expected = (-beta * torch.sigmoid(-h)).detach()
+    torch.testing.assert_close(w.grad, expected, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(l.grad, -expected, rtol=1e-6, atol=1e-7)
+
+
+def test_dpo_gradient_reaches_the_weights_as_the_paper_writes_it(tmp_path):
+    """grad of the loss = -beta sigma(-beta h) (grad log pi(w) - grad log pi(l)), through the whole packed path."""
+    groups = Groups(write_data(tmp_path / 'd', {'train': random_groups(1, 2, np.random.default_rng(8))}), 'train')
+    model, ref, beta = small_gpt(), small_gpt(seed=1), 0.2
+    batch = pack(groups, [[0]], 64)
+    mask = packed_mask(batch.group, batch.part)
+    logps = dpo.response_logps(model, model.wte.weight, batch, mask)
+    with torch.no_grad():
+        ref_logps = dpo.response_logps(ref, ref.wte.weight, batch, mask)
+    params = list(model.parameters())
+    by_hand = [torch.autograd.grad(logps[0, k], params, retain_graph=True) for k in (0, 1)]
+    h = (logps[0, 0] - logps[0, 1] - ref_logps[0, 0] + ref_logps[0, 1]).item()
+    weight = -beta / (1 + math.exp(beta * h))
+    loss = dpo.dpo_loss(*logps.t(), *ref_logps.t(), beta)[0].sum()
+    for g, w, l in zip(torch.autograd.grad(loss, params), *by_hand):
+        torch.testing.assert_close(g, weight * (w - l), rtol=1e-4, atol=1e-6 * abs(weight))
+
+
+def test_the_loss_is_finite_for_log_ratios_up_to_ten_thousand():
+    x = torch.tensor([1e4, -1e4, 0.0], requires_grad=True)
+    losses, _, _ = dpo.dpo_loss(x, torch.zeros(3), torch.zeros(3), torch.zeros(3), 0.1)
+    losses.sum().backward()
+    assert losses.isfinite().all() and x.grad.isfinite().all()
+    assert losses.tolist() == pytest.approx([0.0, 1000.0, math.log(2)])
+
+
+def test_the_loss_stays_under_20_lines_and_comes_before_the_plumbing():
+    assert len(inspect.getsource(dpo.dpo_loss).splitlines()) < 20
+    text = inspect.getsource(dpo)
+    assert text.index('def dpo_loss') < text.index('class Config') and text[:text.index('def dpo_loss')].count('\n') < 60
+
+
+@pytest.mark.parametrize('world', [1, 2, 3, 8])
+def test_every_group_once_an_epoch_whatever_the_world(world):
+    n, batch_size, lengths = 103, 16, np.random.default_rng(0).integers(3, 60, 103)
+    for epoch in (0, 1):
+        seen = []
+        for within in range(-(-n // batch_size)):
+            ids = step_groups(n, batch_size, epoch * -(-n // batch_size) + within, seed=5)
+            rows = plan_rows(ids, lengths[ids], 128)
+            shares = [rank_rows(rows, rank, world) for rank in range(world)]
+            assert len({len(share) for share in shares}) == 1, 'ranks run different numbers of micro-steps'
+            seen += [i for share in shares for row in share for i in row]
+            assert all(lengths[row].sum() <= 128 for row in rows)
+        assert sorted(seen) == list(range(n))
+    assert step_groups(n, 16, 0, 5).tolist() != step_groups(n, 16, 7, 5).tolist(), 'epochs are shuffled anew'
+
+
+def test_rows_waste_little_on_lengths_like_real_pairs():
+    lengths = np.clip(np.random.default_rng(1).lognormal(5.5, 0.6, 256).astype(int), 20, 900)
+    rows = plan_rows(np.arange(256), lengths, 2048)
+    assert len(rows) <= math.ceil(lengths.sum() / 2048) + 1
+    assert sorted(i for row in rows for i in row) == list(range(256))
+
+
+@pytest.mark.parametrize('bf16', [False, True])
+def test_step_0_is_ln_2_with_rewards_0_and_accuracy_one_half(tmp_path, bf16):
+    groups = Groups(write_data(tmp_path / 'd', {'train': random_groups(16, 2, np.random.default_rng(2))}), 'train')
+    policy = small_gpt(dropout=0.0).train()
+    reference = copy.deepcopy(policy).eval().requires_grad_(False)
+    batch = pack(groups, [list(range(16))], 1024)
+    mask = packed_mask(batch.group, batch.part)
+    with torch.autocast('cpu', torch.bfloat16, enabled=bf16):
+        logps = dpo.response_logps(policy, policy.wte.weight, batch, mask)
+        with torch.no_grad():
+            ref = dpo.response_logps(reference, reference.wte.weight, batch, mask)
+    losses, chosen, rejected = dpo.dpo_loss(*logps.t(), *ref.t(), 0.1)
+    stats = dict(zip(dpo.STATS, (dpo.batch_stats(losses, chosen, rejected, logps) / 16).tolist()))
+    assert stats['loss'] == pytest.approx(math.log(2), abs=1e-6)
+    assert stats['rewards/chosen'] == stats['rewards/rejected'] == 0 and stats['rewards/accuracies'] == 0.5
+
+
+def test_activation_checkpointing_changes_no_gradient(tmp_path):
+    groups = Groups(write_data(tmp_path / 'd', {'train': random_groups(4, 2, np.random.default_rng(2))}), 'train')
+    grads = []
+    for on in (False, True):
+        model = small_gpt(activation_checkpointing=on).train()
+        packed(model, groups, 256).sum().backward()
+        grads.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*grads))
+    assert VOCAB == 257
