@@ -28,7 +28,7 @@ import config
 from config import In, Literal, UserError
 from model import (CheckpointError, find_checkpoints, fingerprint, load_model, open_run, packed_mask, peak_flops,
                    read_checkpoint, save_checkpoint, token_logps)
-from prepare_prefs import Groups, pack, plan_rows, rank_rows, row_length, step_groups
+from prepare_prefs import Groups, micro_steps, pack, plan_rows, row_shape, step_groups
 
 
 def dpo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta):
@@ -71,8 +71,8 @@ class Config:
     grad_clip: In[float, 'x >= 0'] = 10.0           # largest global gradient norm; 0 = no clipping
     precompute_ref: bool = False                    # the reference's log-probs once, cached; then its memory is free
     activation_checkpointing: bool = False          # less memory for a third more time
-    row_tokens: In[int, 'x >= 0'] = 0               # tokens of a micro-step on one rank: memory, not results; 0 = 8192 on
-                                                    # CUDA, 1024 elsewhere, more where a pair is longer
+    row_tokens: In[int, 'x >= 0'] = 0               # tokens of a packed row: speed and memory, not results; 0 = 8192 on
+                                                    # CUDA, 256 elsewhere, more where a pair is longer
     eval_interval: In[int, 'x >= 0'] = 100          # steps between evaluations on all of val; 0 = first and last only
     log_interval: In[int, 'x >= 1'] = 10            # steps a log line sums up
     save_interval: In[int, 'x >= 0'] = 500          # steps between checkpoints; the last step always has one
@@ -138,7 +138,7 @@ def main(argv=None):
     train, val = Groups(data_dir, 'train'), Groups(data_dir, 'val')
     if train.K != 2:
         raise UserError(f'{data_dir} holds groups of {train.K} responses; dpo needs pairs')
-    T = row_length([train, val], cfg.row_tokens, device_type)
+    T, at_once = row_shape([train, val], cfg.row_tokens, device_type, cfg.compile)
     steps_per_epoch = math.ceil(len(train) / cfg.batch_size)
     total_steps = cfg.max_steps or cfg.epochs * steps_per_epoch
 
@@ -287,8 +287,8 @@ def main(argv=None):
         logps = torch.zeros(len(groups), 2)
         with tqdm(total=len(ids), desc=f'reference {groups.split}', unit='pair', disable=None if rank == 0 else True) as bar:
             for some in np.array_split(ids, math.ceil(len(ids) / 1024)):
-                for row in rank_rows(plan_rows(some, groups.lengths[some], T), rank, world):
-                    batch = pack(groups, [row], T).to(device)
+                for rows in micro_steps(plan_rows(some, groups.lengths[some], T), rank, world, at_once):
+                    batch = pack(groups, rows, T).to(device)
                     with autocast:
                         mine = response_logps(ref_net, reference.wte.weight, batch, packed_mask(batch.group, batch.part))
                     logps[batch.ids] = mine.float().cpu()
@@ -324,8 +324,8 @@ def main(argv=None):
         policy.eval()
         sums = torch.zeros(len(STATS), dtype=torch.float64)
         ids = np.arange(len(val))
-        for row in rank_rows(plan_rows(ids, val.lengths, T), rank, world):
-            batch = pack(val, [row], T).to(device)
+        for rows in micro_steps(plan_rows(ids, val.lengths, T), rank, world, at_once):
+            batch = pack(val, rows, T).to(device)
             with autocast:
                 mask = packed_mask(batch.group, batch.part)
                 logps = response_logps(net, policy.wte.weight, batch, mask)                 # (G, 2)
@@ -338,7 +338,7 @@ def main(argv=None):
     # the loop
 
     say(f'{len(train):,} pairs to train on, {len(val):,} to validate on; {total_steps:,} steps of {cfg.batch_size} pairs, '
-        f'{steps_per_epoch:,} an epoch; rows of {T:,} tokens\n'
+        f'{steps_per_epoch:,} an epoch; rows of {T:,} tokens, {at_once} at once\n'
         f'policy and reference from {init_from}: {policy.num_params():,} parameters each')
     policy.train()
     step, stopped_by_any = start_step, 0
@@ -353,12 +353,12 @@ def main(argv=None):
         for group in optimizer.param_groups:
             group['lr'] = learning_rate(step)
         ids = step_groups(len(train), cfg.batch_size, step - 1, cfg.seed)
-        rows = rank_rows(plan_rows(ids, train.lengths[ids], T), rank, world)
+        micros = micro_steps(plan_rows(ids, train.lengths[ids], T), rank, world, at_once)
         bad = []
-        for j, row in enumerate(rows):
-            batch = pack(train, [row], T).to(device)
+        for j, rows in enumerate(micros):
+            batch = pack(train, rows, T).to(device)
             if world > 1:
-                ddp.require_backward_grad_sync = j == len(rows) - 1      # once a step
+                ddp.require_backward_grad_sync = j == len(micros) - 1      # once a step
             with autocast:
                 mask = packed_mask(batch.group, batch.part)                                  # one for policy and reference
                 with torch.no_grad():

@@ -26,7 +26,7 @@ import config
 from config import In, Literal, UserError
 from model import (GPT, CheckpointError, GPTConfig, find_checkpoints, fingerprint, load_model, open_run, packed_mask,
                    peak_flops, read_checkpoint, save_checkpoint, token_logps)
-from prepare_prefs import Groups, pack, plan_rows, rank_rows, row_length, step_groups
+from prepare_prefs import Groups, micro_steps, pack, plan_rows, row_shape, step_groups
 
 
 # -----------------------------------------------------------------------------
@@ -53,8 +53,8 @@ class Config:
     weight_decay: In[float, 'x >= 0'] = 0.0         # on matrices only
     grad_clip: In[float, 'x >= 0'] = 1.0            # largest global gradient norm; 0 = no clipping
     activation_checkpointing: bool = False          # less memory for a third more time
-    row_tokens: In[int, 'x >= 0'] = 0               # tokens of a micro-step on one rank: memory, not results; 0 = 8192 on
-                                                    # CUDA, 1024 elsewhere, more where a group is longer
+    row_tokens: In[int, 'x >= 0'] = 0               # tokens of a packed row: speed and memory, not results; 0 = 8192 on
+                                                    # CUDA, 256 elsewhere, more where a group is longer
     eval_interval: In[int, 'x >= 0'] = 100          # steps between evaluations on all of val; 0 = first and last only
     log_interval: In[int, 'x >= 1'] = 10            # steps a log line sums up
     save_interval: In[int, 'x >= 0'] = 500          # steps between checkpoints; the last step always has one
@@ -114,7 +114,7 @@ def main(argv=None):
     data_dir = os.path.join('data', cfg.name)
     split = 'documents_' if cfg.train_on == 'documents' else ''
     train, val = Groups(data_dir, f'{split}train', k=1), Groups(data_dir, f'{split}val', k=1)
-    T = row_length([train, val], cfg.row_tokens, device_type)
+    T, at_once = row_shape([train, val], cfg.row_tokens, device_type, cfg.compile)
     steps_per_epoch = math.ceil(len(train) / cfg.batch_size)
     total_steps = cfg.max_steps or cfg.epochs * steps_per_epoch
 
@@ -258,8 +258,8 @@ def main(argv=None):
         policy.eval()
         total = torch.zeros(1, dtype=torch.float64)
         ids = np.arange(len(val))
-        for row in rank_rows(plan_rows(ids, val.lengths, T), rank, world):
-            batch = pack(val, [row], T).to(device)
+        for rows in micro_steps(plan_rows(ids, val.lengths, T), rank, world, at_once):
+            batch = pack(val, rows, T).to(device)
             with autocast:
                 logps = target_logps(net, policy.wte.weight, batch)
             total -= logps.sum().cpu()
@@ -271,7 +271,7 @@ def main(argv=None):
     # the loop
 
     say(f'{len(train):,} {cfg.train_on} to train on, {len(val):,} to validate on; {total_steps:,} steps of {cfg.batch_size}, '
-        f'{steps_per_epoch:,} an epoch; rows of {T:,} tokens\n'
+        f'{steps_per_epoch:,} an epoch; rows of {T:,} tokens, {at_once} at once\n'
         f'model from {init_from}: {policy.num_params():,} parameters')
     policy.train()
     step, stopped_by_any = start_step, 0
@@ -286,12 +286,12 @@ def main(argv=None):
         for group in optimizer.param_groups:
             group['lr'] = learning_rate(step)
         ids = step_groups(len(train), cfg.batch_size, step - 1, cfg.seed)
-        rows = rank_rows(plan_rows(ids, train.lengths[ids], T), rank, world)
+        micros = micro_steps(plan_rows(ids, train.lengths[ids], T), rank, world, at_once)
         bad = []
-        for j, row in enumerate(rows):
-            batch = pack(train, [row], T).to(device)
+        for j, rows in enumerate(micros):
+            batch = pack(train, rows, T).to(device)
             if world > 1:
-                ddp.require_backward_grad_sync = j == len(rows) - 1      # once a step
+                ddp.require_backward_grad_sync = j == len(micros) - 1      # once a step
             with autocast:
                 logps = target_logps(ddp, policy.wte.weight, batch)     # (S,)
             loss = -logps.sum() / train.response_tokens(ids)        # of the whole step, on all ranks

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import dpo
 from conftest import VOCAB, random_groups, small_gpt, write_data
 from model import packed_mask, token_logps
-from prepare_prefs import Groups, pack, plan_rows, rank_rows, step_groups
+from prepare_prefs import Groups, micro_steps, pack, plan_rows, step_groups
 
 
 def one_at_a_time(model, groups):
@@ -182,7 +182,7 @@ def test_every_group_once_an_epoch_whatever_the_world(world):
         for within in range(-(-n // batch_size)):
             ids = step_groups(n, batch_size, epoch * -(-n // batch_size) + within, seed=5)
             rows = plan_rows(ids, lengths[ids], 128)
-            shares = [rank_rows(rows, rank, world) for rank in range(world)]
+            shares = [sum(micro_steps(rows, rank, world, 2), []) for rank in range(world)]
             assert len({len(share) for share in shares}) == 1, 'ranks run different numbers of micro-steps'
             seen += [i for share in shares for row in share for i in row]
             assert all(lengths[row].sum() <= 128 for row in rows)

@@ -1,0 +1,318 @@
+"""sft.py and dpo.py as a user runs them: the same result whatever the machine, resumed runs, signals, caches."""
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import dpo
+import sft
+from conftest import ROOT, random_groups, read_log, run_stage, small_gpt, write_data
+from model import find_checkpoints, read_checkpoint, save_checkpoint
+from prepare_prefs import Groups
+
+DPO = ['--name=tiny', '--batch_size=8', '--max_steps=20', '--learning_rate=1e-4', '--warmup_steps=3', '--log_interval=1',
+       '--eval_interval=10', '--save_interval=5', '--device=cpu']
+SFT = [*DPO, '--init_from=scratch', '--n_layer=2', '--n_embd=32', '--dropout=0.1']
+
+
+def last_checkpoint(folder):
+    return read_checkpoint(find_checkpoints(folder)[-1])
+
+
+def losses(folder):
+    return [r.get('loss', r.get('eval/loss')) for r in read_log(folder)]
+
+
+def worst_difference(a, b):
+    """Largest difference of two models' weights, in units of the step size, and where it is.
+
+    The key's bias is left out: attention does not depend on it, its gradient is rounding noise around 0, and
+    RMSprop and Adam divide that noise by its own size.
+    """
+    worst = (0.0, '')
+    for name, p in a.items():
+        difference = (p - b[name]).abs()
+        if name.endswith('c_attn.bias'):
+            C = len(p) // 3
+            difference[C:2 * C] = 0
+        worst = max(worst, (difference.max().item(), name))
+    return worst
+
+
+def test_processes_accumulation_and_row_length_change_nothing_but_rounding(experiment):
+    """1 process, 2 under torchrun, short rows (more micro-steps), long rows.
+
+    Sums are taken in another order, about 1e-7 relative a step. The loss sums some 2,000 log-probs and 20 steps
+    build on one another: 1e-5 on losses. A weight moves by up to 10 learning rates a step under RMSprop
+    (1 / sqrt(1 - alpha)) and its direction is the gradient over its own size, so a gradient that is nearly 0 turns
+    rounding into a visible share of that: a twentieth of one step's largest move, 5e-5, on weights.
+    """
+    runs = {'one': dict(), 'two': dict(processes=2), 'short': dict(args=['--row_tokens=128']), 'long': dict(args=['--row_tokens=2048'])}
+    results = {}
+    for key, how in runs.items():
+        done = run_stage('dpo.py', *DPO, *how.get('args', []), processes=how.get('processes', 1))
+        results[key] = (losses('out/tiny/dpo'), last_checkpoint('out/tiny/dpo')['model'])
+        if key == 'two':
+            assert '2 processes' in done.stdout
+    for key in ('two', 'short', 'long'):
+        assert results[key][0] == pytest.approx(results['one'][0], abs=1e-5), key
+        worst, name = worst_difference(results[key][1], results['one'][1])
+        assert worst < 5e-5, (key, name, worst)
+    start = small_gpt().state_dict()
+    assert worst_difference(results['one'][1], start)[0] > 1e-3, 'the run moved the weights'
+
+
+def test_sft_with_two_processes_equals_one(experiment):
+    no_dropout = [*SFT, '--dropout=0.0']        # dropout draws per rank
+    results = []
+    for processes in (1, 2):
+        run_stage('sft.py', *no_dropout, processes=processes)
+        results.append((losses('out/tiny/sft'), last_checkpoint('out/tiny/sft')['model']))
+    assert results[0][0] == pytest.approx(results[1][0], abs=1e-5)
+    assert worst_difference(results[0][1], results[1][1])[0] < 5e-5
+
+
+def test_sft_loss_is_per_target_token_of_the_global_batch(experiment):
+    """Step 1's logged loss against one-at-a-time log-probs of the chosen responses of that batch."""
+    from prepare_prefs import step_groups
+    from test_exact import one_at_a_time
+    sft.main([*DPO, '--max_steps=1', '--init_from=out/tiny/sft'])
+    groups = Groups('data/tiny', 'train', k=1)
+    ids = step_groups(len(groups), 8, 0, 1337)
+    data = [[list(piece) for piece in groups[i]] for i in ids]
+    expected = -one_at_a_time(small_gpt(), data).sum() / sum(len(g[1]) for g in data)
+    logged = [r['loss'] for r in read_log('out/tiny/sft') if 'loss' in r]
+    assert logged[0] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_documents_are_scored_from_the_first_token_on(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    docs = [[[256], list(b'hello world'), ][:2] for _ in range(16)]
+    docs = [[prompt, text + [256]] for prompt, text in docs]
+    write_data('data/tiny', {'documents_train': docs, 'documents_val': docs[:2]})
+    sft.main([*SFT, '--dropout=0.0', '--train_on=documents', '--learning_rate=1e-2', '--max_steps=60', '--eval_interval=0'])
+    assert read_log('out/tiny/sft')[-1]['eval/loss'] < 0.1      # 12 tokens, all predictable, the first one included
+
+
+def test_step_0_is_ln_2_in_the_log_and_val_is_counted_once(experiment):
+    dpo.main([*DPO, '--max_steps=1'])
+    first = read_log('out/tiny/dpo')[0]
+    assert first['step'] == 0 and first['eval/loss'] == pytest.approx(np.log(2), abs=1e-6)
+    assert first['eval/rewards/accuracies'] == 0.5 and first['eval/rewards/margins'] == 0
+    from test_exact import one_at_a_time
+    groups = Groups('data/tiny', 'val')
+    logps = one_at_a_time(small_gpt(), [[list(p) for p in groups[i]] for i in range(len(groups))]).mean(0)
+    assert [first['eval/logps/chosen'], first['eval/logps/rejected']] == pytest.approx(logps.tolist(), rel=1e-5)
+
+
+def test_gradient_is_of_the_whole_batch(experiment):
+    """grad_norm of step 1, logged, against autograd over one-at-a-time log-probs of the 8 pairs: a tie of everything."""
+    from prepare_prefs import step_groups
+    from test_exact import one_at_a_time
+    dpo.main([*DPO, '--max_steps=1', '--grad_clip=0', '--row_tokens=128'])
+    groups, model = Groups('data/tiny', 'train'), small_gpt()
+    ids = step_groups(len(groups), 8, 0, 1337)
+    logps = one_at_a_time(model, [[list(p) for p in groups[i]] for i in ids])
+    ref = logps.detach()
+    dpo.dpo_loss(*logps.t(), *ref.t(), 0.1)[0].mean().backward()
+    norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm().item()
+    assert read_log('out/tiny/dpo')[1]['grad_norm'] == pytest.approx(norm, rel=1e-4)
+
+
+def start_and_kill(script, args, when, number=signal.SIGKILL, processes=1):
+    """Run a stage until its log holds `when` lines, then signal its whole group. -> (returncode, output)"""
+    command = [sys.executable, str(ROOT / script), *args]
+    if processes > 1:
+        command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}', *command[1:]]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+                               env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    log = Path('out/tiny') / script[:-3] / 'log.jsonl'
+    deadline = time.time() + 120
+    while process.poll() is None and time.time() < deadline:
+        if log.exists() and log.read_text().count('\n') >= when:
+            break
+        time.sleep(0.005)
+    assert process.poll() is None, process.communicate()[0]
+    if number == signal.SIGKILL:
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
+    output = process.communicate(timeout=120)[0]
+    return process.returncode, output
+
+
+@pytest.mark.parametrize('script', ['dpo.py', 'sft.py'])
+def test_killed_at_a_random_step_and_resumed_the_weights_are_bit_identical(experiment, script):
+    args, folder = (DPO if script == 'dpo.py' else SFT), f'out/tiny/{script[:-3]}'
+    args = [*args, '--max_steps=40']
+    run_stage(script, *args)
+    whole, log = last_checkpoint(folder), read_log(folder)
+    random_step = int(time.time()) % 25 + 7
+    shutil.rmtree(folder)
+    start_and_kill(script, args, random_step)
+    assert not find_checkpoints(folder) or read_checkpoint(find_checkpoints(folder)[-1])['step'] < 40, 'killed before the end'
+    run_stage(script, *args, '--resume')
+    resumed = last_checkpoint(folder)
+    assert resumed['step'] == whole['step'] == 40
+    for key, tensor in whole['model'].items():
+        assert torch.equal(tensor, resumed['model'][key]), (key, random_step)
+    timeless = lambda rows: [{k: v for k, v in r.items() if 'second' not in k} for r in rows]       # noqa: E731
+    assert timeless(read_log(folder)) == timeless(log), 'the log is that of one run'
+
+
+def test_sigterm_under_torchrun_saves_and_leaves_on_both_ranks(experiment):
+    code, output = start_and_kill('dpo.py', [*DPO, '--max_steps=4000', '--save_interval=0', '--eval_interval=0'], 5,
+                                  signal.SIGTERM, processes=2)
+    assert code != 0
+    saved = last_checkpoint('out/tiny/dpo')
+    assert 5 <= saved['step'] < 4000
+    assert f'saved at step {saved["step"]}' in output and 'Traceback (most recent call last):\n  File "' + str(ROOT) not in output
+    dpo.main([*DPO, f'--max_steps={saved["step"] + 2}', '--resume'])
+    assert last_checkpoint('out/tiny/dpo')['step'] == saved['step'] + 2
+
+
+def test_ctrl_c_saves_and_exits_130(experiment):
+    code, output = start_and_kill('dpo.py', [*DPO, '--max_steps=4000'], 3, signal.SIGINT)
+    assert code == 130 and 'Traceback' not in output and 'goes on from there' in output
+
+
+@pytest.mark.parametrize('damage', ['cut', 'bit', 'code'])
+def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_resumes(experiment, capsys, damage):
+    dpo.main(DPO)
+    whole = last_checkpoint('out/tiny/dpo')
+    before, last = find_checkpoints('out/tiny/dpo')
+    content = bytearray(Path(last).read_bytes())
+    if damage == 'cut':
+        content = content[:len(content) // 2]
+    elif damage == 'bit':
+        content[len(content) // 3] ^= 1
+    else:
+        import pickle
+        content = pickle.dumps(print)
+    Path(last).write_bytes(content)
+    if damage == 'code':        # even with its hash made to fit
+        import hashlib
+        record = json.loads(Path(last[:-3] + '.json').read_text())
+        record['sha256'] = hashlib.sha256(content).hexdigest()
+        Path(last[:-3] + '.json').write_text(json.dumps(record))
+    capsys.readouterr()
+    dpo.main([*DPO, '--resume'])
+    printed = capsys.readouterr().out
+    assert re.search(r'refused: .*step-000020\.pt', printed) and f'resuming from {before}' in printed
+    again = last_checkpoint('out/tiny/dpo')
+    assert all(torch.equal(p, again['model'][k]) for k, p in whole['model'].items())
+
+
+def test_a_damaged_sft_checkpoint_is_no_start_for_dpo(experiment):
+    model = small_gpt(seed=4)
+    save_checkpoint('out/tiny/sft', 2, model, dict(config={}, vocabulary=None))
+    path = find_checkpoints('out/tiny/sft')[-1]
+    Path(path).write_bytes(Path(path).read_bytes()[:-100])
+    with pytest.raises(SystemExit, match=r'step-000002\.pt is damaged.*the one before it is out/tiny/sft/step-000001\.pt'):
+        dpo.main(DPO)
+    dpo.main([*DPO, '--max_steps=1', '--init_from=out/tiny/sft/step-000001.pt'])
+
+
+def test_cached_reference_logps_equal_live_ones_and_a_foreign_cache_is_remade(experiment, capsys):
+    dpo.main(DPO)
+    live = losses('out/tiny/dpo')
+    for expected in ('none cached, computing', 'equal to live ones'):
+        dpo.main([*DPO, '--precompute_ref'])
+        assert capsys.readouterr().out.count(expected) == 2
+        assert losses('out/tiny/dpo') == pytest.approx(live, abs=1e-5)
+    save_checkpoint('out/tiny/sft', 2, small_gpt(seed=9), dict(config={}, vocabulary=None))
+    dpo.main([*DPO, '--precompute_ref'])
+    assert capsys.readouterr().out.count('of other data or weights, computing') == 2
+    assert read_log('out/tiny/dpo')[0]['eval/loss'] == pytest.approx(np.log(2), abs=1e-6)
+    write_data('data/tiny', {s: random_groups(n, 2, np.random.default_rng(7)) for s, n in (('train', 48), ('val', 10))})
+    dpo.main([*DPO, '--precompute_ref'])
+    assert capsys.readouterr().out.count('of other data or weights, computing') == 2
+    cache = Path('out/tiny/reference-train.npz')
+    with np.load(cache) as file:
+        key, logps = str(file['key']), file['logps']
+    logps[3] += 1
+    np.savez(cache, key=np.array(key), logps=logps)         # the key fits, the numbers do not
+    dpo.main([*DPO, '--precompute_ref'])
+    assert capsys.readouterr().out.count('does not equal live values') == 1
+    cache.write_bytes(cache.read_bytes()[:100])
+    dpo.main([*DPO, '--precompute_ref'])
+    assert 'the cache is damaged' in capsys.readouterr().out
+
+
+def test_dpo_learns_and_generalises_where_there_is_something_to_learn(tmp_path, monkeypatch):
+    """Chosen responses are of low bytes, rejected ones of high bytes: held-out accuracy must come near 1."""
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+
+    def pairs(n):
+        return [[list(rng.integers(0, 256, 5)), *([*rng.integers(low, low + 100, rng.integers(3, 9)), 256] for low in (0, 150))]
+                for _ in range(n)]
+    write_data('data/tiny', {'train': pairs(128), 'val': pairs(32)})
+    os.makedirs('out/tiny/sft')
+    save_checkpoint('out/tiny/sft', 1, small_gpt(spread=0.2), dict(config={}, vocabulary=None))
+    dpo.main([*DPO, '--learning_rate=1e-3', '--max_steps=32'])
+    final = read_log('out/tiny/dpo')[-1]
+    assert final['eval/rewards/accuracies'] > 0.95 and final['eval/loss'] < 0.4
+
+
+def test_a_non_finite_loss_stops_the_run_names_the_pairs_and_saves_nothing(experiment):
+    dpo.main([*DPO, '--max_steps=5'])
+    kept = find_checkpoints('out/tiny/dpo')
+    content = [Path(p).read_bytes() for p in kept]
+    with pytest.raises(SystemExit, match=r'step \d+: the loss or its gradient is not finite; groups of data/tiny/train: \['):
+        dpo.main([*DPO, '--resume', '--max_steps=400', '--learning_rate=1e30', '--warmup_steps=0', '--save_interval=0'])
+    assert find_checkpoints('out/tiny/dpo') == kept and [Path(p).read_bytes() for p in kept] == content
+
+
+def test_a_new_run_keeps_the_one_that_stood_there(experiment):
+    dpo.main([*DPO, '--max_steps=2'])
+    dpo.main([*DPO, '--max_steps=3'])
+    assert find_checkpoints('out/tiny/dpo')[-1].endswith('step-000003.pt')
+    assert find_checkpoints('out/tiny/dpo.previous')[-1].endswith('step-000002.pt')
+
+
+def test_resume_refuses_other_data_weights_batch_or_seed(experiment):
+    dpo.main([*DPO, '--max_steps=2'])
+    for flag, what in (('--batch_size=16', 'batch_size'), ('--seed=1', 'seed')):
+        with pytest.raises(SystemExit, match=f'cannot resume .*{what} changed'):
+            dpo.main([*DPO, '--resume', flag])
+    save_checkpoint('out/tiny/sft', 2, small_gpt(seed=9), dict(config={}, vocabulary=None))
+    with pytest.raises(SystemExit, match='initial weights changed'):
+        dpo.main([*DPO, '--resume'])
+
+
+@pytest.mark.parametrize('optimizer', ['rmsprop', 'adamw'])
+@pytest.mark.parametrize('schedule, last', [('constant', 1.0), ('linear', 1 / 18), ('cosine', 0.5 + 0.5 * np.cos(np.pi * 17 / 18))])
+def test_schedules_warm_up_and_end_where_they_say(experiment, optimizer, schedule, last):
+    dpo.main([*DPO, f'--schedule={schedule}', f'--optimizer={optimizer}', '--eval_interval=0'])
+    lrs = [r['lr'] for r in read_log('out/tiny/dpo') if 'lr' in r]
+    assert lrs[:3] == pytest.approx([1e-4 / 3, 2e-4 / 3, 1e-4]) and lrs[-1] == pytest.approx(1e-4 * last)
+    assert last == 1 or all(a > b for a, b in zip(lrs[2:], lrs[3:]))
+
+
+def test_sections_that_sft_and_dpo_share_are_the_same_text():
+    def sections(path):
+        parts = re.split(r'\n    # -{70,}\n    # ', (ROOT / path).read_text())
+        return {part.split('\n')[0]: part for part in parts[1:]}
+    ours, theirs = sections('sft.py'), sections('dpo.py')
+    for title in ('launch: one process, or one a GPU under torchrun', 'resume', 'optimizer', 'log'):
+        assert ours[title] == theirs[title], title
+
+
+def test_compiled_training_gives_the_same_losses(experiment):
+    """torch.compile fuses and so rounds differently: 1e-5 on losses of order 1, and step 0 within 1e-6 of ln 2."""
+    short = [*DPO, '--max_steps=3', '--row_tokens=256']
+    dpo.main(short)
+    plain = losses('out/tiny/dpo')
+    run_stage('dpo.py', *short, '--compile=True')
+    compiled = losses('out/tiny/dpo')
+    assert compiled == pytest.approx(plain, abs=1e-5) and compiled[0] == pytest.approx(np.log(2), abs=1e-6)
