@@ -191,7 +191,7 @@ def main(argv=None):
     if cfg.optimizer == 'rmsprop':
         optimizer = torch.optim.RMSprop(param_groups, lr=cfg.learning_rate)
     else:
-        optimizer = torch.optim.AdamW(param_groups, lr=cfg.learning_rate, betas=(0.9, 0.95), fused=device_type == 'cuda')
+        optimizer = torch.optim.AdamW(param_groups, lr=cfg.learning_rate, betas=(0.9, 0.95), fused=device_type != 'mps')
     if saved is not None:
         optimizer.load_state_dict(saved['optimizer'])
     saved = None                # frees the copy

@@ -16,11 +16,9 @@ IMDb prefixes of 2-8 tokens and a sentiment classifier; here the reward is known
 text is still a review.
 
 Every review has a hidden polarity z, +1 or -1, an even coin. Sentiment words come in pairs of opposites with
-weights +s and -s. A sentence's form is drawn evenly; among the sentences of a form, one whose words weigh
-s_1 .. s_n has probability proportional to exp(z/2 * (s_1 + .. + s_n)): kind words are likelier in a
-positive review, but most reviews hold both sorts. Put every word's opposite in its place and you have another
-sentence of that form, as likely under the other polarity. So the constant that makes the probabilities add up
-to one does not depend on z, and Bayes' rule leaves
+weights +s and -s, and each is drawn from its list with probability proportional to exp(z/2 * weight): kind words
+are likelier in a positive review, but most reviews hold both sorts. A list holds the opposite of each of its
+words, so the sum that makes its probabilities add up to one does not depend on z, and Bayes' rule leaves
 
     reward(review) = log P(z=+1 | review) / P(z=-1 | review) = the sum of the weights of its words, exactly.
 """
@@ -51,7 +49,7 @@ PROMPT_WORDS = 2, 8                     # as the paper's prefixes of 2-8 tokens
 # -----------------------------------------------------------------------------
 # the words
 
-STRONG, MILD = 2.0, 0.5                 # weights: e^2 = 7.4 times as likely under one z as under the other
+STRONG, MILD = 1.5, 0.375               # weights: e^1.5 = 4.5 times as likely under one z as under the other
 
 # Pairs of opposites, strongest first: the weight falls evenly from STRONG to MILD. No word is in two lists.
 OPPOSITES = dict(
@@ -59,18 +57,14 @@ OPPOSITES = dict(
          'marvellous/awful splendid/lousy thrilling/dismal delightful/tiresome memorable/pointless '
          'impressive/disappointing satisfying/frustrating entertaining/boring enjoyable/forgettable '
          'amusing/awkward promising/mediocre pleasing/uneven watchable/overlong',
-    story_is='ingenious/idiotic enthralling/insipid gripping/tedious inspired/inane absorbing/dreary '
-             'inventive/lazy intelligent/senseless witty/witless fresh/stale clever/contrived engaging/dull '
-             'lively/laboured crisp/rambling coherent/muddled brisk/slow',
-    people_is='mesmerising/unbearable radiant/hopeless magnetic/wooden captivating/insufferable '
-              'compelling/grating charismatic/lifeless touching/shrill charming/irritating expressive/stiff '
-              'convincing/unconvincing graceful/clumsy sincere/smug likeable/bland natural/mannered',
-    craft_is='sublime/hideous exquisite/ghastly gorgeous/ugly dazzling/garish glorious/horrid '
-             'beautiful/crude elegant/shoddy striking/drab imaginative/cheap stylish/sloppy '
-             'polished/amateurish atmospheric/monotonous subtle/intrusive tasteful/gaudy pleasant/plain',
+    quality='dazzling/hideous captivating/insufferable exquisite/ghastly ingenious/idiotic compelling/grating '
+            'inspired/inane gripping/tedious touching/shrill inventive/lazy elegant/shoddy striking/drab '
+            'witty/witless engaging/dull fresh/stale lively/lifeless clever/contrived stylish/sloppy '
+            'imaginative/cheap polished/amateurish convincing/stilted graceful/clumsy subtle/intrusive '
+            'charming/irritating crisp/slow natural/mannered likeable/bland',
     adverb='brilliantly/atrociously masterfully/abysmally beautifully/horribly superbly/dreadfully '
            'expertly/poorly skilfully/ineptly deftly/clumsily thoughtfully/carelessly confidently/timidly',
-    act='enchant/insult captivate/infuriate enthral/repel thrill/disgust dazzle/exhaust fascinate/annoy '
+    act='enchant/insult captivate/infuriate enthral/repel dazzle/exhaust fascinate/annoy '
         'charm/irritate amuse/embarrass entertain/confuse impress/baffle please/puzzle',
     gift='beauty/vulgarity wit/stupidity tenderness/tedium imagination/cliche passion/pretension '
          'warmth/bombast energy/padding sincerity/sentimentality flair/clutter style/swagger',
@@ -96,15 +90,11 @@ NEUTRAL = dict(
          'village priest, young widow, lighthouse keeper, amateur detective, old sailor',
     thing='stolen violin, missing suitcase, forged letter, buried map, locked room, borrowed car, train, '
           'unsigned will, old photograph, rusty key, secret recipe, island',
-    story1='plot, script, premise, central mystery, screenplay / twists, subplots, flashbacks',
-    story2='dialogue, ending, narration, final act / jokes, speeches, love scenes, punchlines',
-    people1='leading man, leading lady, cast, ensemble / leads, supporting players, younger actors',
-    people2='villain, narrator, sidekick, guest star / child actors, bit players, newcomers, older actors',
-    craft1='camerawork, lighting, photography, production design / sets, costumes, visual effects',
-    craft2='score, sound design, soundtrack, theme tune / songs, sound effects, orchestral passages',
-    story_by='written, constructed, developed',
-    people_by='directed, chosen',
-    craft_by='executed, judged',
+    part1='plot, script, premise, screenplay, leading man, leading lady, cast, camerawork, lighting, '
+          'photography / twists, subplots, flashbacks, leads, younger actors, sets, costumes, visual effects',
+    part2='dialogue, ending, narration, final act, villain, narrator, sidekick, score, soundtrack, theme tune '
+          '/ jokes, speeches, love scenes, newcomers, older actors, songs, sound effects',
+    made='handled, judged, chosen',
     often='often, mostly, consistently, usually, frequently, undeniably, always, plainly',
     scene='on a second viewing, on a big screen, by modern standards, in the longer version, in a full house',
     crowd='the audience, most critics, the matinee crowd, even the back row, my whole family, small children',
@@ -115,54 +105,51 @@ NEUTRAL = dict(
 # -----------------------------------------------------------------------------
 # the sentences
 
-# {x} is a word of list x, {a x} a word with its article, {x is/are} a noun with its verb. {x+} and {x-} are
-# sentiment words: in one sentence all that are marked + share a polarity, and all marked - have the other.
+# {x} is a word of list x, {a x} a word with its article, {x is/are} a noun with its verb.
 OPENINGS = [                            # each longer than PROMPT_WORDS, so that a prompt ends inside it
-    '{title} is {a film+} {genre} about {a hero} and {a thing}.',
-    '{director} directs {title}, {a film+} {genre} set in {place}.',
-    'Set in {place}, {title} tells the {film+} tale of {a hero} and {a thing}.',
-    'In {title}, {director} turns {a thing} into {a film+} {genre}.',
-    '{title}, which {director} shot in {place}, is {a film+} {genre}.',
-    'Few {genres} of recent years are as {film+} as {title} by {director}.',
-    '{title} is the most {film+} {genre} that {director} has made in years.',
-    'Who expected {a film+} {genre} about {a hero} from {director}?',
-    'Although {director} has made {film-} {genres} before, {title} is {a film+} one.',
-    'After years of {film-} {genres}, {director} returns with {a film+} one called {title}.',
-    '{title} opens as {a film+} {genre} about {a hero} but ends as {a film-} one.',
+    '{title} is {a film} {genre} about {a hero} and {a thing}.',
+    '{director} directs {title}, {a film} {genre} set in {place}.',
+    'Set in {place}, {title} tells the {film} tale of {a hero} and {a thing}.',
+    'In {title}, {director} turns {a thing} into {a film} {genre}.',
+    '{title}, which {director} shot in {place}, is {a film} {genre}.',
+    'Few {genres} of recent years are as {film} as {title} by {director}.',
+    '{title} is the most {film} {genre} that {director} has made in years.',
+    'Who expected {a film} {genre} about {a hero} from {director}?',
+    '{director} has made {film} {genres} before, and {title} is {a film} one.',
+    'After years of {film} {genres}, {director} returns with {a film} one called {title}.',
+    '{title} opens as {a film} {genre} about {a hero} and ends as {a film} one.',
 ]
-REMARKS = [                             # for each topic: # stands for story, people or craft
-    'The {#1 is/are} {often} {#_is+} {scene}.',
-    'The {#1 is/are} as {#_is+} as the {#2}.',
-    'The {#1 is/are} {#_is-}, yet the {#2 manages/manage} to {act+} {crowd}.',
-    'The {#2 is/are} {adverb+} {#_by}, even if the {#1 is/are} {often} {#_is-}.',
-    'Although the {#1 is/are} {#_is-}, the {#2 is/are} {often} {#_is+}.',
-    'Because the {#1 is/are} {adverb+} {#_by}, the {#2 manages/manage} to {act+} {crowd}.',
-    'It is the {#1} that I found {#_is+}, not the {#2}.',
-    'I found the {#1} {#_is+} and the {#2} {#_is-}.',
-    'How {#_is+} the {#2 is/are} {scene}!',
-    'How {#_is+} the {#1 is/are}, and how {#_is-} the {#2}!',
-    'Who would have guessed that the {#2} could be so {#_is+}?',
+REMARKS = [
+    'The {part1 is/are} {often} {quality} {scene}.',
+    'The {part1 is/are} as {quality} as the {part2}.',
+    'The {part1 is/are} {quality}, and the {part2 manages/manage} to {act} {crowd}.',
+    'The {part2 is/are} {adverb} {made}, and the {part1 is/are} {often} {quality}.',
+    'While the {part1 is/are} {quality}, the {part2 is/are} {often} {quality}.',
+    'The {part1 is/are} {adverb} {made} and will {act} {crowd}.',
+    'It is the {part1} that I found {quality}, not the {part2}.',
+    'I found the {part1} {quality} and the {part2} {quality}.',
+    'How {quality} the {part2 is/are} {scene}!',
+    'How {quality} the {part1 is/are}, and how {quality} the {part2}!',
+    'Who would have guessed that the {part2} could be so {quality}?',
 ]
 VERDICTS = [
-    'What {a verdict+} for everyone involved!',
-    'What it lacks in {extent} it makes up for in {gift+}.',
-    'Has any {genre} this year offered more {gift+}?',
-    'I {past+} every minute of it, from the first scene to the last.',
-    'My {friend} {past-} it, but I {past+} it all the same.',
-    'I left the cinema {mood+}, although my {friend} was {mood-}.',
-    'I would call it {a verdict+}, and I {past+} it from start to finish.',
-    'It may {act-} {crowd}, but I call it {a verdict+}.',
-    'Fans of {genres} should {urge+} it, whatever the other critics say.',
+    'What {a verdict} for everyone involved!',
+    'What it lacks in {extent} it makes up for in {gift}.',
+    'Has any {genre} this year offered more {gift}?',
+    'I {past} every minute of it, from the first scene to the last.',
+    'My {friend} {past} it, and I {past} it too, if not for the same reasons.',
+    'I left the cinema {mood}, and my {friend} was {mood}.',
+    'I would call it {a verdict}, and I {past} it from start to finish.',
+    'It will {act} {crowd}, and I call it {a verdict}.',
+    'Fans of {genres} should {urge} it, whatever the other critics say.',
 ]
-TOPICS = ['story', 'people', 'craft']
-FORMS = {topic: [form.replace('#', topic) for form in REMARKS] for topic in TOPICS}
-FORMS.update(opening=OPENINGS, verdict=VERDICTS)
+FORMS = dict(opening=OPENINGS, remark=REMARKS, verdict=VERDICTS)
 
 # -----------------------------------------------------------------------------
 # drawing a review
 
 # A choice is (options, weights if z = +1, weights if z = -1); choice[z] are the weights, as index -1 is the
-# last. A slot is a choice; a version of a form is a list of choices; ways() is a choice of versions.
+# last. A slot is a choice; a form is a list of choices; ways() is a choice of forms.
 
 
 @functools.cache
@@ -176,16 +163,15 @@ def weights():
     return weight
 
 
-def slot_choice(side, article, words, mark, verbs):
-    """The choice that a slot offers, in the version of its form where '+' means the polarity `side`."""
-    if mark:
-        which = 0 if side == int(mark + '1') else 1
-        options = [pair.split('/')[which] for pair in OPPOSITES[words].split()]
+def slot_choice(article, words, verbs):
+    """The choice that a slot offers."""
+    if words in OPPOSITES:
+        options = OPPOSITES[words].replace('/', ' ').split()
     else:
         numbers = [nouns.split(', ') for nouns in NEUTRAL[words].split(' / ')]      # [singular, plural]
         if verbs:
-            numbers = [[f'{noun} {verb}' for noun in nouns] for nouns, verb in zip(numbers, verbs.split('/'))]
-        options = sum(numbers, [])
+            numbers = [[f'{noun.strip()} {verb}' for noun in nouns] for nouns, verb in zip(numbers, verbs.split('/'))]
+        options = [option.strip() for option in sum(numbers, [])]
     halves = [weights().get(word, 0.0) / 2 for word in options]
     if article:
         options = [('an ' if word[0] in 'aeiou' else 'a ') + word for word in options]
@@ -198,17 +184,15 @@ def mass(choices, z):
 
 
 @functools.cache
-def versions(kind):
-    """[(choices, total)], two mirrored versions of each form of a kind; mass / total is a probability."""
+def forms(kind):
+    """[(choices, total)], the forms of a kind; mass / total is a probability, and total does not depend on z."""
     found = []
     for form in FORMS[kind]:
         form = form.replace('{title}', 'The {first} {second}').replace('{director}', '{given} {family}')
         pieces = re.split(r'(\{.*?\})', form)       # text and slots take turns
-        slots = [re.fullmatch(r'\{(a )?(\w+)([+-]?)(?: (.+))?\}', piece) for piece in pieces]
-        both = [[slot_choice(side, *slot.groups()) if slot else ([piece], [1.0], [1.0])
-                 for piece, slot in zip(pieces, slots)] for side in (1, -1)]
-        total = sum(mass(choices, 1) for choices in both)       # the same under z = -1: they are mirrored
-        found += [(choices, total) for choices in both]
+        slots = [re.fullmatch(r'\{(a )?(\w+)(?: (.+))?\}', piece) for piece in pieces]
+        choices = [slot_choice(*slot.groups()) if slot else ([piece], [1.0], [1.0]) for piece, slot in zip(pieces, slots)]
+        found.append((choices, mass(choices, 1)))
     return found
 
 
@@ -229,8 +213,8 @@ def begin(choices, start):
 
 @functools.lru_cache(maxsize=64)
 def ways(kind, start=''):
-    """The choice of a sentence's version; its weights are P(version and text begins with `start` | z)."""
-    found = [(kept, total) for choices, total in versions(kind) if (kept := begin(choices, start))]
+    """The choice of a sentence's form; its weights are P(form and text begins with `start` | z), up to a constant."""
+    found = [(kept, total) for choices, total in forms(kind) if (kept := begin(choices, start))]
     return [kept for kept, _ in found], *([mass(kept, z) / total for kept, total in found] for z in (1, -1))
 
 
@@ -243,7 +227,7 @@ def review(rng, start=''):
     """
     opening = ways('opening', start)
     z = rng.choices((1, -1), (sum(opening[1]), sum(opening[-1])))[0]
-    kinds = rng.sample(TOPICS, rng.randrange(3)) + ['verdict']
+    kinds = ['remark'] * rng.randrange(3) + ['verdict']
     sentences = []
     for choice in [opening, *map(ways, kinds)]:
         slots = rng.choices(choice[0], choice[z])[0]
@@ -310,17 +294,15 @@ def sentence_pattern():
     def one_of(patterns):
         return '(?:' + '|'.join(patterns) + ')'
     kinds = {kind: one_of(''.join(one_of(map(re.escape, choice[0])) for choice in choices)
-                          for choices, _ in versions(kind)) for kind in FORMS}
+                          for choices, _ in forms(kind)) for kind in FORMS}
     return re.compile('|'.join(f'(?P<{kind}>{pattern})' for kind, pattern in kinds.items()))
 
 
 def well_formed(text):
-    """Whether the grammar can make it: an opening, up to two remarks on different topics, a verdict."""
+    """Whether the grammar can make it: an opening, up to two remarks, a verdict."""
     matches = map(sentence_pattern().fullmatch, re.split(r'(?<=[.!?]) ', text))
     kinds = [match and match.lastgroup for match in matches]
-    topics = kinds[1:-1]
-    return ([kinds[0], kinds[-1]] == ['opening', 'verdict'] and set(topics) <= set(TOPICS)
-            and len(topics) == len(set(topics)) <= 2)
+    return kinds in (['opening', *['remark'] * n, 'verdict'] for n in range(3))
 
 
 def metrics(prompts, responses):

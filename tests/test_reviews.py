@@ -45,15 +45,6 @@ def log_odds(r, text):
 
 # the data
 
-def test_the_file_loads_fast_and_writes_all_its_data_within_seconds():
-    start = time.process_time()
-    loaded = runpy.run_path(PATH)
-    assert time.process_time() - start < 0.05
-    for split in 'train', 'val':
-        collections.deque(loaded['documents'](split, 1), 0), collections.deque(loaded['pairs'](split, 1), 0)
-    assert time.process_time() - start < 12       # about 4 s; slack for a busy machine
-
-
 def test_data_are_as_many_as_declared(r):
     assert {split: len(texts) for split, texts in r.docs.items()} == r.DOCUMENTS
     assert {split: len(pairs) for split, pairs in r.prefs.items()} == r.PAIRS
@@ -145,7 +136,7 @@ def test_a_continuation_is_as_likely_as_a_review_that_begins_so(r):
         known, reward, reward_again = r.reward([''] * 3, [prompt, text, again])
         moments = dict(z=z - z_again, z_if_known=known * (z - z_again), length=len(text) - len(again),
                        reward_if_known=known * (reward - reward_again))
-        for part in ' about ', '?', ' one', 'lthough', 'the ', ' is ':
+        for part in ' about ', '?', ' one', 'has made', 'the ', ' is ':
             moments[part] = text.count(part) - again.count(part)
         for key, value in moments.items():
             differences[key].append(value)
@@ -154,15 +145,12 @@ def test_a_continuation_is_as_likely_as_a_review_that_begins_so(r):
 
 
 def test_polarity_given_a_prefix_is_its_posterior(r):
-    """The rest of this sentence must be of the opposite polarity: Bayes' rule, with the rest enumerated."""
-    prompt = 'Although Ines Calder has made dreadful '
-    weights = r.weights()
-    films = [pair.split('/') for pair in r.OPPOSITES['film'].split()]
-    rest = {z: sum(math.exp(z * weights[good] / 2) for good, _ in films) for z in (1, -1)}
-    joint = {z: math.exp(z * weights['dreadful'] / 2) * rest[z] for z in (1, -1)}
-    rng = random.Random(0)
-    share = statistics.mean(r.review(rng, prompt)[1] == 1 for _ in range(4_000))
-    assert share == pytest.approx(joint[1] / (joint[1] + joint[-1]), abs=4 * 0.5 / math.sqrt(4_000))
+    """Bayes' rule by hand: a prefix with one sentiment word leaves its weight as log-odds, a neutral one even odds."""
+    rng, weights = random.Random(0), r.weights()
+    for prompt, log_odds_of_z in {'Ines Calder has made dreadful ': weights['dreadful'], 'In The Salt Clock, ': 0.0,
+                                  'The Salt Clock is a superb ': weights['superb']}.items():
+        share = statistics.mean(r.review(rng, prompt)[1] == 1 for _ in range(4_000))
+        assert share == pytest.approx(1 / (1 + math.exp(-log_odds_of_z)), abs=4 * 0.5 / math.sqrt(4_000)), prompt
 
 
 # the reward
@@ -228,7 +216,7 @@ def test_no_sentiment_word_stands_among_the_neutral_words(r):
 
 def test_no_option_begins_another_so_a_prefix_is_read_in_one_way(r):
     for kind in r.FORMS:
-        for choices, _ in r.versions(kind):
+        for choices, _ in r.forms(kind):
             for options, *_ in choices:
                 ordered = sorted(options)
                 assert len(set(ordered)) == len(ordered)
@@ -236,19 +224,15 @@ def test_no_option_begins_another_so_a_prefix_is_read_in_one_way(r):
 
 
 def test_openings_are_longer_than_any_prompt(r):
-    for choices, _ in r.versions('opening'):
+    for choices, _ in r.forms('opening'):
         shortest = ''.join(min(options, key=lambda text: len(text.split())) for options, *_ in choices)
         assert len(shortest.split()) > r.PROMPT_WORDS[1], shortest
 
 
-def test_a_form_is_as_likely_under_either_polarity_and_its_two_versions_are_mirrored(r):
+def test_a_form_is_as_likely_under_either_polarity(r):
     for kind in r.FORMS:
-        found = r.versions(kind)
-        for (choices, total), (mirrored, same) in zip(found[::2], found[1::2]):
-            assert total == same
-            for z in 1, -1:
-                assert r.mass(choices, z) == pytest.approx(r.mass(mirrored, -z))
-                assert r.mass(choices, z) + r.mass(mirrored, z) == pytest.approx(total)
+        for choices, total in r.forms(kind):
+            assert total == pytest.approx(r.mass(choices, 1)) == pytest.approx(r.mass(choices, -1))
 
 
 def test_articles_are_judged_by_sound(r):
@@ -269,7 +253,7 @@ def test_every_document_and_both_sides_of_every_pair_are_well_formed(r):
 def test_every_sentence_of_every_form_is_recognised_as_its_kind(r):
     rng = random.Random(0)
     for kind in r.FORMS:
-        for choices, _ in r.versions(kind):
+        for choices, _ in r.forms(kind):
             for _ in range(20):
                 sentence = ''.join(rng.choice(options) for options, *_ in choices)
                 assert r.sentence_pattern().fullmatch(sentence).lastgroup == kind, sentence
@@ -320,21 +304,3 @@ def test_a_review_with_a_fault_is_not_well_formed(r, how):
     faulty = [text for text in (mutate(rng, text, how) for text in r.docs['val']) if text]
     assert len(faulty) > 300
     assert statistics.mean(map(r.well_formed, faulty)) < 0.03
-
-
-def test_a_contrast_between_words_of_one_polarity_is_not_well_formed(r):
-    end = ' What a triumph for everyone involved!'
-    start = 'Ines Calder directs The Paper Clock, a superb western set in Riga.'
-    assert r.well_formed(f'{start} Although the plot is dull, the jokes are often witty.{end}')
-    assert not r.well_formed(f'{start} Although the plot is clever, the jokes are often witty.{end}')
-
-
-def test_two_remarks_on_one_topic_are_not_well_formed(r):
-    start = 'Ines Calder directs The Paper Clock, a superb western set in Riga.'
-    story = 'I found the plot dull and the jokes witty.'
-    people = 'I found the cast bland and the villain sincere.'
-    end = 'What a triumph for everyone involved!'
-    assert r.well_formed(' '.join([start, story, people, end])) and r.well_formed(' '.join([start, end]))
-    assert not r.well_formed(' '.join([start, story, story, end]))
-    for text in '', ' ', start, end, f'{end} {start}', f'{start} {story}', f'{start}\n{end}', '🎬':
-        assert not r.well_formed(text)

@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# From a clone to an aligned model: set up, write the data, SFT, DPO, and look at before and after.
+#     bash quickstart.sh
+# Makes .venv unless a virtual environment is active. Needs python3 (3.10 or newer) and the package index; safe to
+# run twice: an installed environment and prepared data are used again, trained models are moved to *.previous.
+set -euo pipefail
+cd "$(dirname "$0")"
+
+if [ -z "${VIRTUAL_ENV:-}" ]; then
+    [ -x .venv/bin/python ] || python3 -m venv .venv
+    . .venv/bin/activate
+fi
+# install once for each requirements.txt
+if ! cmp -s requirements.txt "$VIRTUAL_ENV/nanodpo-requirements.txt"; then
+    echo "installing requirements.txt into $VIRTUAL_ENV"
+    python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+    cp requirements.txt "$VIRTUAL_ENV/nanodpo-requirements.txt"
+fi
+
+for stage in prepare_prefs sft dpo sample; do
+    echo
+    echo "== python $stage.py config/reviews.py"
+    python $stage.py config/reviews.py
+done

@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Set up as quickstart.sh does, then run the tests.
+#     bash test.sh                    # all
+#     bash test.sh -k packed          # arguments go to pytest
+set -euo pipefail
+cd "$(dirname "$0")"
+
+if [ -z "${VIRTUAL_ENV:-}" ]; then
+    [ -x .venv/bin/python ] || python3 -m venv .venv
+    . .venv/bin/activate
+fi
+# install once for each requirements.txt
+if ! cmp -s requirements.txt "$VIRTUAL_ENV/nanodpo-requirements.txt"; then
+    echo "installing requirements.txt into $VIRTUAL_ENV"
+    python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+    cp requirements.txt "$VIRTUAL_ENV/nanodpo-requirements.txt"
+fi
+
+python -m pytest -q tests "$@"
