@@ -180,12 +180,12 @@ class GPT(nn.Module):
             drawn.append(torch.where(done, -1, new))                                # -1: after the end
             done |= new == end_token
             last = last + 1
-            done |= last >= self.config.block_size
+            done |= last == self.config.block_size - 1              # prompt + response fill the positions
             if done.all():
                 break
             tokens, positions = new[:, None], last.clamp(max=size - 1)[:, None]     # (B, 1)
         self.train(was_training)
-        return [[t for t in row if t >= 0] for row in torch.stack(drawn, 1).tolist()]
+        return [[t for t in row if t >= 0] for row in zip(*(new.tolist() for new in drawn))] if drawn else [[] for _ in prompts]
 
     # -------------------------------------------------------------------------
     # GPT-2 weights in the Hugging Face layout
@@ -199,11 +199,11 @@ class GPT(nn.Module):
         """
         from safetensors import SafetensorError, safe_open
         path = _fetcher(name_or_dir)
-        try:
-            with open(path('config.json')) as f:
+        with open(path('config.json')) as f:
+            try:
                 hf = json.load(f)
-        except ValueError as error:
-            raise CheckpointError(f'{name_or_dir}/config.json is not JSON: {error}') from None
+            except ValueError as error:
+                raise CheckpointError(f'{name_or_dir}/config.json is not JSON: {error}') from None
         expected = dict(model_type='gpt2', activation_function='gelu_new', tie_word_embeddings=True, n_inner=None,
                         scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
         for key, value in expected.items():
@@ -300,13 +300,11 @@ def _fetcher(name_or_dir):
         from huggingface_hub.errors import EntryNotFoundError
         try:
             return hf_hub_download(name_or_dir, file)
-        except EntryNotFoundError as error:
-            if optional:
+        except Exception as error:      # of many kinds: no such name, no such file, no network, no token
+            if optional and isinstance(error, EntryNotFoundError):
                 return None
-            raise CheckpointError(f"'{name_or_dir}' on the hub has no {file}") from error
-        except Exception as error:
-            raise CheckpointError(f"'{name_or_dir}' is neither a directory here nor to be had from the hub "
-                                  f'({type(error).__name__}; offline, or a wrong name?)') from None
+            raise CheckpointError(f"'{name_or_dir}' is neither a directory here nor to be had from the hub: {file}: "
+                                  f'{type(error).__name__} (offline, or a wrong name?)') from None
 
     return local if os.path.isdir(name_or_dir) else hub
 

@@ -6,49 +6,49 @@
 
 `source` is one of
 - a .jsonl file, a line a pair: {"prompt": "...", "chosen": "...", "rejected": "..."}; other keys are ignored,
-  blank lines skipped. Texts are taken as they are. A line that is not such a pair, whose chosen or rejected is
-  blank, or whose two responses are the same, is reported with its number and stops the run (max_bad_lines).
-- a directory with train.jsonl and, if there is one, val.jsonl (validation.jsonl, test.jsonl).
-- a .py file that defines pairs(split, seed), a generator of such dicts for 'train' and for 'val'.
-- a hub name, or a directory in a layout of `datasets`. Rows of prompt, chosen, rejected are taken as they are.
-  Rows of chosen and rejected alone are whole dialogues, as in Anthropic HH: each side is split at its last
-  '\\n\\nAssistant:', which ends the prompt; the response keeps its leading space, not its trailing white space.
-  Dropped, and counted under the first name that fits: `no_assistant_turn` (a side has none, or does not end with
-  it), `prompts_differ` (no one prompt belongs to both), `empty_response`, `identical`.
+  blank lines skipped, texts taken as they are. A line that is no such pair, has a blank response or two equal
+  ones, is reported with its number and stops the run (see max_bad_lines).
+- a directory with train.jsonl and, if there is one, val.jsonl (or validation.jsonl, test.jsonl).
+- a .py file that defines pairs(split, seed), which yields such dicts for 'train' and for 'val'.
+- a hub name, or a directory in a layout that `datasets` reads. Rows of prompt, chosen, rejected are taken as
+  they are. Rows of chosen and rejected alone are whole dialogues, as in Anthropic HH: each side is split
+  after its last '\\n\\nAssistant:', and the response keeps its leading space, but no white space at its end.
+  Dropped, and counted under the first that fits: `no_assistant_turn` (a side does not end with one),
+  `prompts_differ` (no one prompt belongs to both), `empty_response`, `identical`.
 
-A source without a validation split gives up val_fraction of its pairs, drawn by the seed; pairs with the same
-prompt go to the same side, so validation prompts are new to the model. Of `documents`, a document counts as its
-own prompt, and a lone one is divided: its end is held out.
+Where there is no validation split, val_fraction of the pairs is held out, drawn by the seed; pairs with the
+same prompt go to the same side, so validation prompts are new to the model. Documents are held out likewise;
+of a lone one in a .txt file, the end.
 
 Truncation, only where prompt + longest response exceed max_length: the prompt is cut from the left to
-max_prompt_length, then responses from the right to what is left. A response ends with the end token, which counts,
-unless it was cut. A document follows an end token and ends with one; in pieces of max_length tokens, the last
-token of one piece is the prompt of the next, so every token is predicted once.
+max_prompt_length, then responses from the right to what is left. A response ends with the end token, which
+counts, unless it was cut. A document follows an end token and ends with one; of a long one, the last token of
+one piece is the prompt of the next, so that every token is predicted once.
 
-A set that was made from the same inputs and is undamaged is reused. A .py file is known by its own bytes: change
-the seed or the file when what it imports has changed.
+A set that is undamaged and was made from the same knobs and the same bytes is reused; of a .py file only its
+own bytes are looked at, not what it imports. A run that fails or is stopped leaves the set as it was.
 """
 import base64
 import collections
-import concurrent.futures
 import contextlib
 import dataclasses
 import functools
+import glob
 import hashlib
 import heapq
 import io
 import itertools
 import json
-import multiprocessing
 import os
 import re
 import runpy
+import shutil
 import signal
 import sys
 import tempfile
-import threading
 import time
 import traceback
+import urllib.error
 import urllib.request
 from dataclasses import dataclass
 
@@ -66,28 +66,26 @@ class Config:
     name: str = 'reviews'           # the experiment: writes data/<name>/
     source: str = ''                # pairs: a hub name, a directory, a .jsonl or a .py file; '' = no pairs
     data_dir: str = ''              # a subset inside source, e.g. harmless-base of Anthropic/hh-rlhf
-    documents: str = ''             # text to pretrain on: a .py file with documents(split, seed), a .jsonl file with
-                                    # "text", a .txt file (lines <|endoftext|> between documents), or 'chosen': the
-                                    # pairs' prompt + chosen; '' = none
-    tokenizer: str = 'gpt2'         # one of tiktoken's, 'bytes', or 'bpe:N': N tokens, learned from the training text
+    documents: str = ''             # text to pretrain on: a .py file with documents(split, seed), a .jsonl
+                                    # file with `text`, a .txt file (<|endoftext|> lines between texts), or
+                                    # 'chosen': prompt + chosen of the pairs; '' = none
+    tokenizer: str = 'gpt2'         # one of tiktoken's, 'bytes', or 'bpe:N': N tokens learned from the text
     template: str = '{prompt}'      # what stands around a prompt; <|endoftext|> at its start is the end token
-    max_length: In[int, 'x >= 2'] = 512             # tokens of the prompt and one response; the paper's
-    max_prompt_length: In[int, 'x >= 1'] = 256      # a prompt is cut to this only where max_length is exceeded
+    max_length: In[int, 'x >= 2'] = 512             # tokens of a prompt and one response; the paper's
+    max_prompt_length: In[int, 'x >= 1'] = 256      # a prompt is cut to this, only where too long together
     val_fraction: In[float, '0 < x < 1'] = 0.05     # held out, where the source has no validation split
     max_bad_lines: In[int, 'x >= 0'] = 0            # of your own data: more than this many stop the run
-    workers: In[int, 'x >= 0'] = 0                  # processes that tokenise; 0 = one a core
-    seed: In[int, 'x >= 0'] = 1337                  # of the held-out split, and given to a .py source
+    seed: In[int, 'x >= 0'] = 1337                  # of what is held out; a .py source gets it too
 
 
 SPLITS = ('train', 'val', 'documents_train', 'documents_val')
-FILES = [f'{split}{end}' for split in SPLITS for end in ('.bin', '.idx.npy')] + ['tokenizer.json', 'meta.json']
-CHUNK = 1000                # rows a worker takes at a time
+FILES = [f'{s}.bin' for s in SPLITS] + [f'{s}.idx.npy' for s in SPLITS] + ['tokenizer.json', 'meta.json']
 
 # -----------------------------------------------------------------------------
-# rows: from any source to texts, or a reason why not
+# rows: a source's row as a list of texts, or ValueError(reason, what is wrong with it)
 
-def texts(row, *keys):
-    """The strings under `keys` of a row, a list; raises ValueError(reason, what is wrong)."""
+def read_texts(row, *keys):
+    """The strings under `keys`; only a prompt may be blank."""
     if not isinstance(row, dict):
         raise ValueError('not_an_object', f'not an object with {", ".join(keys)}, but {type(row).__name__}')
     for key in keys:
@@ -99,15 +97,14 @@ def texts(row, *keys):
             row[key].encode()
         except UnicodeEncodeError:
             raise ValueError('not_unicode', f"'{key}' holds half a character, a lone surrogate") from None
+        if key != 'prompt' and not row[key].strip():
+            raise ValueError('empty_text' if key == 'text' else 'empty_response', f"empty '{key}'")
     return [row[key] for key in keys]
 
 
 def read_pair(row):
     """[prompt, chosen, rejected] of a row that has them."""
-    prompt, chosen, rejected = texts(row, 'prompt', 'chosen', 'rejected')
-    for key in ('chosen', 'rejected'):
-        if not row[key].strip():
-            raise ValueError('empty_response', f"empty '{key}'")
+    prompt, chosen, rejected = read_texts(row, 'prompt', 'chosen', 'rejected')
     if chosen == rejected:
         raise ValueError('identical', "'chosen' and 'rejected' are the same")
     return [prompt, chosen, rejected]
@@ -115,25 +112,17 @@ def read_pair(row):
 
 def read_dialogues(row):
     """[prompt, chosen, rejected] of a row whose two sides are whole dialogues, as in Anthropic HH."""
-    sides = [text.rpartition('\n\nAssistant:') for text in texts(row, 'chosen', 'rejected')]
-    for _, turn, response in sides:
-        if not turn or '\n\nHuman:' in response:
-            raise ValueError('no_assistant_turn', 'a side does not end with a turn of the Assistant')
+    sides = [text.rpartition('\n\nAssistant:') for text in read_texts(row, 'chosen', 'rejected')]
     (prompt, turn, chosen), (other, _, rejected) = sides
+    if any(not turn or '\n\nHuman:' in response for _, turn, response in sides):
+        raise ValueError('no_assistant_turn', 'a side does not end with a turn of the Assistant')
     if prompt != other:
         raise ValueError('prompts_differ', 'the two sides have different prompts')
     return read_pair({'prompt': prompt + turn, 'chosen': chosen.rstrip(), 'rejected': rejected.rstrip()})
 
 
-def read_document(row):
-    """[text] of a row that has it."""
-    if not texts(row, 'text')[0].strip():
-        raise ValueError('empty_document', "empty 'text'")
-    return [row['text']]
-
-
 def parse_line(line):
-    """A line of a .jsonl file, bytes, as what it says; raises ValueError(reason, what is wrong)."""
+    """What a line of a .jsonl file, bytes, says."""
     try:
         return json.loads(line.decode('utf-8-sig'))
     except UnicodeDecodeError as error:
@@ -142,141 +131,141 @@ def parse_line(line):
         raise ValueError('not_json', f'not JSON ({error})') from None
 
 # -----------------------------------------------------------------------------
-# sources: {'train': (label, rows, read), 'val': the same} or 'train' alone. rows() may be called again, and gives
-# (number, row); read(row) gives texts or raises ValueError; a label ('pairs.jsonl line') is for messages, and ''
-# where a bad row is dropped by rule and is nobody's mistake
+# sources: {'train': (label, rows, read), 'val': the same}, or 'train' alone. rows() yields (number, row)
+# whenever called; read(row) gives texts; the label ('pairs.jsonl line') is for messages, '' where a bad row
+# is dropped by rule and is not the user's mistake
 
-def lines_of(path, read):
+def from_lines(path, read):
     def rows():
         with open(path, 'rb') as f:
             yield from ((number, line) for number, line in enumerate(f, 1) if line.strip())
     return f'{path} line', rows, lambda line: read(parse_line(line))
 
 
-def list_of(items, label, read):
-    return label, lambda: enumerate(items, 1), read
+def from_items(items, label, read):
+    return label, functools.partial(enumerate, items, 1), read
 
 
 def from_python(path, function, seed, read):
     """What the function of that name in a .py file yields for both splits."""
-    found = {}
     try:
-        module = runpy.run_path(path)
-        if not callable(module.get(function)):
+        found = runpy.run_path(path).get(function)
+        if not callable(found):
             raise UserError(f'{path} defines no {function}(split, seed)')
-        for split in ('train', 'val'):
-            found[split] = list_of(list(module[function](split, seed)), f"{path} {function}('{split}') item", read)
+        return {split: from_items(list(found(split, seed)), f"{path} {function}('{split}') item", read)
+                for split in ('train', 'val')}
     except Exception as error:
-        at = [f' line {frame.lineno}' for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
-        raise UserError(f'{path}{at[-1] if at else ""}: {type(error).__name__}: {error}') from None
-    return found
+        frames = traceback.extract_tb(error.__traceback__)
+        at = [f' line {frame.lineno}' for frame in frames if frame.filename == path][-1:]
+        raise UserError(f'{path}{"".join(at)}: {type(error).__name__}: {error}') from None
+
+
+def from_text(path, val_fraction, read):
+    """The documents of a .txt file; a lone one is divided."""
+    try:
+        with open(path, encoding='utf-8') as f:
+            found = re.split(rf'(?m)^{re.escape(EOT)}[ \t]*$', f.read())
+    except UnicodeDecodeError as error:
+        raise UserError(f'{path} is not UTF-8 at byte {error.start + 1}') from None
+    found = [document.strip('\n') for document in found if document.strip()]
+    if len(found) != 1:
+        return {'train': from_items(found, f'{path} document', read)}
+    cut = round(len(found[0]) * (1 - val_fraction))
+    halves = {'train': found[0][:cut], 'val': found[0][cut:]}
+    return {split: from_items([text], f'{path} {split} part', read) for split, text in halves.items()}
 
 
 def load_dataset(source, data_dir, cache_dir=None):
-    """A datasets.DatasetDict, or one line on why there is none."""
-    hub = os.environ.get('HF_ENDPOINT', 'https://huggingface.co')
-    try:
-        if cache_dir is None:
+    """A datasets.DatasetDict, of the local directory if there is one, or one line on why there is none."""
+    what = f"source '{source}'" + (data_dir and f" with data_dir '{data_dir}'") + ' could not be loaded'
+    if not os.path.isdir(source):
+        hub = os.environ.get('HF_ENDPOINT', 'https://huggingface.co')
+        what += ' from the hub, and is no local directory'
+        try:
             urllib.request.urlopen(hub, timeout=5).close()
-    except urllib.error.HTTPError:
-        pass                                        # it answers
-    except OSError:
-        os.environ['HF_HUB_OFFLINE'] = '1'          # read before the import: the cache or nothing, no retries
-    import datasets
+        except OSError as error:
+            if not isinstance(error, urllib.error.HTTPError):   # that is an answer
+                what += f' ({hub} does not answer: offline?)'
+                os.environ['HF_HUB_OFFLINE'] = '1'              # the cache or nothing, no minutes of retries
+    import datasets                                             # now, since it reads HF_HUB_OFFLINE here
     datasets.logging.set_verbosity_error()
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     try:
         return datasets.load_dataset(source, data_dir=data_dir or None, cache_dir=cache_dir)
     except Exception as error:
-        offline = os.environ.get('HF_HUB_OFFLINE') and f'; {hub} cannot be reached: offline?'
-        raise UserError(f"source '{source}'{data_dir and f' with data_dir {data_dir!r}'} could not be loaded: "
-                        f"{type(error).__name__}: {str(error)[:300]}{offline or ''}") from None
+        raise UserError(f'{what}: {type(error).__name__}: {str(error)[:300]}') from None
 
 
-def from_dataset(dataset, source):
-    """The splits of a datasets.DatasetDict: rows of explicit columns, or of dialogues."""
-    def split_of(table):
-        columns = [c for c in ('prompt', 'chosen', 'rejected') if c in table.column_names]
-        if columns[-2:] != ['chosen', 'rejected']:
-            raise UserError(f"source '{source}' has columns {', '.join(table.column_names)}; chosen and rejected are "
-                            'needed, and prompt where they are not whole dialogues')
-
-        def rows():
-            batches = table.select_columns(columns).iter(CHUNK)
-            values = itertools.chain.from_iterable(zip(*(batch[c] for c in columns)) for batch in batches)
-            return enumerate((dict(zip(columns, v)) for v in values), 1)
-        return '', rows, read_pair if len(columns) == 3 else read_dialogues
-    return {split: split_of(table) for split, table in train_and_val(dataset, source).items()}
+def from_dataset(found, source):
+    """The splits of a datasets.DatasetDict: rows of explicit columns, or of whole dialogues."""
+    for table in found.values():
+        if not {'chosen', 'rejected'} <= set(table.column_names):
+            raise UserError(f"source '{source}' has columns {', '.join(table.column_names)}; it needs "
+                            'chosen and rejected, and prompt unless they are whole dialogues')
+    return {split: from_items(table, '', read_pair if 'prompt' in table.column_names else read_dialogues)
+            for split, table in found.items()}
 
 
 def train_and_val(found, source):
-    """{'train': ..., 'val': ...} of what a source calls its splits; without 'val' where it has none."""
-    train = 'train' if 'train' in found or len(found) != 1 else next(iter(found))
+    """{'train': ..., 'val': ...} of {name: split}; without 'val' where there is none."""
+    train = 'train' if len(found) > 1 else next(iter(found))
     if train not in found:
         raise UserError(f"source '{source}' has no split 'train', only {', '.join(found)}")
-    val = [split for split in ('val', 'validation', 'test') if split in found and split != train][:1]
-    return {'train': found[train]} | {'val': found[split] for split in val}
+    val = [split for split in ('val', 'validation', 'test') if split in found and split != train]
+    return {'train': found[train]} | {'val': found[split] for split in val[:1]}
 
 
 def open_pairs(cfg, hub, aside):
-    """The source of pairs. hub: its DatasetDict where it comes from the hub; aside: a folder for temporary files."""
-    folder = os.path.join(cfg.source, cfg.data_dir)
-    found = {s: f'{folder}/{s}.jsonl' for s in ('train', 'val', 'validation', 'test') if os.path.isfile(f'{folder}/{s}.jsonl')}
+    """The source of pairs. hub: its DatasetDict where it is on the hub; aside: a temporary folder."""
     if cfg.source.endswith('.py'):
         return from_python(cfg.source, 'pairs', cfg.seed, read_pair)
     if cfg.source.endswith('.jsonl'):
-        return {'train': lines_of(cfg.source, read_pair)}
-    if hub is None and 'train' in found:
-        return {split: lines_of(path, read_pair) for split, path in train_and_val(found, folder).items()}
-    # a cache of its own: the shared one goes by file times, and would keep a copy of local data
-    return from_dataset(hub or load_dataset(cfg.source, cfg.data_dir, os.path.join(aside, 'cache')), cfg.source)
+        return {'train': from_lines(cfg.source, read_pair)}
+    folder = os.path.join(cfg.source, cfg.data_dir)
+    if os.path.isfile(os.path.join(folder, 'train.jsonl')):
+        files = {file[:-6]: file for file in os.listdir(folder) if file.endswith('.jsonl')}
+        return {split: from_lines(os.path.join(folder, file), read_pair)
+                for split, file in train_and_val(files, folder).items()}
+    # local files get a cache of their own: the shared one tells them by their times, and keeps a copy
+    found = hub or load_dataset(cfg.source, cfg.data_dir, os.path.join(aside, 'cache'))
+    return from_dataset(train_and_val(found, cfg.source), cfg.source)
 
 
 def open_documents(cfg):
-    """The source of documents, as of pairs."""
-    path = cfg.documents
-    if path.endswith('.py'):
-        return from_python(path, 'documents', cfg.seed, lambda text: read_document({'text': text}))
-    if path.endswith('.jsonl'):
-        return {'train': lines_of(path, read_document)}
-    try:
-        with open(path, encoding='utf-8') as f:
-            pieces = [piece.strip('\n') for piece in re.split(rf'(?m)^{re.escape(EOT)}[ \t]*$', f.read())]
-    except UnicodeDecodeError as error:
-        raise UserError(f'{path} is not UTF-8 at byte {error.start + 1}') from None
-    pieces = [piece for piece in pieces if piece.strip()]
-    if len(pieces) == 1:
-        cut = round(len(pieces[0]) * (1 - cfg.val_fraction))
-        pieces = {'train': [pieces[0][:cut]], 'val': [pieces[0][cut:]]}
-    else:
-        pieces = {'train': pieces}
-    return {split: list_of(p, f'{path} document', lambda text: read_document({'text': text})) for split, p in pieces.items()}
+    """The source of documents."""
+    if cfg.documents.endswith('.jsonl'):
+        return {'train': from_lines(cfg.documents, lambda row: read_texts(row, 'text'))}
+
+    def read(text):
+        return read_texts({'text': text}, 'text')
+    if cfg.documents.endswith('.py'):
+        return from_python(cfg.documents, 'documents', cfg.seed, read)
+    return from_text(cfg.documents, cfg.val_fraction, read)
 
 # -----------------------------------------------------------------------------
-# the first pass: what is bad, what is kept, what is held out
+# the first pass: what is bad, what is held out
 
 def survey(source, bad):
-    """Read a split once. Returns (prompts, dropped): for each row the number of its prompt in order of appearance
-    (-1 = dropped), int array (N,), and {reason: n}. Appends a line on each of the user's bad rows to `bad`."""
+    """Read a split once. Returns (prompts, dropped): the number of each row's prompt, by order of appearance,
+    int (N,), -1 for a row that is dropped; and {reason: n}. Adds a line to `bad` on each of the user's."""
     label, rows, read = source
     prompts, seen, dropped = [], {}, collections.Counter()
     for number, row in tqdm(rows(), 'reading', unit=' rows', disable=None, leave=False):
         try:
-            digest = hashlib.blake2b(read(row)[0].encode(), digest_size=16).digest()
+            digest = hashlib.sha256(read(row)[0].encode()).digest()
+            prompts.append(seen.setdefault(digest, len(seen)))
         except ValueError as error:
             reason, message = error.args
             dropped[reason] += 1
             prompts.append(-1)
             if label:
                 bad.append(f'{label} {number}: {message}')
-        else:
-            prompts.append(seen.setdefault(digest, len(seen)))
     return np.array(prompts, np.int64), dict(sorted(dropped.items()))
 
 
 def stop_at_bad(bad, allowed):
-    """Report the user's bad lines, ten at most; raise UserError where they are more than `allowed`."""
+    """Report the user's bad rows, ten at most; raise UserError where they are more than `allowed`."""
     hint = '(allow and skip bad lines with --max_bad_lines=N)'
     stop = len(bad) > allowed
     if stop and len(bad) == 1:
@@ -289,12 +278,10 @@ def stop_at_bad(bad, allowed):
         raise UserError(f'{len(bad):,} bad lines, {allowed:,} allowed {hint}')
 
 
-def hold_out(prompts, fraction, seed, what):
-    """Which rows are held out, bool (N,): close to `fraction` of those kept, whole prompts, at least one a side."""
+def hold_out(prompts, fraction, seed):
+    """Which rows are held out, bool (N,): whole prompts, `fraction` of the rows or a bit less, at least one.
+    prompts: from survey, at least two different ones."""
     sizes = np.bincount(prompts[prompts >= 0])                  # rows of each prompt
-    if len(sizes) < 2:
-        raise UserError(f'{what}: two different prompts are needed, one of them to hold out for validation; '
-                        f'there {"is one" if len(sizes) else "are none"}')
     left = min(max(1, round(fraction * sizes.sum())), sizes.sum() - 1)
     held = np.zeros(len(sizes), bool)
     for prompt in np.random.default_rng(seed).permutation(len(sizes)):
@@ -307,24 +294,28 @@ def hold_out(prompts, fraction, seed, what):
 
 
 def plan(splits, cfg, what):
-    """{split: (rows, n, dropped)} of a source's splits: rows() yields the texts of the n rows that are kept."""
+    """{split: (rows, n, dropped)} of a source: rows() yields the texts of the n rows that make the split."""
     bad = []
     found = {split: survey(source, bad) for split, source in splits.items()}
     stop_at_bad(bad, cfg.max_bad_lines)
     take = {split: prompts >= 0 for split, (prompts, _) in found.items()}
-    if 'val' not in found:
-        splits, found = {**splits, 'val': splits['train']}, {**found, 'val': (None, {})}
-        take['val'] = hold_out(found['train'][0], cfg.val_fraction, cfg.seed, what)
+    if 'val' not in splits:
+        prompts, dropped = found['train']
+        if prompts.max(initial=-1) < 1:
+            raise UserError(f'{what}: two different prompts are needed, one to hold out for validation, of '
+                            f'{take["train"].sum()} rows; dropped: {dropped or "none"}')
+        splits, found = splits | {'val': splits['train']}, found | {'val': (None, {})}
+        take['val'] = hold_out(prompts, cfg.val_fraction, cfg.seed)
         take['train'] &= ~take['val']
     for split in splits:
         if not take[split].any():
-            raise UserError(f'{what}: nothing is left for {split}; dropped {found[split][1] or "none"}')
-    return {split: (functools.partial(kept, splits[split], take[split]), int(take[split].sum()), found[split][1])
-            for split in splits}
+            raise UserError(f'{what}: no rows are left for {split}; dropped: {found[split][1] or "none"}')
+    return {split: (functools.partial(kept_rows, splits[split], take[split]), int(take[split].sum()),
+                    found[split][1]) for split in splits}
 
 
-def kept(source, take):
-    """The texts of those rows that `take` names: the second pass, and any further one."""
+def kept_rows(source, take):
+    """The texts of the rows that `take`, bool (N,), names."""
     _, rows, read = source
     return (read(row) for (_, row), wanted in zip(rows(), take) if wanted)
 
@@ -335,269 +326,226 @@ PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|
 
 
 def train_bpe(words, size):
-    """Byte-level BPE: the most frequent pair of neighbours becomes a token, until there are `size`.
+    """Byte-level BPE: the most frequent pair of neighbours becomes a token, until there are `size` tokens.
 
-    words: {bytes: count}, pieces that no token crosses. Returns tokens in rank order, list of bytes, fewer than
-    `size` where every word has become one token. A tie goes to the pair with the lower ranks.
+    words: {bytes: count}, pieces that no token crosses. Returns the tokens in rank order, list of bytes,
+    fewer than `size` where every word has become one token. A tie goes to the pair of lower ranks.
     """
     tokens = [bytes([b]) for b in range(256)]
-    ranks = {token: rank for rank, token in enumerate(tokens)}
-    pieces, weights = [list(word) for word in words], list(words.values())
+    words, weights = [list(word) for word in words], list(words.values())
     counts, places = collections.Counter(), collections.defaultdict(set)
-    for i, piece in enumerate(pieces):
-        for pair in zip(piece, piece[1:]):
+    for i, word in enumerate(words):
+        for pair in zip(word, word[1:]):
             counts[pair] += weights[i]
             places[pair].add(i)
     heap = [(-count, pair) for pair, count in counts.items()]
     heapq.heapify(heap)
     while heap and len(tokens) < size:
-        count, (a, b) = heapq.heappop(heap)
-        if counts[a, b] != -count:
-            continue                                # out of date: what it is now was pushed again
-        token = tokens[a] + tokens[b]
-        rank = ranks.setdefault(token, len(tokens))
-        if rank == len(tokens):                     # else the same bytes came together another way
-            tokens.append(token)
-        changed = set()
-        for i in places.pop((a, b)):
-            old, new = pieces[i], []
-            for t in old:                           # merge from the left
-                if new and (new[-1], t) == (a, b):
+        count, best = heapq.heappop(heap)
+        if counts[best] != -count:
+            continue                                # out of date: it was pushed again with its new count
+        changed, rank = set(), len(tokens)          # never a token twice: the same bytes always merge alike
+        tokens.append(tokens[best[0]] + tokens[best[1]])
+        for i in places.pop(best):
+            old, new = words[i], []
+            for t in old:
+                if new and (new[-1], t) == best:
                     new[-1] = rank
                 else:
                     new.append(t)
-            for piece, sign in ((old, -1), (new, 1)):
-                for pair in zip(piece, piece[1:]):
+            for word, sign in ((old, -1), (new, 1)):
+                for pair in zip(word, word[1:]):
                     counts[pair] += sign * weights[i]
+                    places[pair].add(i)
                     changed.add(pair)
-            for pair in zip(new, new[1:]):
-                places[pair].add(i)
-            pieces[i] = new
+            words[i] = new
         for pair in changed:
             if counts[pair] > 0:
                 heapq.heappush(heap, (-counts[pair], pair))
     return tokens
 
 
-def make_tokenizer(cfg, aside, training_text):
-    """The name for meta.json of the tokenizer that cfg asks for; one of our own is written to `aside`."""
-    if cfg.tokenizer != 'bytes' and not cfg.tokenizer.startswith('bpe:'):
-        return cfg.tokenizer
+def make_tokenizer(tokenizer, texts, aside):
+    """Write 'bytes' or 'bpe:N', learned from the strings `texts`, to tokenizer.json in the folder `aside`."""
     words, size = collections.Counter(), 256
-    if cfg.tokenizer != 'bytes':
+    if tokenizer != 'bytes':
         import regex                                # tiktoken needs it too
-        size = int(cfg.tokenizer[4:]) - 1           # the end token is one of N
-        for text in tqdm(training_text, 'words', unit=' texts', disable=None, leave=False):
+        size = int(tokenizer[4:]) - 1               # the end token is one of N
+        for text in tqdm(texts, 'counting words', unit=' texts', disable=None, leave=False):
             words.update(regex.findall(PATTERN, text))
     tokens = train_bpe({word.encode(): count for word, count in words.items()}, size)
     if len(tokens) < size:
-        print(f'tokenizer {cfg.tokenizer}: the text has no pairs left to merge, {len(tokens) + 1:,} tokens in all')
+        print(f'tokenizer {tokenizer}: no pairs are left to merge, it has {len(tokens) + 1:,} tokens')
     with open(os.path.join(aside, 'tokenizer.json'), 'w') as f:
-        json.dump({'name': cfg.tokenizer, 'pattern': PATTERN,
-                   'tokens': [base64.b64encode(token).decode() for token in tokens]}, f)
-    return 'tokenizer.json'
+        tokens = [base64.b64encode(token).decode() for token in tokens]
+        json.dump({'name': tokenizer, 'pattern': PATTERN, 'tokens': tokens}, f)
 
 # -----------------------------------------------------------------------------
-# the second pass: texts to token ids, in several processes
+# the second pass: texts to token ids
 
 def truncate(prompt, responses, max_length, max_prompt_length):
-    """The paper's truncation of token lists: (prompt, responses), prompt + longest response <= max_length."""
+    """The paper's truncation of token lists: [prompt, *responses], prompt + any response <= max_length."""
     if len(prompt) + max(map(len, responses)) > max_length:
         prompt = prompt[-max_prompt_length:]
         responses = [response[:max_length - len(prompt)] for response in responses]
-    return prompt, responses
+    return [prompt, *responses]
 
 
-@functools.cache
-def cached_tokenizer(folder, name):
-    return load_tokenizer(folder, name)
-
-
-def encode_pairs(rows, folder, name, cfg):
-    """Token ids of groups. rows: lists of a prompt and K responses; folder, name: of the tokenizer.
-
-    Returns (tokens, lengths, cut): all ids, flat; (n, K+1) int64; [prompts cut, responses cut, tokens cut].
-    """
-    tokenizer = cached_tokenizer(folder, name)
+def encode_pairs(rows, tokenizer, cfg):
+    """Token ids of rows, lists of a prompt and K responses. Returns (parts, cut): the parts of all groups,
+    one after another, lists of int; and how many prompts, responses and tokens were cut, int (3,)."""
     parts, cut = [], np.zeros(3, np.int64)
     for prompt, *responses in rows:
-        whole = prompt_ids(tokenizer, prompt, cfg.template)
-        wholes = [tokenizer.encode_ordinary(response) + [tokenizer.eot_token] for response in responses]
-        prompt, responses = truncate(whole, wholes, cfg.max_length, cfg.max_prompt_length)
-        lost = [len(w) - len(r) for w, r in zip(wholes, responses)]
-        gone = len(whole) - len(prompt)
-        if gone or any(lost):
-            cut += gone > 0, sum(n > 0 for n in lost), gone + sum(lost)
-        parts += prompt, *responses
-    return flatten(parts, tokenizer), np.array([len(p) for p in parts]).reshape(len(rows), -1), cut
+        prompt = prompt_ids(tokenizer, prompt, cfg.template)
+        responses = [tokenizer.encode_ordinary(response) + [tokenizer.eot_token] for response in responses]
+        group = truncate(prompt, responses, cfg.max_length, cfg.max_prompt_length)
+        lost = [len(whole) - len(part) for whole, part in zip([prompt, *responses], group)]
+        if any(lost):
+            cut += lost[0] > 0, sum(n > 0 for n in lost[1:]), sum(lost)
+        parts += group
+    return parts, cut
 
 
-def encode_documents(rows, folder, name, cfg):
-    """Token ids of documents, as encode_pairs returns them: groups of one prompt token and one response."""
-    tokenizer = cached_tokenizer(folder, name)
+def encode_documents(rows, tokenizer, cfg):
+    """The same of documents, [text] each: groups of a prompt of one token and one response."""
     parts, step = [], cfg.max_length - 1
     for text, in rows:
         ids = [tokenizer.eot_token, *tokenizer.encode_ordinary(text), tokenizer.eot_token]
         for i in range(0, len(ids) - 1, step):
             parts += ids[i:i + 1], ids[i + 1:i + 1 + step]
-    return flatten(parts, tokenizer), np.array([len(p) for p in parts]).reshape(-1, 2), np.zeros(3, np.int64)
+    return parts, np.zeros(3, np.int64)
 
 
-def flatten(parts, tokenizer):
+def write_split(path, rows, n, K, encode, tokenizer, cfg):
+    """Write <path>.bin and <path>.idx.npy of n rows, as groups of K responses. Returns what meta.json says of
+    them. rows: iterator of lists of texts; encode: one of the functions above."""
     dtype = np.uint16 if tokenizer.n_vocab <= 2**16 else np.uint32
-    return np.fromiter(itertools.chain.from_iterable(parts), dtype, sum(map(len, parts)))
-
-
-def start_worker():
-    signal.signal(signal.SIGINT, signal.SIG_IGN)    # Ctrl-C is the parent's to handle
-
-    def leave_with_parent():                        # a killed parent would leave it waiting for ever
-        multiprocessing.parent_process().join()
-        os._exit(1)
-    threading.Thread(target=leave_with_parent, daemon=True).start()
-
-
-def in_order(pool, ahead, function, chunks):
-    """function(chunk) of each chunk, in order; `ahead` chunks are in the pool at a time."""
-    waiting = collections.deque()
-    for chunk in chunks:
-        waiting.append(pool.submit(function, chunk))
-        if len(waiting) > ahead:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
-
-
-def write_split(split, aside, rows, n, function, pool, ahead):
-    """Write <split>.bin and <split>.idx.npy of n rows to `aside`. Returns what meta.json says of them."""
-    iterator = iter(rows)
-    chunks = iter(lambda: list(itertools.islice(iterator, CHUNK)), [])
-    encoded = map(function, chunks) if n <= CHUNK or ahead == 0 else in_order(pool, ahead, function, chunks)
-    digest, all_lengths, all_cut = hashlib.sha256(), [], np.zeros(3, np.int64)
-    with open(os.path.join(aside, f'{split}.bin'), 'wb') as f, tqdm(total=n, desc=split, disable=None) as bar:
-        for tokens, lengths, cut in encoded:
+    digest, pieces, cut = hashlib.sha256(), [], np.zeros(3, np.int64)
+    with open(f'{path}.bin', 'wb') as f, tqdm(total=n, desc=os.path.basename(path), disable=None) as bar:
+        while chunk := list(itertools.islice(rows, 1000)):
+            parts, chunk_cut = encode(chunk, tokenizer, cfg)
+            tokens = np.array(list(itertools.chain.from_iterable(parts)), dtype)
             f.write(tokens)
             digest.update(tokens)
-            all_lengths.append(lengths)
-            all_cut += cut
-            bar.update(min(CHUNK, n - bar.n))
-    lengths = np.concatenate(all_lengths)                                       # (N, K+1)
-    ends = lengths.cumsum().reshape(lengths.shape)                              # of each part
-    index = np.column_stack((ends[:, :1] - lengths[:, :1], ends))              # (N, K+2)
+            pieces.append([len(part) for part in parts])
+            cut += chunk_cut
+            bar.update(len(chunk))
+    lengths = np.concatenate(pieces).reshape(-1, K + 1)                             # (N, K+1)
+    ends = lengths.cumsum().reshape(-1, K + 1)                                      # (N, K+1)
+    index = np.column_stack((ends[:, 0] - lengths[:, 0], ends)).astype(np.int64)    # (N, K+2)
     file = io.BytesIO()
-    np.save(file, index.astype(np.int64))
-    with open(os.path.join(aside, f'{split}.idx.npy'), 'wb') as f:
-        f.write(file.getbuffer())
-    groups = lengths.sum(1)
-    return dict(groups=len(groups), K=lengths.shape[1] - 1, tokens=int(groups.sum()), dtype=tokens.dtype.name,
-                bin_sha256=digest.hexdigest(), idx_sha256=hashlib.sha256(file.getbuffer()).hexdigest(),
-                longest=int(groups.max()), truncated=dict(zip(('prompts', 'responses', 'tokens'), map(int, all_cut))))
+    np.save(file, index)
+    with open(f'{path}.idx.npy', 'wb') as f:
+        f.write(file.getvalue())
+    return dict(groups=len(index), K=K, tokens=int(index[-1, -1]), longest=int(lengths.sum(1).max()),
+                dtype=np.dtype(dtype).name, bin_sha256=digest.hexdigest(),
+                idx_sha256=hashlib.sha256(file.getvalue()).hexdigest(),
+                truncated=dict(zip(('prompts', 'responses', 'tokens'), cut.tolist())))
 
 # -----------------------------------------------------------------------------
 # the set on disk
 
 def check(cfg):
-    """Raise UserError where the knobs do not fit one another, before anything is read."""
+    """UserError where knobs do not fit one another or name what is not there, before anything is read."""
     if cfg.max_prompt_length >= cfg.max_length:
-        raise UserError(f'max_prompt_length={cfg.max_prompt_length} must be less than max_length={cfg.max_length}: '
-                        'a cut prompt leaves room for a response')
+        raise UserError(f'max_prompt_length={cfg.max_prompt_length} must be less than max_length='
+                        f'{cfg.max_length}, to leave room for a response')
     if cfg.template.count('{prompt}') != 1:
         raise UserError(f'template={cfg.template!r} must hold {{prompt}} once')
-    size = re.fullmatch(r'bpe:(\d+)', cfg.tokenizer)
-    if cfg.tokenizer.startswith('bpe:') and not (size and int(size[1]) >= 257) or cfg.tokenizer.endswith('.json'):
-        raise UserError(f"tokenizer={cfg.tokenizer!r} must be one of tiktoken's names, 'bytes', or 'bpe:N' with N of "
-                        "257 and more: 256 bytes, the end token, and what is learned")
+    size = re.fullmatch(r'bpe:([0-9]+)', cfg.tokenizer)
+    if (int(size[1]) < 257) if size else cfg.tokenizer.startswith('bpe') or cfg.tokenizer.endswith('.json'):
+        raise UserError(f"tokenizer={cfg.tokenizer!r} must be one of tiktoken's names, 'bytes' or 'bpe:N', "
+                        'N >= 257: the 256 bytes, the end token, and what is learned')
     if not cfg.source and cfg.documents in ('', 'chosen'):
-        raise UserError('nothing to prepare: set --source=, to a hub name, a directory, a .jsonl or a .py file')
-    if cfg.source.endswith(('.py', '.jsonl', '.json', '.gz', '.txt')) and not os.path.isfile(cfg.source):
-        raise UserError(f'source {cfg.source} does not exist')
-    if os.path.isfile(cfg.source) and not cfg.source.endswith(('.py', '.jsonl')):
-        raise UserError(f'source {cfg.source} must be a .jsonl or a .py file, a directory or a hub name')
-    if cfg.documents not in ('', 'chosen') and not cfg.documents.endswith(('.py', '.jsonl', '.txt')):
-        raise UserError(f"documents={cfg.documents!r} must be a .py, .jsonl or .txt file, or 'chosen'")
-    if cfg.documents not in ('', 'chosen') and not os.path.isfile(cfg.documents):
-        raise UserError(f'documents {cfg.documents} does not exist')
+        raise UserError('nothing to prepare: set --source to a hub name, a directory, a .jsonl or a .py file')
+    if os.path.isfile(cfg.source) != cfg.source.endswith(('.jsonl', '.py')):
+        wrong = 'must be a .jsonl or a .py file' if os.path.isfile(cfg.source) else 'does not exist'
+        raise UserError(f'source {cfg.source} {wrong}')
+    if cfg.documents not in ('', 'chosen'):
+        if not cfg.documents.endswith(('.jsonl', '.py', '.txt')):
+            raise UserError(f"documents={cfg.documents!r} must be a .jsonl, .py or .txt file, or 'chosen'")
+        if not os.path.isfile(cfg.documents):
+            raise UserError(f'documents {cfg.documents} does not exist')
+
+
+def sha256_json(value):
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def hash_inputs(cfg, hub):
-    """A hash over all that decides the result: knobs, sources' content, the format."""
+    """A hash over all that decides the result: the format, the knobs, the content of the sources."""
     knobs = dataclasses.asdict(cfg)
-    del knobs['name'], knobs['workers']
-    folder = os.path.join(cfg.source, cfg.data_dir)
+    del knobs['name']
     paths = [path for path in (cfg.source, cfg.documents) if os.path.isfile(path)]
-    if cfg.source and os.path.isdir(folder):
-        for at, below, files in os.walk(folder):
-            below[:] = [b for b in below if not b.startswith('.')]
-            paths += [os.path.join(at, file) for file in files]
-    content = {path: sha256_file(path) for path in paths}
-    content |= {split: table._fingerprint for split, table in (hub or {}).items()}
-    return hashlib.sha256(json.dumps([FORMAT, knobs, content], sort_keys=True).encode()).hexdigest()
+    if os.path.isdir(cfg.source):
+        for folder, _, files in os.walk(os.path.join(cfg.source, cfg.data_dir)):
+            paths += [os.path.join(folder, file) for file in files]
+    return sha256_json([FORMAT, knobs, {path: sha256_file(path) for path in paths},
+                        {split: table._fingerprint for split, table in (hub or {}).items()}])
 
 
-def fingerprint(folder, meta):
-    """A hash over the content of a set: its splits' tokens and its tokenizer."""
-    own = os.path.join(folder, meta['tokenizer'])
-    hashes = [[split, info['bin_sha256'], info['idx_sha256']] for split, info in sorted(meta['splits'].items())]
-    return hashlib.sha256(json.dumps([hashes, meta['tokenizer'], meta['tokenizer'].endswith('.json') and sha256_file(own)])
-                          .encode()).hexdigest()
+def hash_set(folder, meta):
+    """The fingerprint of a set: a hash over its tokens and its tokenizer."""
+    name, infos = meta['tokenizer'], meta['splits'].items()
+    return sha256_json([name, name.endswith('.json') and sha256_file(os.path.join(folder, name)),
+                        {split: [info['bin_sha256'], info['idx_sha256']] for split, info in infos}])
 
 
 def why_remake(folder, inputs):
-    """Why the set in `folder` cannot be reused: a phrase, or '' where it can."""
+    """Why the set in `folder` cannot be reused, a phrase; '' where it can."""
     if not os.path.exists(os.path.join(folder, 'meta.json')):
         return 'it is new'
     try:
         meta = read_meta(folder)
-        if meta.get('inputs') != inputs:
-            return 'other inputs than it was made from'
+        if meta['inputs'] != inputs:
+            return 'its knobs or its source have changed'
         for split in meta['splits']:
-            Groups(folder, split)
-        return '' if fingerprint(folder, meta) == meta['fingerprint'] else 'its tokenizer.json is damaged'
+            Groups(folder, split)       # checks the files
+        return '' if hash_set(folder, meta) == meta['fingerprint'] else 'its tokenizer.json is damaged'
     except UserError as error:
         return error.message
     except (OSError, KeyError, TypeError) as error:
-        return f'{type(error).__name__}: {error}'
+        return f'it is incomplete ({type(error).__name__}: {error})'
 
 
 def write_set(cfg, aside, hub, inputs):
-    """Make every file of the set in the folder `aside`. Returns its meta.json as a dict."""
+    """Make all files of the set in the folder `aside`. Returns meta.json as a dict."""
+    own = cfg.tokenizer == 'bytes' or cfg.tokenizer.startswith('bpe:')
+    name = 'tokenizer.json' if own else cfg.tokenizer
+    if not own:
+        load_tokenizer(aside, name)     # a wrong name is found before the long read
     plans = plan(open_pairs(cfg, hub, aside), cfg, cfg.source) if cfg.source else {}
     if cfg.documents == 'chosen':
-        joined = {split: lambda rows=rows: ([prompt + chosen] for prompt, chosen, _ in rows()) for split, (rows, _, _) in plans.items()}
-        plans |= {f'documents_{split}': (joined[split], plans[split][1], {}) for split in joined}
+        plans |= {f'documents_{split}': (lambda rows=rows: ([row[0] + row[1]] for row in rows()), n, {})
+                  for split, (rows, n, _) in plans.items()}
     elif cfg.documents:
-        plans |= {f'documents_{split}': p for split, p in plan(open_documents(cfg), cfg, cfg.documents).items()}
-    training = (text for split in plans if split.endswith('train') and not (split[0] == 'd' and cfg.documents == 'chosen')
-                for row in plans[split][0]() for text in row)
-    name = make_tokenizer(cfg, aside, training)
+        found = plan(open_documents(cfg), cfg, cfg.documents)
+        plans |= {f'documents_{split}': found[split] for split in found}
+    if own:
+        train = [rows for split, (rows, _, _) in plans.items() if split.endswith('train')]
+        make_tokenizer(cfg.tokenizer, (text for rows in train for row in rows() for text in row), aside)
     tokenizer = load_tokenizer(aside, name)
-    workers = cfg.workers or os.cpu_count()
-    meta = dict(format=FORMAT, name=cfg.name, source=cfg.source, data_dir=cfg.data_dir, documents=cfg.documents,
-                tokenizer=name, vocab_size=tokenizer.n_vocab, eot_token=tokenizer.eot_token, template=cfg.template,
-                max_length=cfg.max_length, max_prompt_length=cfg.max_prompt_length, inputs=inputs, splits={})
-    context = multiprocessing.get_context('spawn')      # a fork beside the threads of `datasets` may hang
-    with concurrent.futures.ProcessPoolExecutor(workers, context, start_worker) as pool:
-        for split in plans:
-            rows, n, dropped = plans[split]
-            encode = encode_documents if split.startswith('documents') else encode_pairs
-            function = functools.partial(encode, folder=aside, name=name, cfg=cfg)
-            info = write_split(split, aside, rows(), n, function, pool, 2 * workers if workers > 1 else 0)
-            meta['splits'][split] = dict(read=n + sum(dropped.values()), kept=n, dropped=dropped) | info
-    meta['fingerprint'] = fingerprint(aside, meta)
+    knobs = ('name', 'source', 'data_dir', 'documents', 'template', 'max_length', 'max_prompt_length')
+    meta = dict(format=FORMAT, **{key: getattr(cfg, key) for key in knobs}, tokenizer=name,
+                vocab_size=tokenizer.n_vocab, eot_token=tokenizer.eot_token, inputs=inputs, splits={})
+    for split, (rows, n, dropped) in plans.items():
+        K, encode = (1, encode_documents) if split.startswith('documents') else (2, encode_pairs)
+        info = write_split(os.path.join(aside, split), rows(), n, K, encode, tokenizer, cfg)
+        meta['splits'][split] = dict(read=n + sum(dropped.values()), kept=n, dropped=dropped) | info
+    meta['fingerprint'] = hash_set(aside, meta)
     with open(os.path.join(aside, 'meta.json'), 'w') as f:
         json.dump(meta, f, indent=1)
     return meta
 
 
 def publish(aside, folder):
-    """Move the files of a whole set from `aside` over the old ones, which come back if that fails midway."""
+    """Put the files of a whole set, in `aside`, in place of the old; if that fails midway these come back."""
     old = tempfile.mkdtemp(dir=aside)
     try:
-        for file in FILES:                              # meta.json is the last
-            if os.path.exists(os.path.join(folder, file)):
-                os.replace(os.path.join(folder, file), os.path.join(old, file))
-            if os.path.exists(os.path.join(aside, file)):
-                os.replace(os.path.join(aside, file), os.path.join(folder, file))
+        for file in FILES:              # meta.json is the last
+            for source, target in ((folder, old), (aside, folder)):
+                if os.path.exists(os.path.join(source, file)):
+                    os.replace(os.path.join(source, file), os.path.join(target, file))
     except BaseException:
         for file in os.listdir(old):
             os.replace(os.path.join(old, file), os.path.join(folder, file))
@@ -606,21 +554,19 @@ def publish(aside, folder):
 
 def table(folder, meta):
     """What was read, dropped, cut and written, a column a split."""
-    splits = meta['splits'].values()
-    lines = [('', *meta['splits']), ('read', *(s['read'] for s in splits))]
-    for reason in sorted({reason for s in splits for reason in s['dropped']}):
-        lines.append((f'dropped, {reason}', *(s['dropped'].get(reason, 0) for s in splits)))
-    lines += [('kept', *(s['kept'] for s in splits)), ('groups', *(s['groups'] for s in splits))]
-    for cut, what in (('prompts', 'prompts truncated'), ('responses', 'responses truncated'), ('tokens', 'tokens cut')):
-        lines.append((what, *(s['truncated'][cut] for s in splits)))
-    lines += [('tokens', *(s['tokens'] for s in splits)),
-              ('mean tokens a group', *(round(s['tokens'] / s['groups'], 1) for s in splits)),
-              ('longest group', *(s['longest'] for s in splits)),
-              ('MB on disk', *(round(sum(os.path.getsize(os.path.join(folder, split + end)) for end in
-                                         ('.bin', '.idx.npy')) / 1e6, 2) for split in meta['splits']))]
-    text = [[cell if isinstance(cell, str) else f'{cell:,}' for cell in line] for line in lines]
-    wide = [max(map(len, column)) for column in zip(*text)]
-    return '\n'.join('  '.join([line[0].ljust(wide[0]), *map(str.rjust, line[1:], wide[1:])]) for line in text)
+    reasons = sorted({reason for info in meta['splits'].values() for reason in info['dropped']})
+    columns = [['', 'read', *(f'dropped: {reason}' for reason in reasons), 'kept', 'prompts truncated',
+                'responses truncated', 'tokens truncated', 'groups', 'tokens', 'longest group', 'mean group',
+                'MB on disk']]
+    for split, i in meta['splits'].items():
+        size = sum(os.path.getsize(os.path.join(folder, split + end)) for end in ('.bin', '.idx.npy'))
+        numbers = [i['read'], *(i['dropped'].get(reason, 0) for reason in reasons), i['kept'],
+                   *i['truncated'].values(), i['groups'], i['tokens'], i['longest'],
+                   round(i['tokens'] / i['groups'], 1), round(size / 1e6, 2)]
+        columns.append([split, *(f'{number:,}' for number in numbers)])
+    width = [max(map(len, column)) for column in columns]
+    return '\n'.join('  '.join([line[0].ljust(width[0]), *map(str.rjust, line[1:], width[1:])])
+                     for line in zip(*columns))
 
 
 # -----------------------------------------------------------------------------
@@ -882,26 +828,26 @@ def main(argv=None):
         inputs = hash_inputs(cfg, hub)
         why = why_remake(folder, inputs)
         if not why:
-            print(f'{folder} is reused: it was made from the same inputs')
+            print(f'{folder} is reused: same knobs, same source, undamaged')
             return
         print(f'making {folder}: {why}', flush=True)
         os.makedirs(folder, exist_ok=True)
+        for left in glob.glob(os.path.join(folder, '.tmp-*')):      # by a run that was killed
+            shutil.rmtree(left)
         with tempfile.TemporaryDirectory(prefix='.tmp-', dir=folder) as aside:
             meta = write_set(cfg, aside, hub, inputs)
             publish(aside, folder)
     except (OSError, ImportError) as error:
         raise UserError(f'{error}; {folder} is as it was') from None
-    except concurrent.futures.process.BrokenProcessPool:
-        raise UserError(f'a worker process was killed (out of memory?), try --workers=1; {folder} is as it was') from None
     except KeyboardInterrupt:
-        raise UserError(f'interrupted; {folder} is as it was') from None
+        raise UserError(f'stopped; {folder} is as it was') from None
     finally:
         with contextlib.suppress(OSError):
-            os.removedirs(folder)                   # only where it is empty: a failed run leaves nothing
+            os.removedirs(folder)       # only if it is empty: a failed first run leaves nothing
     print(table(folder, meta))
-    print(f'{folder} is made, {time.time() - started:.1f} s')
+    print(f'{folder} is ready, {time.time() - started:.1f} s')
 
 
 if __name__ == '__main__':
-    signal.signal(signal.SIGTERM, signal.default_int_handler)      # clean up as after Ctrl-C
+    signal.signal(signal.SIGTERM, signal.default_int_handler)       # clean up as after Ctrl-C
     main()

@@ -7,7 +7,7 @@ set -euo pipefail
 cd "$(dirname "$0")"
 
 if [ -z "${VIRTUAL_ENV:-}" ]; then
-    [ -x .venv/bin/python ] || python3 -m venv .venv
+    [ -e .venv/nanodpo-requirements.txt ] || python3 -m venv .venv
     . .venv/bin/activate
 fi
 # install once for each requirements.txt

@@ -59,7 +59,7 @@ class Config:
     log_interval: In[int, 'x >= 1'] = 10            # steps a log line sums up
     save_interval: In[int, 'x >= 0'] = 500          # steps between checkpoints; the last step always has one
     track: Literal['', 'wandb', 'tensorboard'] = '' # also log there
-    seed: In[int, 'x >= 0'] = 1337                  # of the order of groups, and of weights from scratch
+    seed: In[int, '0 <= x < 2**32'] = 1337                  # of the order of groups, and of weights from scratch
     device: Literal['auto', 'cpu', 'cuda', 'mps'] = 'auto'  # auto = cuda where there is one, else cpu
     dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'  # of the matmuls; weights stay float32; auto = bfloat16 on cuda
     compile: bool = torch.cuda.is_available()       # torch.compile the model: minutes once, then faster
@@ -282,7 +282,7 @@ def main(argv=None):
                disable=None if rank == 0 else True)
     for step in bar:
         began = time.perf_counter()
-        torch.manual_seed((cfg.seed * 1_000_003 + step) * 1_000_003 + rank)       # dropout's: resuming needs the step alone
+        torch.manual_seed(((cfg.seed * 1_000_003 + step) * 1_000_003 + rank) % 2**63)     # dropout's: resuming needs the step alone
         for group in optimizer.param_groups:
             group['lr'] = learning_rate(step)
         ids = step_groups(len(train), cfg.batch_size, step - 1, cfg.seed)

@@ -142,10 +142,10 @@ def help_text(Config, stage):
     lines = [f'usage: python {os.path.basename(sys.argv[0])} [config/NAME.py] [--key=value ...]', '',
              f'knobs of {stage}, with their defaults:', '']
     for line in inspect.getsource(Config).splitlines():
-        knob = re.match(r'    (\w+): .*? = (.*?)\s+# (.*)', line)
+        knob = re.match(r'    (\w+): .*? = (.*?)(?:\s+# (.*))?$', line)
         more = re.match(r'\s+# (.*)', line)
         if knob:
-            lines.append(f'  --{knob[1]}={knob[2]}'.ljust(34) + knob[3])
+            lines.append(f'  --{knob[1]}={knob[2]}'.ljust(34) + (knob[3] or ''))
         elif more:
             lines.append(' ' * 34 + more[1])
     return '\n'.join(lines)

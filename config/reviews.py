@@ -30,16 +30,16 @@ import re
 
 name = 'reviews'
 prepare = dict(
-    source='config/reviews.py',         # pairs() below
-    documents='config/reviews.py',      # documents() below: what the model learns the language from
-    tokenizer='bpe:1024',
+    source=__file__,                    # pairs() below
+    documents=__file__,                 # documents() below: what the model learns the language from
+    tokenizer='bpe:1536',
     template='<|endoftext|>{prompt}',
     max_length=128,
     max_prompt_length=32,
 )
 sft = dict()                            # TODO
 dpo = dict()                            # TODO
-sample = dict(reward='config/reviews.py')
+sample = dict(reward=__file__)
 
 DOCUMENTS = dict(train=20_000, val=1_000)
 PAIRS = dict(train=8_000, val=500)

@@ -1,0 +1,426 @@
+"""Sampling: the generator, the numbers under the samples, and what reaches the terminal."""
+import glob
+import json
+import os
+import re
+import unicodedata
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import config
+import sample
+from conftest import ROOT, VOCAB, run_stage, small_gpt, write_data
+from model import draw, fingerprint, load_model, save_checkpoint
+from prepare_prefs import Groups
+
+END = VOCAB - 1
+
+
+def save(folder, net, **state):
+    """A checkpoint of `net` as out/tiny/<folder>, the newest there."""
+    folder = f'out/tiny/{folder}'
+    os.makedirs(folder, exist_ok=True)
+    save_checkpoint(folder, len(os.listdir(folder)) + 1, net, dict(config={}) | state)
+
+
+@pytest.fixture
+def trained(experiment):
+    """The experiment `tiny`, with another random model as out/tiny/dpo, trained with beta 0.25."""
+    save('dpo', small_gpt(1), config=dict(beta=0.25), stage='dpo', vocabulary=Groups('data/tiny', 'val').vocabulary,
+         init_fingerprint=fingerprint(small_gpt()))
+    return experiment
+
+
+def run(capsys, *flags):
+    """sample.main on `tiny`. -> what it prints on stdout"""
+    capsys.readouterr()
+    sample.main(['--name=tiny', '--max_new_tokens=12', *flags])
+    return capsys.readouterr().out
+
+
+def run_json(capsys, *flags):
+    """sample.main with --json. -> its samples and its summary"""
+    *samples, last = map(json.loads, run(capsys, '--json', *flags).splitlines())
+    return samples, last['summary']
+
+
+def error(*flags):
+    """The one line that sample.main ends with."""
+    with pytest.raises(config.UserError) as caught:
+        sample.main(['--name=tiny', '--max_new_tokens=4', *flags])
+    assert '\n' not in caught.value.message
+    return caught.value.message
+
+
+def next_logits(net, ids):
+    """Logits after one sequence, float64, no cache and no batch: (V,)"""
+    T = len(ids)
+    hidden = net(torch.tensor([ids]), torch.arange(T)[None], torch.ones(1, 1, T, T, dtype=torch.bool).tril())
+    return F.linear(hidden, net.wte.weight)[0, -1].detach().double()
+
+
+def allowed(logits, temperature, top_k, top_p):
+    """Probabilities (V,) after temperature, top-k and top-p, by loops over a sorted list."""
+    p = (logits / temperature).softmax(-1).tolist()
+    order = sorted(range(len(p)), key=lambda i: -p[i])
+    kept, mass = [], 0.0
+    total = sum(p[i] for i in order[:top_k or None])
+    for i in order[:top_k or None]:
+        if mass < top_p:
+            kept.append(i)
+        mass += p[i] / total
+    return np.array([p[i] if i in kept else 0.0 for i in range(len(p))]) / sum(p[i] for i in kept)
+
+
+def sample_slowly(net, prompts, n, end, seed, vocab_size=None, temperature=1.0, top_k=0, top_p=1.0):
+    """What generate promises, one sequence and one token at a time."""
+    noise = torch.Generator().manual_seed(seed)
+    u = torch.stack([torch.rand(len(prompts), generator=noise, dtype=torch.float64) for _ in range(n)]).tolist()
+    responses = []
+    for row, prompt in enumerate(prompts):
+        ids = []
+        while len(ids) < n and end not in ids and len(prompt) + len(ids) <= net.config.block_size:
+            logits = next_logits(net, prompt + ids)[:vocab_size]
+            if temperature == 0:
+                ids.append(int(logits.argmax()))
+            else:
+                cumulative = allowed(logits, temperature, top_k, top_p).cumsum()
+                ids.append(int((cumulative <= u[len(ids)][row] * cumulative[-1]).sum()))
+        responses.append(ids)
+    return responses
+
+
+PROMPTS = [[5], [7, 200, 31, 4, 4, 9], [80, 81, 82], list(range(40, 60))]
+
+
+# -----------------------------------------------------------------------------
+# the generator
+
+@pytest.mark.parametrize('options', [dict(temperature=0), dict(), dict(temperature=0.6, top_k=20), dict(top_p=0.8),
+                                     dict(temperature=1.5, top_k=50, top_p=0.7)], ids=str)
+def test_cached_batched_generation_equals_one_token_at_a_time_without_cache(options):
+    net = small_gpt(3)
+    fast = net.generate(PROMPTS, 15, END, seed=11, **options)
+    assert fast == sample_slowly(net, PROMPTS, 15, END, 11, **options)
+    assert len(set(map(tuple, fast))) == len(PROMPTS)
+
+
+def test_top_k_1_is_greedy():
+    net = small_gpt(3)
+    assert net.generate(PROMPTS, 15, END, top_k=1, seed=1) == net.generate(PROMPTS, 15, END, temperature=0, seed=2)
+
+
+@pytest.mark.parametrize('options', [dict(), dict(top_k=7), dict(top_p=0.6), dict(top_p=1e-9), dict(temperature=2.0, top_k=30,
+                                     top_p=0.9), dict(temperature=0.01)], ids=str)
+def test_draw_has_the_frequencies_of_the_allowed_set_and_never_leaves_it(options):
+    logits, n = 2 * torch.randn(60, generator=torch.Generator().manual_seed(0)), 20_000
+    expected = allowed(logits.double(), options.get('temperature', 1.0), options.get('top_k', 0), options.get('top_p', 1.0))
+    u = (torch.arange(n, dtype=torch.float64) + 0.5) / n            # evenly spread: frequencies are exact to 1/n
+    counts = np.bincount(draw(logits.expand(n, -1), u, **options), minlength=60)
+    assert (counts[expected == 0] == 0).all()
+    np.testing.assert_allclose(counts / n, expected, atol=2 / n)
+
+
+def test_a_response_ends_with_the_end_token_and_holds_it_once():
+    net = small_gpt(3)
+    free = net.generate(PROMPTS, 15, -1, temperature=0)
+    end = free[1][4]
+    stopped = net.generate(PROMPTS, 15, end, temperature=0)
+    assert stopped == [ids[:ids.index(end) + 1] if end in ids else ids for ids in free]
+    assert 1 <= len(stopped[1]) <= 5 and stopped[1][-1] == end
+
+
+def test_ids_of_a_padded_vocabulary_are_never_drawn(trained, capsys):
+    padded = small_gpt(4, vocab_size=384)
+    with torch.no_grad():
+        padded.wte.weight[VOCAB:] *= 8          # likelier than all the others
+    assert max(next_logits(padded, PROMPTS[0]).topk(5).indices) >= VOCAB
+    for temperature in (0, 1):
+        drawn = padded.generate(PROMPTS, 20, END, VOCAB, temperature, seed=5)
+        assert max(map(max, drawn)) < VOCAB
+        assert drawn == sample_slowly(padded, PROMPTS, 20, END, 5, VOCAB, temperature)
+    save('padded', padded)
+    samples, _ = run_json(capsys, '--after=out/tiny/padded')
+    assert all(s['after']['tokens'] for s in samples)
+
+
+# -----------------------------------------------------------------------------
+# the numbers
+
+def independent_logps(net, prompt, response):
+    """log p(response | prompt), nats, one sequence alone, float64 from the logits on."""
+    ids = torch.tensor([[*prompt, *response]])
+    T = ids.shape[1] - 1                # the last token is predicted, never read
+    hidden = net(ids[:, :-1], torch.arange(T)[None], torch.ones(1, 1, T, T, dtype=torch.bool).tril())
+    logps = F.linear(hidden, net.wte.weight).double().log_softmax(-1)[0]
+    return logps.gather(1, ids[0, 1:, None])[len(prompt) - 1:, 0].sum().item()
+
+
+def watch_groups(monkeypatch):
+    """A list that gets the groups [prompt, before's ids, after's ids] of each call that scores them."""
+    seen, original = [], sample.response_logps
+
+    def response_logps(net, groups, *rest):
+        seen.append(groups)
+        return original(net, groups, *rest)
+    monkeypatch.setattr(sample, 'response_logps', response_logps)
+    return seen
+
+
+def test_implicit_rewards_equal_one_sequence_at_a_time(trained, capsys, monkeypatch):
+    seen = watch_groups(monkeypatch)
+    samples, summary = run_json(capsys, '--num_prompts=7', '--num_samples=3', '--max_new_tokens=60', '--batch_size=5')
+    groups, before, after = seen[0], small_gpt(0), small_gpt(1)
+    assert len(samples) == len(groups) == 21
+    assert max(len(p) + len(r) for p, *rs in groups for r in rs) == 64, 'up to the last position'
+    ratios = []
+    for s, (prompt, *responses) in zip(samples, groups):
+        for side, response in zip(('before', 'after'), responses):
+            ratios.append(independent_logps(after, prompt, response) - independent_logps(before, prompt, response))
+            assert s[side]['implicit_reward'] == pytest.approx(0.25 * ratios[-1], abs=1e-4), 'with the beta of AFTER'
+            assert s[side]['tokens'] == len(response)
+            assert s[side]['ended'] == (response[-1] == END)
+    by_prompt = np.reshape(ratios[1::2], (7, 3)).mean(1)
+    kl = summary['after']['kl']
+    assert kl['mean'] == pytest.approx(by_prompt.mean(), abs=1e-3)
+    assert kl['error'] == pytest.approx(by_prompt.std(ddof=1) / 7**0.5, abs=1e-3)
+
+
+def test_the_end_token_is_scored_where_it_was_drawn_and_hidden_from_the_text(trained, capsys, monkeypatch):
+    seen = watch_groups(monkeypatch)
+    for seed, folder in ((0, 'early0'), (1, 'early1')):
+        net = small_gpt(seed)
+        with torch.no_grad():
+            net.wte.weight[END] += 0.3 * net.ln_f.bias / net.ln_f.bias.norm() * 10      # a likely end
+        save(folder, net)
+    samples, summary = run_json(capsys, '--before=out/tiny/early0', '--after=out/tiny/early1', '--max_new_tokens=40')
+    (a, _), (b, _) = load_model('out/tiny/early0'), load_model('out/tiny/early1')
+    ended = 0
+    for s, (prompt, *responses) in zip(samples, seen[0]):
+        for side, response in zip(('before', 'after'), responses):
+            assert END not in response[:-1] and '<|endoftext|>' not in s[side]['text']
+            ended += s[side]['ended']
+            ratio = independent_logps(b, prompt, response) - independent_logps(a, prompt, response)
+            assert s[side]['implicit_reward'] == pytest.approx(0.1 * ratio, abs=1e-4), 'beta 0.1 where none is recorded'
+    assert 0 < ended and ended / 16 == (summary['before']['ended']['mean'] + summary['after']['ended']['mean']) / 2
+
+
+def test_the_kl_row_is_the_exact_kl_of_one_token(trained, capsys):
+    _, summary = run_json(capsys, '--prompt=a', '--max_new_tokens=1', '--num_samples=3000', '--batch_size=1000')
+    p, q = (next_logits(small_gpt(seed), [97]).log_softmax(-1) for seed in (1, 0))
+    exact, kl = (p.exp() * (p - q)).sum().item(), summary['after']['kl']
+    assert abs(kl['mean'] - exact) < 4 * kl['error'] < 0.4 * exact
+    assert 'is an estimate' in summary['note']
+
+
+@pytest.mark.parametrize('flag', ['--temperature=0.7', '--top_k=5', '--top_p=0.9', '--temperature=0'])
+def test_it_says_where_the_kl_row_is_not_the_kl(trained, capsys, flag):
+    out = run(capsys, flag)
+    assert 'KL row is not the KL' in out and flag[2:].split('=')[0] + '=' in out.split('KL row')[1]
+
+
+def test_the_same_weights_give_the_same_texts_zero_reward_and_no_kl(trained, capsys):
+    samples, summary = run_json(capsys, '--after=out/tiny/sft', '--num_samples=2')
+    assert samples and all(s['before'] == s['after'] and s['after']['implicit_reward'] == 0 for s in samples)
+    assert summary['after']['kl'] == dict(mean=0, error=0)
+
+
+def test_json_lines_hold_what_the_table_sums_up(trained, capsys):
+    trained.joinpath('r.py').write_text('def reward(p, r): print("hi"); return [len(x) for x in r]\n'
+                                        'def metrics(p, r): return dict(short=[len(x) < 9 for x in r], one=[1.5] * len(r))')
+    flags = ['--reward=r.py', '--num_prompts=9', '--num_samples=2', '--beta=2']
+    samples, summary = run_json(capsys, *flags)
+    assert (len(samples), summary['samples'], summary['prompts'], summary['beta']) == (18, 18, 9, 2)
+    assert [s['sample'] for s in samples] == [0, 1] * 9
+    for side in ('before', 'after'):
+        for key, name in (('tokens', 'tokens'), ('ended', 'ended'), ('implicit_reward', 'implicit_reward'),
+                          ('true_reward', 'true_reward'), ('short', 'short'), ('one', 'one')):
+            assert summary[side][name]['mean'] == pytest.approx(np.mean([s[side][key] for s in samples]))
+        assert all(s[side]['true_reward'] == len(s[side]['text']) for s in samples)
+        assert all(s[side]['short'] is (len(s[side]['text']) < 9) for s in samples)
+    table = run(capsys, *flags)
+    shares = [f'{summary[side]["short"]["mean"]:.1%}' for side in ('before', 'after')]
+    assert re.search(rf'^short +{shares[0]} +{shares[1]}$', table, re.M)
+    assert re.search(r'^one +1\.500 ±0\.000 +1\.500 ±0\.000$', table, re.M)
+    assert f'{summary["after"]["kl"]["mean"]:,.3f} ±' in table
+
+
+def test_the_same_seed_gives_the_same_output_and_another_seed_other_samples_of_the_same_prompts(trained, capsys):
+    a, b, c = (run_json(capsys, f'--seed={seed}')[0] for seed in (1, 1, 20240131))
+    assert a == b != c
+    assert [s['prompt'] for s in a] == [s['prompt'] for s in c]
+
+
+def test_an_error_of_the_mean_counts_prompts_not_samples():
+    assert sample.mean_and_error([1, 1, 1, 3, 3, 3], 3) == dict(mean=2, error=1)
+    assert sample.mean_and_error([1, 3], 2) == sample.mean_and_error([1, 3], 1) == dict(mean=2, error=1)
+    assert sample.mean_and_error([5], 1) == dict(mean=5, error=None)
+
+
+def test_it_says_that_after_was_trained_from_other_weights_than_before(trained, capsys):
+    assert 'other weights' not in run(capsys)
+    save('sft', small_gpt(9))
+    assert 'other weights' in run(capsys)
+
+
+# -----------------------------------------------------------------------------
+# prompts
+
+def test_prompts_of_val_are_distinct_and_more_extend_fewer(tmp_path):
+    data = [[[i % 6 + 1], [9, END], [8, END]] for i in range(40)]
+    groups = Groups(write_data(tmp_path / 'd', {'val': data}), 'val')
+    found = sample.val_prompts(groups, 100)
+    assert sorted(found) == [[i] for i in range(1, 7)] and sample.val_prompts(groups, 4) == found[:4]
+
+
+def test_a_long_prompt_is_cut_from_the_left_and_it_says_so(trained, capsys):
+    long = ''.join(chr(97 + i % 26) for i in range(100))
+    assert 'cut from the left' in ' '.join(run(capsys, f'--prompt={long}').split())
+    (s,), _ = run_json(capsys, f'--prompt={long}')
+    assert s['prompt'] == long[-52:] and s['after']['tokens'] == 12
+    (s,), _ = run_json(capsys, f'--prompt={long}', '--max_new_tokens=1000')
+    assert s['prompt'] == long[-32:] and 1 <= s['after']['tokens'] <= 32
+
+
+@pytest.mark.parametrize('name, content, expected', [
+    ('p.txt', 'one\n\n  \nfür zwei\r\n three', ['one', 'für zwei', ' three']),
+    ('p.txt', '\ufeffone\ttab\x0b\u2028same line', ['one\ttab\x0b\u2028same line']),
+    ('p.jsonl', '{"prompt": "a\\nb", "more": 1}\n\n{"prompt": ""}\n{"prompt": "\\ud800"}', ['a\nb', '', '\ufffd']),
+])
+def test_prompts_file_is_text_or_jsonl_and_all_of_it_is_used(trained, capsys, name, content, expected):
+    trained.joinpath(name).write_text(content, encoding='utf-8', newline='')
+    samples, summary = run_json(capsys, f'--prompts_file={name}', '--num_prompts=1')
+    assert [s['prompt'] for s in samples] == expected and summary['prompts'] == len(expected)
+
+
+@pytest.mark.parametrize('name, content, words', [
+    ('p.txt', None, 'p.txt cannot be read'), ('p.txt', b'', 'holds no prompt'), ('p.txt', b' \n\n', 'holds no prompt'),
+    ('p.txt', b'a\n\xff', 'not UTF-8'), ('p.jsonl', b'{"prompt": "a"}\n\n{"prompt": 3}', 'p.jsonl line 3'),
+    ('p.jsonl', b'{"prompt": "a"}\nprompt', 'line 2'), ('p.jsonl', b'{"text": "a"}', 'line 1'), ('p.jsonl', b'["a"]', 'line 1'),
+    ('p.jsonl', b'[' * 100_000, 'line 1'), ('.', None, 'cannot be read'),
+])
+def test_a_bad_prompts_file_is_one_line(trained, name, content, words):
+    if content is not None:
+        trained.joinpath(name).write_bytes(content)
+    assert words in error(f'--prompts_file={name}')
+
+
+def test_an_empty_prompt_samples_from_the_end_token(trained, capsys):
+    (s,), _ = run_json(capsys, '--prompt=')
+    assert s['prompt'] == '' and s['after']['tokens'] > 0
+    assert '(empty prompt)' in run(capsys, '--prompt=')
+
+
+def test_the_template_goes_around_a_prompt_as_in_training(trained, capsys):
+    path = trained / 'data/tiny/meta.json'
+    path.write_text(json.dumps(json.loads(path.read_text()) | dict(template='<|endoftext|>Q: {prompt}\nA:')))
+    for prompt in ('why?', 'Q: why?\nA:'):
+        (s,), _ = run_json(capsys, f'--prompt={prompt}')
+        assert s['prompt'] == 'Q: why?\nA:'
+
+
+# -----------------------------------------------------------------------------
+# mistakes
+
+@pytest.mark.parametrize('code, words', [
+    (None, 'does not exist'), ('def reword(p, r): return [0] * len(r)', 'defines no function reward'), ('1 +', 'SyntaxError'),
+    ('import nothing_of_that_name', 'ModuleNotFoundError'), ('def reward(p, r): return [0]', '1 results for 8 responses'),
+    ('def reward(p, r): return [0] * 7 + [float("nan")]', 'response 8 is nan'), ('def reward(p): return [0] * 8', 'TypeError'),
+    ('def reward(p, r): return [0] * 7 + [float("inf")]', 'is inf'), ('def reward(p, r): return 1 / 0', 'ZeroDivisionError'),
+    ('def reward(p, r): return 3', 'TypeError'), ('def reward(p, r): return ["good"] * 8', 'ValueError'),
+    ('def reward(p, r): return [0] * 8\ndef metrics(p, r): return dict(m=[True])', 'm has 1 results for 8 responses'),
+    ('def reward(p, r): return [0] * 8\ndef metrics(p, r): return [True] * 8', 'TypeError'),
+])
+def test_a_bad_reward_file_is_one_line(trained, code, words):
+    if code is not None:
+        trained.joinpath('r.py').write_text(code)
+    message = error('--reward=r.py', '--num_prompts=8')
+    assert words in message and 'reward file r.py' in message
+
+
+def test_other_mistakes_are_one_line(trained):
+    assert 'keep one' in error('--prompt=a', '--prompts_file=b')
+    assert 'neither a checkpoint' in error('--after=out')
+    save('wide', small_gpt(vocab_size=500))
+    assert 'vocabulary mismatch' in error('--before=out/tiny/wide')
+    save('short', small_gpt(block_size=32))
+    assert 'positions' in error('--after=out/tiny/short')
+    save('foreign', small_gpt(), vocabulary='gpt2')
+    assert 'another tokenizer' in error('--after=out/tiny/foreign')
+    trained.joinpath('out/tiny/dpo/step-000001.pt').write_bytes(b'cut')
+    assert 'damaged' in error()
+
+
+def test_a_missing_stage_is_named_without_a_traceback(experiment):
+    done = run_stage('sample.py', '--name=tiny', cwd=experiment, check=False)
+    assert done.returncode == 1 and done.stdout == '' and done.stderr.count('\n') == 1
+    assert 'run dpo.py' in done.stderr and 'Traceback' not in done.stderr
+    assert 'out/tiny/sft' in done.stderr
+    assert 'prepare_prefs.py' in error('--name=none')
+
+
+# -----------------------------------------------------------------------------
+# the terminal
+
+def width_of(line):
+    return sum(2 if unicodedata.east_asian_width(c) in ('W', 'F') else unicodedata.category(c) not in ('Mn', 'Me', 'Cf')
+               for c in line)
+
+
+TEXTS = ['', 'word ' * 40, 'x' * 300, '映画は素晴らしかった。' * 20, '👍🏽 great 🎬🎉 ' * 15, 'e\u0301' * 200, 'a\n\n  b\nc ' + 'y' * 90,
+         ' \x1b[31mred\x07\r\t\x00 \u202e\u2028\x85\ud800', 'ｗｉｄｅ and 狭い mixed ' * 9]
+
+
+@pytest.mark.parametrize('width', [20, 21, 59, 60, 61, 80, 133])
+def test_no_line_is_wider_than_the_terminal_and_no_letter_is_lost(width):
+    for left in TEXTS:
+        for right in TEXTS:
+            lines = sample.side_by_side([('BEFORE', sample.visible(left), 'implicit +1.00  true -33.00  200 tokens, no end'),
+                                         ('AFTER', sample.visible(right), 'implicit -1.00')], width)
+            assert max(map(width_of, lines)) <= width
+            if width >= 60:     # the bar stands in one column
+                assert {width_of(line[:line.index(' |')]) for line in lines} == {(width - 3) // 2}
+        text = sample.visible(left)
+        assert ''.join(''.join(sample.wrap(text, width)).split()) == ''.join(text.split())
+        assert not [c for c in text if c != '\n' and unicodedata.category(c) in ('Cc', 'Cs', 'Zl', 'Zp') or c == '\u202e']
+
+
+@pytest.mark.parametrize('width', ['24', '60', '100'])
+def test_every_printed_line_fits_and_holds_no_escape_off_a_terminal(trained, capsys, monkeypatch, width):
+    monkeypatch.setenv('COLUMNS', width)
+    trained.joinpath('r.py').write_text('def reward(p, r): return [-1234.5] * len(r)\n'
+                                        'def metrics(p, r): return {"a metric with a long name \\x1b": [True] * len(r)}')
+    out = run(capsys, '--num_prompts=10', '--show=10', '--max_new_tokens=60', '--reward=r.py')
+    assert '\\x' in out, 'random bytes held control characters'
+    assert max(map(width_of, out.split('\n'))) <= int(width)
+    assert not [c for c in out if c != '\n' and unicodedata.category(c) == 'Cc']
+
+
+def test_bold_and_dim_are_for_a_terminal_that_wants_them(monkeypatch):
+    monkeypatch.delenv('NO_COLOR', raising=False)
+    cells = [('BEFORE', 'x', 'n')] * 2
+    assert '\x1b' not in ''.join(sample.side_by_side(cells, 80))
+    monkeypatch.setattr('sys.stdout.isatty', lambda: True, raising=False)
+    assert '\x1b[1mBEFORE' in ''.join(sample.side_by_side(cells, 80))
+    monkeypatch.setenv('NO_COLOR', '1')
+    assert '\x1b' not in ''.join(sample.side_by_side(cells, 80))
+
+
+def test_show_limits_what_is_printed_not_what_is_summed_up(trained, capsys):
+    out = run(capsys, '--num_prompts=10', '--show=2')
+    assert len(re.findall('^BEFORE', out, re.M)) == 2 and '10 samples of 10 prompts' in out
+    assert run(capsys, '--num_prompts=10', '--show=0').count('implicit ') == 2      # the config's line and the table's
+
+
+def test_json_is_all_that_stands_on_stdout(trained):
+    done = run_stage('sample.py', '--name=tiny', '--json', '--max_new_tokens=5', cwd=trained)
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(lines) == 9 and list(lines[-1]) == ['summary'] and 'num_prompts' in done.stderr
+
+
+@pytest.mark.parametrize('path', sorted(glob.glob(str(ROOT / 'config' / '[!_]*.py'))))
+def test_every_shipped_config_loads_for_sample(path):
+    assert config.load(sample.Config, 'sample', [path]).name
