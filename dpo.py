@@ -9,6 +9,7 @@ and log.jsonl to out/<name>/dpo. Departures from the authors' code: prompt and r
 that a prompt is computed once; `batch_size` is exact whatever the number of processes; the last short batch is used.
 """
 import copy
+import gc
 import json
 import math
 import os
@@ -398,6 +399,8 @@ def main(argv=None):
             break
     bar.close()
     if world > 1:
+        del ddp             # before the process group, or its reducer ends it holding the GIL that gloo's threads wait for
+        gc.collect()
         dist.destroy_process_group()
     if stopped_by_any:
         say(f'stopped by signal {stopped_by_any}, saved at step {step}: --resume goes on from there')

@@ -8,6 +8,7 @@ Reads data/<name>/ (prepare_prefs.py); writes checkpoints and log.jsonl to out/<
 policy and reference. A document's prompt is one end token, so that every token of the text is scored; of a pair
 only the chosen response is. The loss is per target token of the whole batch, over all ranks and micro-steps.
 """
+import gc
 import json
 import math
 import os
@@ -327,6 +328,8 @@ def main(argv=None):
             break
     bar.close()
     if world > 1:
+        del ddp             # before the process group, or its reducer ends it holding the GIL that gloo's threads wait for
+        gc.collect()
         dist.destroy_process_group()
     if stopped_by_any:
         say(f'stopped by signal {stopped_by_any}, saved at step {step}: --resume goes on from there')
