@@ -82,7 +82,7 @@ class Config:
     prompts_file: str = ''                          # many: a text file, one a line, or .jsonl with "prompt"; all are used
     num_prompts: In[int, 'x >= 1'] = 8              # of val, distinct, in a fixed shuffled order: more extend fewer
     num_samples: In[int, 'x >= 1'] = 1              # of each prompt
-    show: In[int, 'x >= 0'] = 8                     # samples printed; the table is over all
+    show: In[int, 'x >= 0'] = 8                     # samples printed, of different prompts first; the table is over all
     max_new_tokens: In[int, 'x >= 1'] = 200         # of a response, where the end token does not come first
     temperature: In[float, 'x >= 0'] = 1.0          # 1 samples the model itself; 0 is greedy
     top_k: In[int, 'x >= 0'] = 0                    # draw from the k likeliest tokens only; 0 = all
@@ -336,7 +336,9 @@ def main(argv=None):
     # -------------------------------------------------------------------------
     # samples, then the summary
 
-    for i, prompt in enumerate(prompt_texts if cfg.json else prompt_texts[:cfg.show]):
+    shown = sorted(range(len(prompts)), key=lambda i: i % cfg.num_samples)[:cfg.show]      # other prompts before other samples
+    for i in range(len(prompts)) if cfg.json else shown:
+        prompt = prompt_texts[i]
         sides = {side: {name: values[i] for name, values in measures[side].items() if name != 'kl'} for side in texts}
         if cfg.json:
             both = {side: {'text': texts[side][i]} | numbers for side, numbers in sides.items()}

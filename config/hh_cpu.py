@@ -15,7 +15,7 @@ sft = dict(
     init_from='scratch',
     train_on='documents',
     batch_size=32,
-    epochs=3,
+    epochs=6,
     learning_rate=2e-3,
     warmup_steps=20,
 )
@@ -23,10 +23,10 @@ sft = dict(
 dpo = dict(
     beta=0.1,
     batch_size=32,
-    epochs=2,
-    learning_rate=1e-4,
+    epochs=1,
+    learning_rate=5e-5,
     warmup_steps=10,
-    eval_interval=20,
+    eval_interval=11,
 )
 
-sample = dict(num_prompts=64, show=3, max_new_tokens=80)
+sample = dict(num_prompts=64, show=2, max_new_tokens=80)

@@ -59,7 +59,7 @@ dpo = dict(
     eval_interval=50,
     log_interval=10,
 )
-sample = dict(reward=__file__, num_prompts=500, show=4)
+sample = dict(reward=__file__, num_prompts=500, num_samples=4, show=4)
 
 DOCUMENTS = dict(train=20_000, val=1_000)
 PAIRS = dict(train=8_000, val=500)
