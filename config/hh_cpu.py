@@ -24,7 +24,7 @@ dpo = dict(
     beta=0.1,
     batch_size=32,
     epochs=1,
-    learning_rate=5e-5,
+    learning_rate=2e-5,
     warmup_steps=10,
     eval_interval=11,
 )
