@@ -106,9 +106,10 @@ def main(argv=None):
     world, rank, local_rank = (int(os.environ.get(key, default)) for key, default in
                                (('WORLD_SIZE', 1), ('RANK', 0), ('LOCAL_RANK', 0)))
     device_type = cfg.device if cfg.device != 'auto' else 'cuda' if torch.cuda.is_available() else 'cpu'
-    if device_type == 'cuda' and local_rank >= torch.cuda.device_count():
-        raise UserError(f'process {local_rank} of this machine has no GPU: torch sees {torch.cuda.device_count()}; '
-                        'lower --nproc_per_node, or --device=cpu')
+    local_world = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+    if device_type == 'cuda' and local_world > torch.cuda.device_count():
+        raise UserError(f'{local_world} process{"es" * (local_world > 1)} on this machine, but torch sees '
+                        f'{torch.cuda.device_count()} GPUs: lower --nproc_per_node, or --device=cpu')
     if device_type == 'mps' and not torch.backends.mps.is_available():
         raise UserError('device=mps is not available here: --device=cpu')
     if cfg.batch_size < world:
@@ -131,6 +132,11 @@ def main(argv=None):
         if world > 1:
             dist.all_reduce(tensor)
         return tensor
+
+    def agree(error):
+        """End the run on all ranks where rank 0 has an error, so that none is left waiting; '' is no error."""
+        if reduced(torch.tensor([len(error)])).item():
+            raise UserError(error)
 
     # -------------------------------------------------------------------------
     # data
@@ -168,11 +174,14 @@ def main(argv=None):
             break
         except CheckpointError as error:
             say(f'refused: {error}')
+            if path == find_checkpoints(out_dir)[0]:
+                raise UserError(f'cannot resume: no checkpoint of {out_dir} can be read') from None
     if saved is not None:
         for what, now, then in (('the training data', train.fingerprint, saved['data_fingerprint']),
                                 ('the initial weights', init_fingerprint, saved['init_fingerprint']),
                                 ('batch_size', cfg.batch_size, saved['config']['batch_size']),
-                                ('seed', cfg.seed, saved['config']['seed'])):
+                                ('seed', cfg.seed, saved['config']['seed']),
+                                ('optimizer', cfg.optimizer, saved['config']['optimizer'])):
             if now != then:
                 raise UserError(f'cannot resume {path}: {what} changed since ({then} then, {now} now)')
         changed = [f'{k} {saved["config"].get(k)!r} -> {v!r}' for k, v in asdict(cfg).items()
@@ -195,6 +204,7 @@ def main(argv=None):
         optimizer = torch.optim.AdamW(param_groups, lr=cfg.learning_rate, betas=(0.9, 0.95), fused=device_type != 'mps')
     if saved is not None:
         optimizer.load_state_dict(saved['optimizer'])
+        optimizer.param_groups[0]['weight_decay'] = cfg.weight_decay       # the knob's, not the saved one
     saved = None                # frees the copy
 
     def learning_rate(step):
@@ -212,45 +222,55 @@ def main(argv=None):
     # log
 
     say(f'{stage}, {world} process{"es" * (world > 1)} on {device_type}:\n{config.show(cfg)}')
-    run = None
-    if rank == 0:
-        try:
+    log_file = tracker = None
+    error = ''
+    try:
+        if rank == 0:
             log_file = open_run(out_dir, start_step)
-        except OSError as error:
-            raise UserError(f'cannot write to {out_dir}: {error.strerror}') from None
-        if cfg.track == 'wandb':
-            import wandb
-            run = wandb.init(project='nanodpo', name=f'{cfg.name}-{stage}', config=asdict(cfg))
-        elif cfg.track == 'tensorboard':
-            from torch.utils.tensorboard import SummaryWriter
-            run = SummaryWriter(out_dir)
+            if cfg.track == 'wandb':
+                import wandb
+                tracker = wandb.init(project='nanodpo', name=f'{cfg.name}-{stage}', config=asdict(cfg))
+            elif cfg.track == 'tensorboard':
+                from torch.utils.tensorboard import SummaryWriter
+                tracker = SummaryWriter(out_dir)
+    except OSError as os_error:
+        error = f'cannot write to {out_dir}: {os_error.strerror}'
+    except ImportError as import_error:
+        error = f'track={cfg.track} needs {import_error.name}: pip install {import_error.name}'
+    agree(error)
     columns = {'loss': 'loss {:.4f}', 'rewards/accuracies': 'acc {:.3f}', 'rewards/margins': 'margin {:+.4f}',
                'rewards/chosen': 'chosen {:+.4f}', 'rewards/rejected': 'rejected {:+.4f}', 'perplexity': 'ppl {:.2f}',
                'grad_norm': 'grad {:.2f}', 'lr': 'lr {:.2e}', 'tokens_per_second': '{:,.0f} tok/s', 'mfu': 'mfu {:.1%}'}
 
     def log(step, record, prefix=''):
         """One aligned line to the terminal, one JSON line to log.jsonl."""
-        if rank > 0:
-            return
         label = f'{prefix.strip("/") or "step":5}{step:>7,}/{total_steps:,}'
-        tqdm.write(' | '.join([label] + [text.format(record[key]) for key, text in columns.items() if key in record]))
+        say(' | '.join([label] + [text.format(record[key]) for key, text in columns.items() if key in record]))
         record = {prefix + key: value for key, value in record.items()}
-        log_file.write(json.dumps({'step': step, **record}) + '\n')
-        if cfg.track == 'wandb':
-            run.log(record, step=step)
-        elif cfg.track == 'tensorboard':
+        error = ''
+        try:
+            if rank == 0:
+                log_file.write(json.dumps({'step': step, **record}) + '\n')
+        except OSError as os_error:
+            error = f'cannot write {out_dir}/log.jsonl: {os_error.strerror}; the checkpoints are untouched'
+        agree(error)
+        if rank == 0 and cfg.track == 'wandb':
+            tracker.log(record, step=step)
+        elif rank == 0 and cfg.track == 'tensorboard':
             for key, value in record.items():
-                run.add_scalar(key, value, step)
+                tracker.add_scalar(key, value, step)
 
     def save(step):
-        if rank == 0:
-            try:
+        error = ''
+        try:
+            if rank == 0:
                 save_checkpoint(out_dir, step, policy, dict(
                     stage=stage, config=asdict(cfg), optimizer=optimizer.state_dict(), vocabulary=train.vocabulary,
                     data_fingerprint=train.fingerprint, init_from=init_from, init_fingerprint=init_fingerprint))
-            except OSError as error:
-                raise UserError(f'cannot save step {step} to {out_dir}: {error.strerror or error}; '
-                                'the checkpoints before it are untouched') from None
+        except OSError as os_error:
+            error = (f'cannot save step {step} to {out_dir}: {os_error.strerror or os_error}; '
+                     'the checkpoints before it are untouched')
+        agree(error)
 
     def stop_non_finite(step, bad, ids):
         """End the run, naming the groups whose own loss is not finite, or all of the step's where none is."""
@@ -259,17 +279,15 @@ def main(argv=None):
             gathered = [None] * world
             dist.all_gather_object(gathered, bad)
         bad = sorted(i for some in gathered for i in some) or sorted(ids.tolist())
-        raise UserError(f'step {step}: the loss or its gradient is not finite; groups of {data_dir}/train: {bad}; '
+        raise UserError(f'step {step}: the loss or its gradient is not finite; groups of {data_dir}/{train.split}: {bad}; '
                         f'nothing of this step is saved; lower the learning rate, or look at these groups')
 
     stopped_by = torch.zeros(1, dtype=torch.int32)      # a signal's number; on the CPU, so that asking costs no GPU sync
 
     def on_signal(number, frame):
         stopped_by[0] = number
+        say(f'signal {number}: finishing this step, then saving')
         signal.signal(number, signal.SIG_DFL)           # a second one stops at once
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, on_signal)
 
     # -------------------------------------------------------------------------
     # the reference's log-probs: live, or computed once
@@ -309,8 +327,7 @@ def main(argv=None):
             if verdict.item():
                 say(f'reference log-probs of {groups.split}: {why}, computing them')
                 logps = all_reference_logps(groups, np.arange(len(groups)))
-                if rank == 0:
-                    write_reference(path, key, logps)
+                agree(write_reference(path, key, logps) if rank == 0 else '')
             else:
                 logps = reduced(logps)
                 say(f'reference log-probs of {groups.split}: from {path}, equal to live ones')
@@ -346,6 +363,8 @@ def main(argv=None):
     if start_step == 0:
         log(0, evaluate(), 'eval/')
     sums, tokens, pairs, flops, elapsed = torch.zeros(len(STATS), dtype=torch.float64), 0, 0, 0, 0.0
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, on_signal)
     bar = tqdm(range(start_step + 1, total_steps + 1), initial=start_step, total=total_steps, desc=stage, unit='step',
                disable=None if rank == 0 else True)
     for step in bar:
@@ -391,13 +410,15 @@ def main(argv=None):
                 record['mfu'] = flops / elapsed / world / peak_flops(device)
             log(step, record)
             sums, tokens, pairs, flops, elapsed = torch.zeros_like(sums), 0, 0, 0, 0.0
-        if step == total_steps or cfg.eval_interval and step % cfg.eval_interval == 0:
+        if not stopped_by_any and (step == total_steps or cfg.eval_interval and step % cfg.eval_interval == 0):
             log(step, evaluate(), 'eval/')
         if leaving or cfg.save_interval and step % cfg.save_interval == 0:
             save(step)
         if leaving:
             break
     bar.close()
+    if tracker is not None:
+        tracker.finish() if cfg.track == 'wandb' else tracker.close()
     if world > 1:
         del ddp             # before the process group, or its reducer ends it holding the GIL that gloo's threads wait for
         gc.collect()
@@ -433,14 +454,16 @@ def read_reference(path, key, logps, live, bf16):
 
 
 def write_reference(path, key, logps):
-    """Cache the reference's log-probs; written aside and renamed."""
+    """Cache the reference's log-probs; written aside and renamed. -> '' or what went wrong"""
     try:
         with open(path + '.tmp', 'wb') as file:
             np.savez(file, key=np.array(key), logps=logps.numpy())
         os.replace(path + '.tmp', path)
+        return ''
     except OSError as error:
-        raise UserError(f'cannot write {path}: {error.strerror}') from None
+        return f'cannot write {path}: {error.strerror}'
 
 
 if __name__ == '__main__':
+    signal.signal(signal.SIGINT, signal.SIG_DFL)        # until there is something to save, Ctrl-C just ends it
     main()

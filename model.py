@@ -197,8 +197,11 @@ class GPT(nn.Module):
         options: GPTConfig fields that are no part of the weights (dropout, activation_checkpointing).
         Raises CheckpointError where the files are missing, damaged or of an architecture that is not GPT-2's.
         """
-        from safetensors import SafetensorError, safe_open
-        path = _fetcher(name_or_dir)
+        try:
+            from safetensors import SafetensorError, safe_open
+            path = _fetcher(name_or_dir)
+        except ImportError as error:
+            raise CheckpointError(f'{name_or_dir}: to read GPT-2 weights, pip install {error.name}') from None
         with open(path('config.json')) as f:
             try:
                 hf = json.load(f)
@@ -286,6 +289,10 @@ def _transposed(name):
 
 def _fetcher(name_or_dir):
     """A function from a file's name to its path, in the directory or downloaded from the hub."""
+    if not os.path.isdir(name_or_dir):
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError
+
     def local(file, optional=False):
         path = os.path.join(name_or_dir, file)
         if os.path.isfile(path):
@@ -296,8 +303,6 @@ def _fetcher(name_or_dir):
                               os.path.isfile(os.path.join(name_or_dir, 'pytorch_model.bin')) else ''))
 
     def hub(file, optional=False):
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import EntryNotFoundError
         try:
             return hf_hub_download(name_or_dir, file)
         except Exception as error:      # of many kinds: no such name, no such file, no network, no token
@@ -379,7 +384,8 @@ def draw(logits, u, temperature=1.0, top_k=0, top_p=1.0):
 # checkpoints: <folder>/step-000100.pt, and step-000100.json with its hash, written last
 
 def save_checkpoint(folder, step, model, state, keep=2):
-    """Write the model and `state` (tensors and plain Python) as checkpoint `step`, then drop all but the last `keep`.
+    """Write the model and `state` (tensors and plain Python) as checkpoint `step`, then drop all but the last `keep`,
+    and any of a later step, which a resumed run has left behind.
 
     Written aside and renamed; the .json, which makes it count, comes last. Raises OSError where the disk does.
     """
@@ -404,7 +410,9 @@ def save_checkpoint(folder, step, model, state, keep=2):
         for leftover in (path + '.tmp', path[:-3] + '.json.tmp'):
             if os.path.exists(leftover):
                 os.remove(leftover)
-    for old in find_checkpoints(folder)[:-keep]:
+    found = find_checkpoints(folder)
+    last = found.index(path) + 1
+    for old in found[:max(0, last - keep)] + found[last:]:
         os.remove(old[:-3] + '.json')
         os.remove(old)
 

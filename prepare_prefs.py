@@ -29,6 +29,7 @@ A set that is undamaged and was made from the same knobs and the same bytes is r
 own bytes are looked at, not what it imports. A run that fails or is stopped leaves the set as it was.
 """
 import base64
+import bisect
 import collections
 import concurrent.futures
 import contextlib
@@ -513,14 +514,20 @@ def sha256_json(value):
 
 def hash_inputs(cfg, hub):
     """A hash over all that decides the result: the format, the knobs, the content of the sources."""
-    knobs = dataclasses.asdict(cfg)
+    knobs, files = dataclasses.asdict(cfg), {}
     del knobs['name']
-    paths = [path for path in (cfg.source, cfg.documents) if os.path.isfile(path)]
-    if os.path.isdir(cfg.source):
-        for folder, _, files in os.walk(os.path.join(cfg.source, cfg.data_dir)):
-            paths += [os.path.join(folder, file) for file in files]
-    return sha256_json([FORMAT, knobs, {path: sha256_file(path) for path in paths},
-                        {split: table._fingerprint for split, table in (hub or {}).items()}])
+    for key in ('source', 'documents'):         # of what is here the content counts, not the path
+        path = knobs[key]
+        if os.path.isfile(path):
+            knobs[key] = os.path.splitext(path)[1]
+            files[key] = sha256_file(path)
+        elif os.path.isdir(path):
+            knobs[key] = 'folder'
+            for folder, _, names in os.walk(os.path.join(path, cfg.data_dir)):
+                for name in names:
+                    file = os.path.join(folder, name)
+                    files[os.path.relpath(file, path)] = sha256_file(file)
+    return sha256_json([FORMAT, knobs, files, {split: table._fingerprint for split, table in (hub or {}).items()}])
 
 
 def hash_set(folder, meta):
@@ -751,17 +758,17 @@ def plan_rows(ids, lengths, T):
 
     ids: (n,) group numbers; lengths: (n,) their tokens. Returns a list of lists of group numbers.
     """
-    rows, room = [], []
+    rows, free = [], []                 # free: (room, row), sorted
     for i in np.argsort(-lengths, kind='stable'):
-        fits = [r for r in range(len(rows)) if room[r] >= lengths[i]]
-        if fits:
-            row = min(fits, key=room.__getitem__)
+        length = int(lengths[i])
+        at = bisect.bisect_left(free, (length, -1))
+        if at < len(free):
+            room, row = free.pop(at)
         else:
-            row = len(rows)
+            room, row = T, len(rows)
             rows.append([])
-            room.append(T)
         rows[row].append(int(ids[i]))
-        room[row] -= lengths[i]
+        bisect.insort(free, (room - length, row))
     return rows
 
 

@@ -17,8 +17,12 @@ if ! cmp -s requirements.txt "$VIRTUAL_ENV/nanodpo-requirements.txt"; then
     cp requirements.txt "$VIRTUAL_ENV/nanodpo-requirements.txt"
 fi
 
+total=0
 for stage in prepare_prefs sft dpo sample; do
-    echo
-    echo "== python $stage.py config/reviews.py"
+    printf '\n== python %s.py config/reviews.py\n' "$stage"
+    SECONDS=0
     python $stage.py config/reviews.py
+    echo "== $stage.py took $SECONDS s"
+    total=$((total + SECONDS))
 done
+printf '\n== the four stages took %s s; python sample.py --prompt="The Paper Clock is" goes on from here\n' "$total"

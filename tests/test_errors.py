@@ -131,7 +131,7 @@ CASES = {       # name: (stage, its arguments or what makes them, what the line 
     'weights of another shape': ('dpo', lambda: gpt2_folder({'n_embd': 64}), r'has shape'),
     'safetensors cut short': ('dpo', lambda: gpt2_folder({}, 3000), r'model.safetensors is damaged'),
     'a missing checkpoint file': ('dpo', [*DPO, '--init_from=out/tiny/sft/step-000009.pt'], r'step-000009'),
-    'no cuda here': ('dpo', [*DPO[:-1], '--device=cuda'], r'has no GPU'),
+    'no cuda here': ('dpo', [*DPO[:-1], '--device=cuda'], r'torch sees 0 GPUs'),
     'JSONL: broken': ('prepare_prefs', lambda: jsonl(b'{"prompt": "x", '), r'pairs.jsonl line 3: not JSON.*max_bad_lines'),
     'JSONL: missing key': ('prepare_prefs', lambda: jsonl(b'{"prompt": "x", "chosen": "y"}'), r"line 3: missing key 'rejected'"),
     'JSONL: wrong type': ('prepare_prefs', lambda: jsonl(b'{"prompt": "x", "chosen": 3, "rejected": "z"}'), r"line 3: 'chosen' is not a string"),
@@ -191,6 +191,33 @@ def test_a_folder_that_cannot_be_made_is_said(experiment):
     with pytest.raises(SystemExit, match='cannot write to out/tiny/dpo'):
         dpo.main(DPO)
     assert Path('out/tiny/dpo').read_text() == 'in the way'
+
+
+def test_what_rank_0_alone_sees_ends_all_ranks_with_one_line(experiment):
+    Path('out/tiny/dpo').write_text('in the way')
+    done = run_stage('dpo.py', '--name=tiny', '--batch_size=8', '--device=cpu', processes=2, check=False)
+    assert done.returncode != 0 and done.stderr.count('error: cannot write to out/tiny/dpo') == 1
+    assert 'dpo.py", line' not in done.stderr, 'no rank is left in a collective'
+
+
+def test_a_tracker_that_is_not_installed_is_named(experiment, monkeypatch):
+    import sys
+    monkeypatch.setitem(sys.modules, 'wandb', None)
+    with pytest.raises(SystemExit, match='track=wandb needs wandb: pip install wandb'):
+        dpo.main([*DPO, '--track=wandb'])
+
+
+def test_weights_from_a_later_step_go_when_a_run_is_resumed_before_them(experiment):
+    dpo.main([*DPO, '--max_steps=4', '--save_interval=2'])
+    os.truncate(find_checkpoints('out/tiny/dpo')[-1], 100)
+    dpo.main([*DPO, '--max_steps=3', '--resume'])
+    assert [p[-9:] for p in find_checkpoints('out/tiny/dpo')] == ['000002.pt', '000003.pt']
+    for path in find_checkpoints('out/tiny/dpo'):
+        os.truncate(path, 100)
+    before = snapshot()
+    with pytest.raises(SystemExit, match='no checkpoint of out/tiny/dpo can be read'):
+        dpo.main([*DPO, '--resume'])
+    assert snapshot() == before
 
 
 @pytest.mark.parametrize('stage', ['dpo', 'sft'])

@@ -282,7 +282,7 @@ def test_a_new_run_keeps_the_one_that_stood_there(experiment):
 
 def test_resume_refuses_other_data_weights_batch_or_seed(experiment):
     dpo.main([*DPO, '--max_steps=2'])
-    for flag, what in (('--batch_size=16', 'batch_size'), ('--seed=1', 'seed')):
+    for flag, what in (('--batch_size=16', 'batch_size'), ('--seed=1', 'seed'), ('--optimizer=adamw', 'optimizer')):
         with pytest.raises(SystemExit, match=f'cannot resume .*{what} changed'):
             dpo.main([*DPO, '--resume', flag])
     save_checkpoint('out/tiny/sft', 2, small_gpt(seed=9), dict(config={}, vocabulary=None))
