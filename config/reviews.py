@@ -3,12 +3,13 @@ The paper's controlled-sentiment task in miniature, with nothing to download:
 
     bash quickstart.sh                          # sets up and runs the four stages:
 
-    python prepare_prefs.py config/reviews.py   # the grammar below writes the data      TODO s
-    python sft.py config/reviews.py             # a tiny GPT learns the language         TODO min, 2 CPU cores
-    python dpo.py config/reviews.py             # and comes to prefer positive reviews   TODO min
-    python sample.py config/reviews.py          # before and after, with the true reward
+    python prepare_prefs.py config/reviews.py   # the grammar below writes the data          5 s on 2 CPU cores
+    python sft.py config/reviews.py             # a tiny GPT learns the language            86 s
+    python dpo.py config/reviews.py             # and comes to prefer positive reviews      53 s
+    python sample.py config/reviews.py          # before and after, with the true reward    20 s
 
-To expect: TODO true reward, share positive and share well formed, before and after.
+To expect (repro/logs/quickstart.txt): true reward -0.02 before, +2.88 after; positive 49%, 94%; well-formed 94%,
+94%; KL 1.7 nats; validation accuracy 0.80, and the true reward itself agrees with only 81% of these noisy labels.
 
 A grammar writes short film reviews of mixed sentiment. Two continuations of one prefix are compared by their
 true reward and labelled with noise, as people label. Section 6.1 of the paper (arXiv 2305.18290) does so with
@@ -45,7 +46,7 @@ sft = dict(
     epochs=2,
     learning_rate=8e-3,
     warmup_steps=50,
-    row_tokens=128,                     # reviews are short: two or three a row
+    row_tokens=128,                     # reviews are short, three a row; on a GPU leave it out
     eval_interval=250,
     log_interval=50,
 )
