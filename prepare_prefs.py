@@ -232,7 +232,7 @@ def open_pairs(cfg, hub, aside):
         return {split: from_lines(os.path.join(folder, file), read_pair)
                 for split, file in train_and_val(files, folder).items()}
     # local files get a cache of their own: the shared one tells them by their times, and keeps a copy
-    found = hub or load_dataset(cfg.source, cfg.data_dir, os.path.join(aside, 'cache'))
+    found = hub or load_dataset(os.path.abspath(cfg.source), cfg.data_dir, os.path.join(aside, 'cache'))
     return from_dataset(train_and_val(found, cfg.source), cfg.source)
 
 
@@ -631,7 +631,8 @@ def load_tokenizer(folder, name):
         except ValueError:
             raise UserError(f"tokenizer '{name}' is unknown; tiktoken has {', '.join(tiktoken.list_encoding_names())}") from None
         except Exception as error:      # it downloads on first use
-            raise UserError(f"tokenizer '{name}' could not be loaded: {error} (offline? set TIKTOKEN_CACHE_DIR)") from None
+            raise UserError(f"tokenizer '{name}' could not be loaded ({type(error).__name__}): tiktoken downloads it on first use; "
+                            'offline, set TIKTOKEN_CACHE_DIR to a folder that holds it') from None
     with open(os.path.join(folder, name)) as f:
         saved = json.load(f)
     ranks = {base64.b64decode(token): rank for rank, token in enumerate(saved['tokens'])}
