@@ -339,7 +339,7 @@ class _TokenLogps(torch.autograd.Function):
         for i in range(0, len(target), ctx.chunk):
             piece = slice(i, i + ctx.chunk)
             logits = (states[piece] @ head.t()).float()
-            d_logits = (logits - normalizer[piece, None]).exp_().mul_(-grad[piece, None])   # g (1[target] - p)
+            d_logits = logits.sub_(normalizer[piece, None]).exp_().mul_(-grad[piece, None])     # g (1[target] - p), in place
             d_logits.scatter_add_(1, target[piece, None], grad[piece, None])
             d_logits = d_logits.to(head.dtype)
             d_states[piece] = d_logits @ head
