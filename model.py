@@ -19,6 +19,8 @@ import os
 import pickle
 import re
 import shutil
+import urllib.error
+import urllib.request
 from dataclasses import asdict, dataclass, fields
 
 import torch
@@ -292,6 +294,13 @@ def _fetcher(name_or_dir):
     if not os.path.isdir(name_or_dir):
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import EntryNotFoundError
+        offline = bool(os.environ.get('HF_HUB_OFFLINE'))
+        try:
+            urllib.request.urlopen(os.environ.get('HF_ENDPOINT', 'https://huggingface.co'), timeout=5).close()
+        except urllib.error.HTTPError:
+            pass                        # it answers
+        except OSError:
+            offline = True              # the cache or nothing, at once: the hub's client would retry for half a minute
 
     def local(file, optional=False):
         path = os.path.join(name_or_dir, file)
@@ -304,7 +313,7 @@ def _fetcher(name_or_dir):
 
     def hub(file, optional=False):
         try:
-            return hf_hub_download(name_or_dir, file)
+            return hf_hub_download(name_or_dir, file, local_files_only=offline)
         except Exception as error:      # of many kinds: no such name, no such file, no network, no token
             if optional and isinstance(error, EntryNotFoundError):
                 return None

@@ -196,7 +196,7 @@ def load_dataset(source, data_dir, cache_dir=None):
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     try:
-        return datasets.load_dataset(source, data_dir=data_dir or None, cache_dir=cache_dir)
+        return datasets.load_dataset(os.path.abspath(source) if os.path.isdir(source) else source, data_dir=data_dir or None, cache_dir=cache_dir)
     except Exception as error:
         raise UserError(f'{what}: {type(error).__name__}: {str(error)[:300]}') from None
 
@@ -232,7 +232,7 @@ def open_pairs(cfg, hub, aside):
         return {split: from_lines(os.path.join(folder, file), read_pair)
                 for split, file in train_and_val(files, folder).items()}
     # local files get a cache of their own: the shared one tells them by their times, and keeps a copy
-    found = hub or load_dataset(os.path.abspath(cfg.source), cfg.data_dir, os.path.join(aside, 'cache'))
+    found = hub or load_dataset(cfg.source, cfg.data_dir, os.path.join(aside, 'cache'))
     return from_dataset(train_and_val(found, cfg.source), cfg.source)
 
 

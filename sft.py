@@ -194,6 +194,9 @@ def main(argv=None):
         done = (step - cfg.warmup_steps) / max(1, total_steps + 1 - cfg.warmup_steps)      # in (0, 1)
         return cfg.learning_rate * {'constant': 1, 'linear': 1 - done, 'cosine': 0.5 + 0.5 * math.cos(math.pi * done)}[cfg.schedule]
 
+    if cfg.warmup_steps >= total_steps:
+        say(f'note: the run of {total_steps:,} steps ends within its warm-up of {cfg.warmup_steps:,}: set --warmup_steps')
+
     net = torch.compile(policy, dynamic=False) if cfg.compile else policy
     ddp = DistributedDataParallel(net, device_ids=[local_rank] if device_type == 'cuda' else None,
                                   broadcast_buffers=False, gradient_as_bucket_view=True) if world > 1 else net
