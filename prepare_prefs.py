@@ -196,7 +196,8 @@ def load_dataset(source, data_dir, cache_dir=None):
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     try:
-        return datasets.load_dataset(os.path.abspath(source) if os.path.isdir(source) else source, data_dir=data_dir or None, cache_dir=cache_dir)
+        path = os.path.abspath(source) if os.path.isdir(source) else source        # '.' is no name to datasets
+        return datasets.load_dataset(path, data_dir=data_dir or None, cache_dir=cache_dir)
     except Exception as error:
         raise UserError(f'{what}: {type(error).__name__}: {str(error)[:300]}') from None
 

@@ -156,7 +156,7 @@ def test_killed_at_a_random_step_and_resumed_the_weights_are_bit_identical(exper
     args = [*args, '--max_steps=40']
     run_stage(script, *args)
     whole, log = last_checkpoint(folder), read_log(folder)
-    random_step = int(time.time()) % 25 + 7
+    random_step = int(time.time()) % 15 + 7
     shutil.rmtree(folder)
     start_and_kill(script, args, random_step)
     assert not find_checkpoints(folder) or read_checkpoint(find_checkpoints(folder)[-1])['step'] < 40, 'killed before the end'
@@ -308,6 +308,7 @@ def test_sections_that_sft_and_dpo_share_are_the_same_text():
         assert ours[title] == theirs[title], title
 
 
+@pytest.mark.skipif(shutil.which('g++') is None, reason='torch.compile needs a C++ compiler on a CPU')
 def test_compiled_training_gives_the_same_losses(experiment):
     """torch.compile fuses and so rounds differently: 1e-5 on losses of order 1, and step 0 within 1e-6 of ln 2."""
     short = [*DPO, '--max_steps=3', '--row_tokens=256']
