@@ -89,11 +89,11 @@ STATS = ('loss', 'rewards/chosen', 'rewards/rejected', 'rewards/margins', 'rewar
 
 
 def batch_stats(losses, chosen_rewards, rejected_rewards, logps):
-    """Sums over the pairs of a micro-step of what STATS names: (7,) float64 where the device has it."""
+    """Sums over the pairs of a micro-step of what STATS names: (7,) float32."""
     margins = chosen_rewards - rejected_rewards
     accuracies = (margins > 0).float() + 0.5 * (margins == 0).float()       # a tie counts one half
     rows = torch.stack([losses.detach(), chosen_rewards, rejected_rewards, margins, accuracies, *logps.detach().t()])
-    return rows.sum(1).double() if rows.device.type != 'mps' else rows.sum(1)
+    return rows.sum(1)
 
 
 def main(argv=None):
@@ -156,10 +156,10 @@ def main(argv=None):
     if not cfg.init_from and not find_checkpoints(init_from):
         raise UserError(f'{init_from} holds no checkpoint: run sft.py with this config first, or set --init_from')
     try:
-        policy, vocabulary = load_model(init_from, dropout=0.0, activation_checkpointing=cfg.activation_checkpointing)
+        policy, record = load_model(init_from, dropout=0.0, activation_checkpointing=cfg.activation_checkpointing)
     except CheckpointError as error:
         raise UserError(error) from None
-    train.check_model(policy.config, vocabulary, init_from)
+    train.check_model(policy.config, record.get('vocabulary'), init_from)
     policy.to(device)
     reference = copy.deepcopy(policy).eval().requires_grad_(False)
     init_fingerprint = fingerprint(policy)
@@ -168,14 +168,15 @@ def main(argv=None):
     # resume
 
     start_step, saved = 0, None
-    for path in reversed(find_checkpoints(out_dir) if cfg.resume else []):
+    found = find_checkpoints(out_dir) if cfg.resume else []
+    for path in reversed(found):
         try:
             saved = read_checkpoint(path)
             break
         except CheckpointError as error:
             say(f'refused: {error}')
-            if path == find_checkpoints(out_dir)[0]:
-                raise UserError(f'cannot resume: no checkpoint of {out_dir} can be read') from None
+    if found and saved is None:
+        raise UserError(f'cannot resume: no checkpoint of {out_dir} can be read')
     if saved is not None:
         for what, now, then in (('the training data', train.fingerprint, saved['data_fingerprint']),
                                 ('the initial weights', init_fingerprint, saved['init_fingerprint']),

@@ -209,11 +209,12 @@ class GPT(nn.Module):
                 hf = json.load(f)
             except ValueError as error:
                 raise CheckpointError(f'{name_or_dir}/config.json is not JSON: {error}') from None
-        expected = dict(model_type='gpt2', activation_function='gelu_new', tie_word_embeddings=True, n_inner=None,
-                        scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
-        for key, value in expected.items():
-            if hf.get(key, value) not in (value, 4 * hf.get('n_embd', 0) if key == 'n_inner' else value):
-                raise CheckpointError(f'{name_or_dir}: {key}={hf[key]!r}, this model is GPT-2 and needs {value!r}')
+        allowed = dict(model_type=['gpt2'], activation_function=['gelu_new'], tie_word_embeddings=[True],
+                       n_inner=[None, 4 * hf.get('n_embd', 0)], scale_attn_weights=[True],
+                       scale_attn_by_inverse_layer_idx=[False], add_cross_attention=[False])
+        for key, values in allowed.items():
+            if key in hf and hf[key] not in values:
+                raise CheckpointError(f'{name_or_dir}: {key}={hf[key]!r}, this model is GPT-2 and needs {values[0]!r}')
         try:
             config = GPTConfig(hf.get('n_positions', 1024), hf['vocab_size'], hf['n_layer'], hf['n_head'], hf['n_embd'],
                                layer_norm_epsilon=hf.get('layer_norm_epsilon', 1e-5), **options)
@@ -230,7 +231,7 @@ class GPT(nn.Module):
             except SafetensorError as error:
                 raise CheckpointError(f'{name_or_dir}/{file} is damaged: {error}') from None
         with torch.no_grad():
-            for ours, theirs, p in _hf_names(model):
+            for theirs, p in _hf_names(model):
                 if theirs not in tensors:
                     raise CheckpointError(f'{name_or_dir} has no tensor {theirs}')
                 tensor = tensors.pop(theirs)
@@ -260,7 +261,7 @@ class GPT(nn.Module):
                   n_embd=c.n_embd, layer_norm_epsilon=c.layer_norm_epsilon, attn_pdrop=0.0, embd_pdrop=c.dropout,
                   resid_pdrop=c.dropout, bos_token_id=end_token, eos_token_id=end_token, dtype='float32')
         tensors = {f'transformer.{theirs}': (p.t() if _transposed(theirs) else p).detach().float().cpu().contiguous()
-                   for _, theirs, p in _hf_names(self)}
+                   for theirs, p in _hf_names(self)}
         weights, settings = os.path.join(folder, 'model.safetensors'), os.path.join(folder, 'config.json')
         try:
             save_file(tensors, weights + '.tmp', metadata={'format': 'pt'})
@@ -275,13 +276,9 @@ class GPT(nn.Module):
 
 
 def _hf_names(model):
-    """(our name, Hugging Face's name, parameter) for every parameter; only the MLP's differ."""
+    """(Hugging Face's name, parameter) for every parameter; only the MLP's differ from ours."""
     for name, p in model.named_parameters():
-        theirs = name
-        if name.startswith('h.') and name.split('.')[2] in ('c_fc', 'c_proj'):
-            layer, rest = name.split('.', 2)[1:]
-            theirs = f'h.{layer}.mlp.{rest}'
-        yield name, theirs, p
+        yield re.sub(r'^(h\.\d+\.)(c_fc|c_proj)', r'\1mlp.\2', name), p
 
 
 def _transposed(name):
@@ -291,17 +288,6 @@ def _transposed(name):
 
 def _fetcher(name_or_dir):
     """A function from a file's name to its path, in the directory or downloaded from the hub."""
-    if not os.path.isdir(name_or_dir):
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import EntryNotFoundError
-        offline = bool(os.environ.get('HF_HUB_OFFLINE'))
-        try:
-            urllib.request.urlopen(os.environ.get('HF_ENDPOINT', 'https://huggingface.co'), timeout=5).close()
-        except urllib.error.HTTPError:
-            pass                        # it answers
-        except OSError:
-            offline = True              # the cache or nothing, at once: the hub's client would retry for half a minute
-
     def local(file, optional=False):
         path = os.path.join(name_or_dir, file)
         if os.path.isfile(path):
@@ -310,6 +296,18 @@ def _fetcher(name_or_dir):
             return None
         raise CheckpointError(f'{path} does not exist' + ('; convert pytorch_model.bin to model.safetensors first' if
                               os.path.isfile(os.path.join(name_or_dir, 'pytorch_model.bin')) else ''))
+
+    if os.path.isdir(name_or_dir):
+        return local
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+    offline = bool(os.environ.get('HF_HUB_OFFLINE'))
+    try:
+        urllib.request.urlopen(os.environ.get('HF_ENDPOINT', 'https://huggingface.co'), timeout=5).close()
+    except urllib.error.HTTPError:
+        pass                            # it answers
+    except OSError:
+        offline = True                  # the cache or nothing, at once: the hub's client would retry for half a minute
 
     def hub(file, optional=False):
         try:
@@ -320,7 +318,7 @@ def _fetcher(name_or_dir):
             raise CheckpointError(f"'{name_or_dir}' is neither a directory here nor to be had from the hub: {file}: "
                                   f'{type(error).__name__} (offline, or a wrong name?)') from None
 
-    return local if os.path.isdir(name_or_dir) else hub
+    return hub
 
 
 # -----------------------------------------------------------------------------
@@ -400,7 +398,7 @@ def save_checkpoint(folder, step, model, state, keep=2):
     """
     path = os.path.join(folder, f'step-{step:06}.pt')
     state = dict(state, format=1, step=step, model_config=asdict(model.config), model=model.state_dict())
-    record = dict(step=step, config=state.get('config'), fingerprint=fingerprint(model))
+    record = dict(step=step, config=state.get('config'))
     try:
         with open(path + '.tmp', 'wb') as f:
             out = _HashingFile(f)
@@ -500,13 +498,13 @@ def open_run(folder, start_step):
 def load_model(init_from, **options):
     """The weights of `init_from` as a GPT: a checkpoint of ours (folder: its last one; or a .pt), or GPT-2's.
 
-    options: GPTConfig fields that are no part of the weights. -> model, vocabulary (the tokenizer's identity as
-    saved, or None). Raises CheckpointError.
+    options: GPTConfig fields that are no part of the weights. -> model, and what the checkpoint says beside its
+    weights (stage, config, vocabulary, init_fingerprint, ...; {} for GPT-2's). Raises CheckpointError.
     """
     if not init_from.endswith('.pt') and not find_checkpoints(init_from):
         if os.path.isdir(init_from) and not os.path.isfile(os.path.join(init_from, 'config.json')):
             raise CheckpointError(f'{init_from} holds neither a checkpoint (step-*.pt) nor GPT-2 weights (config.json)')
-        return GPT.from_pretrained(init_from, **options), None
+        return GPT.from_pretrained(init_from, **options), {}
     path = init_from if init_from.endswith('.pt') else find_checkpoints(init_from)[-1]
     try:
         state = read_checkpoint(path)
@@ -519,7 +517,7 @@ def load_model(init_from, **options):
         model.load_state_dict(state['model'])
     except (RuntimeError, TypeError) as error:
         raise CheckpointError(f'{path}: its weights are not those of its model_config ({type(error).__name__})') from None
-    return model, state.get('vocabulary')
+    return model, {key: value for key, value in state.items() if key not in ('model', 'optimizer')}
 
 
 def fingerprint(model):

@@ -31,9 +31,7 @@ own bytes are looked at, not what it imports. A run that fails or is stopped lea
 import base64
 import bisect
 import collections
-import concurrent.futures
 import contextlib
-import ctypes
 import dataclasses
 import functools
 import glob
@@ -42,7 +40,6 @@ import heapq
 import io
 import itertools
 import json
-import multiprocessing
 import os
 import re
 import runpy
@@ -421,56 +418,20 @@ def encode_documents(rows, tokenizer, cfg):
     return parts, np.zeros(3, np.int64)
 
 
-def start_worker(*job):
-    """In a worker process: keep what every chunk needs, and leave when told or when the parent is gone."""
-    global worker_job
-    worker_job = job
-    signal.signal(signal.SIGINT, signal.SIG_IGN)        # the parent's business
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if sys.platform == 'linux':
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)      # PR_SET_PDEATHSIG: a killed parent leaves no orphans
-
-
-def encode_chunk(rows):
-    """A worker's task: rows, lists of texts -> (token ids, length of each part, cut), compact arrays."""
-    encode, tokenizer, cfg, dtype = worker_job
-    parts, cut = encode(rows, tokenizer, cfg)
-    return np.array(list(itertools.chain.from_iterable(parts)), dtype), np.array([len(part) for part in parts]), cut
-
-
-def encoded_chunks(rows, job):
-    """What encode_chunk makes of 1,000 rows at a time, in order, on all cores and only a few chunks ahead."""
-    workers = os.cpu_count() or 1
-    start = multiprocessing.get_context('fork' if sys.platform == 'linux' else 'spawn')
-    pool = concurrent.futures.ProcessPoolExecutor(workers, start, start_worker, job)
-    ahead = collections.deque()
-    try:
-        while chunk := list(itertools.islice(rows, 1000)):
-            ahead.append(pool.submit(encode_chunk, chunk))
-            if len(ahead) > 2 * workers:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
-    except concurrent.futures.process.BrokenProcessPool:
-        raise UserError('a tokenising process was killed (out of memory?)') from None
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
 def write_split(path, rows, n, K, encode, tokenizer, cfg):
     """Write <path>.bin and <path>.idx.npy of n rows, as groups of K responses. Returns what meta.json says of
     them. rows: iterator of lists of texts; encode: one of the functions above."""
     dtype = np.uint16 if tokenizer.n_vocab <= 2**16 else np.uint32
     digest, pieces, cut = hashlib.sha256(), [], np.zeros(3, np.int64)
-    chunks = encoded_chunks(rows, (encode, tokenizer, cfg, dtype))
-    with (open(f'{path}.bin', 'wb') as f, contextlib.closing(chunks),
-          tqdm(total=n, desc=os.path.basename(path), unit=' rows', disable=None) as bar):
-        for tokens, part_lengths, chunk_cut in chunks:
+    with open(f'{path}.bin', 'wb') as f, tqdm(total=n, desc=os.path.basename(path), unit=' rows', disable=None) as bar:
+        while chunk := list(itertools.islice(rows, 1000)):
+            parts, chunk_cut = encode(chunk, tokenizer, cfg)
+            tokens = np.array(list(itertools.chain.from_iterable(parts)), dtype)
             f.write(tokens)
             digest.update(tokens)
-            pieces.append(part_lengths)
+            pieces.append([len(part) for part in parts])
             cut += chunk_cut
-            bar.update(min(1000, n - bar.n))
+            bar.update(len(chunk))
     lengths = np.concatenate(pieces).reshape(-1, K + 1)                             # (N, K+1)
     ends = lengths.cumsum().reshape(-1, K + 1)                                      # (N, K+1)
     index = np.column_stack((ends[:, 0] - lengths[:, 0], ends)).astype(np.int64)    # (N, K+2)
@@ -706,7 +667,6 @@ class Groups:
         """Scored tokens of the given groups, all their responses together: int."""
         return int((self.index[ids, -1] - self.index[ids, 1]).sum())
 
-
     def forward_flops(self, ids, model_config):
         """Multiply-adds, times two, that one forward pass over these groups needs: blocks, attention, response heads."""
         C, L, V = model_config.n_embd, model_config.n_layer, model_config.vocab_size
@@ -716,7 +676,7 @@ class Groups:
         return float(24 * L * C * C * sizes.sum() + 4 * L * C * seen + 2 * C * V * responses.sum())
 
     def check_model(self, model_config, vocabulary, where):
-        """UserError where a model cannot read these ids or positions. vocabulary: of load_model."""
+        """UserError where a model cannot read these ids or positions. vocabulary: as a checkpoint records it, or None."""
         size = self.meta['vocab_size']
         if vocabulary is not None and vocabulary != self.vocabulary:
             raise UserError(f'{where} was trained with another tokenizer than {self.folder} was prepared with '

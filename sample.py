@@ -141,13 +141,11 @@ def load(init_from, default, groups, device):
         raise UserError(f'{default} holds no checkpoint: run {stage}.py with this config first, or set {other}')
     where = init_from or default
     try:
-        model, vocabulary = load_model(where, dropout=0.0)
-        path = where if where.endswith('.pt') else next(reversed(find_checkpoints(where)), None)
-        record = torch.load(path, map_location='cpu', weights_only=True, mmap=True) if path else {}
-    except (CheckpointError, OSError) as error:
+        model, record = load_model(where, dropout=0.0)
+    except CheckpointError as error:
         raise UserError(error) from None
-    groups.check_model(model.config, vocabulary, where)
-    return model.to(device).eval(), {k: record.get(k) for k in ('stage', 'config', 'init_fingerprint')}
+    groups.check_model(model.config, record.get('vocabulary'), where)
+    return model.to(device).eval(), record
 
 
 def read_reward(path):
@@ -289,9 +287,9 @@ def main(argv=None):
                else val_prompts(val, cfg.num_prompts))
     if not prompts:
         raise UserError(f'{data_dir} has no prompts in val: set --prompt or --prompts_file')
-    beta = cfg.beta or (record['config'] or {}).get('beta') or 0.1
+    beta = cfg.beta or record.get('config', {}).get('beta') or 0.1
     say(f'sample on {device_type}, implicit rewards with beta {beta:g}:\n{config.show(cfg)}')
-    if record['stage'] == 'dpo' and record['init_fingerprint'] != fingerprint(before):
+    if record.get('stage') == 'dpo' and record['init_fingerprint'] != fingerprint(before):
         say('note: AFTER was trained from other weights than BEFORE: rewards and KL here are relative to BEFORE')
 
     size = min(before.config.block_size, after.config.block_size)

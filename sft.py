@@ -131,16 +131,16 @@ def main(argv=None):
     try:
         if cfg.init_from == 'scratch':
             torch.manual_seed(cfg.seed)
-            policy, vocabulary = GPT(GPTConfig(
+            policy, record = GPT(GPTConfig(
                 cfg.block_size or train.meta['max_length'], train.meta['vocab_size'], cfg.n_layer, cfg.n_head, cfg.n_embd,
-                cfg.dropout, activation_checkpointing=cfg.activation_checkpointing)), train.vocabulary
+                cfg.dropout, activation_checkpointing=cfg.activation_checkpointing)), {}
         else:
-            policy, vocabulary = load_model(cfg.init_from, dropout=cfg.dropout,
-                                            activation_checkpointing=cfg.activation_checkpointing)
+            policy, record = load_model(cfg.init_from, dropout=cfg.dropout,
+                                        activation_checkpointing=cfg.activation_checkpointing)
     except CheckpointError as error:
         raise UserError(error) from None
     init_from = cfg.init_from
-    train.check_model(policy.config, vocabulary, init_from)
+    train.check_model(policy.config, record.get('vocabulary'), init_from)
     policy.to(device)
     init_fingerprint = fingerprint(policy)
 
@@ -148,14 +148,15 @@ def main(argv=None):
     # resume
 
     start_step, saved = 0, None
-    for path in reversed(find_checkpoints(out_dir) if cfg.resume else []):
+    found = find_checkpoints(out_dir) if cfg.resume else []
+    for path in reversed(found):
         try:
             saved = read_checkpoint(path)
             break
         except CheckpointError as error:
             say(f'refused: {error}')
-            if path == find_checkpoints(out_dir)[0]:
-                raise UserError(f'cannot resume: no checkpoint of {out_dir} can be read') from None
+    if found and saved is None:
+        raise UserError(f'cannot resume: no checkpoint of {out_dir} can be read')
     if saved is not None:
         for what, now, then in (('the training data', train.fingerprint, saved['data_fingerprint']),
                                 ('the initial weights', init_fingerprint, saved['init_fingerprint']),

@@ -99,8 +99,8 @@ def test_checkpoints_keep_the_last_two_and_name_a_damaged_one(tmp_path):
     for step in (5, 10, 100):
         save_checkpoint(tmp_path, step, model, dict(config={}, vocabulary='v'))
     assert [Path(p).name for p in find_checkpoints(tmp_path)] == ['step-000010.pt', 'step-000100.pt']
-    loaded, vocabulary = load_model(str(tmp_path))
-    assert vocabulary == 'v' and fingerprint(loaded) == fingerprint(model)
+    loaded, record = load_model(str(tmp_path))
+    assert record['vocabulary'] == 'v' and fingerprint(loaded) == fingerprint(model)
     path = find_checkpoints(tmp_path)[-1]
     Path(path).write_bytes(Path(path).read_bytes()[:-1])
     with pytest.raises(CheckpointError, match='step-000100.pt is damaged'):

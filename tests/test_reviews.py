@@ -8,7 +8,6 @@ import runpy
 import statistics
 import subprocess
 import sys
-import time
 import types
 
 import pytest
