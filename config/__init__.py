@@ -18,6 +18,7 @@ import os
 import re
 import runpy
 import sys
+import time
 import types
 import typing
 from typing import Annotated as In, Literal
@@ -30,7 +31,10 @@ class UserError(SystemExit):
     """A user's mistake: one line on stderr (rank 0's, under torchrun) and exit status 1, no traceback."""
     def __init__(self, message):
         self.message = ' '.join(str(message).split())
-        super().__init__(f'error: {self.message}' if os.environ.get('RANK', '0') == '0' else 1)
+        speaks = os.environ.get('RANK', '0') == '0'
+        if not speaks:
+            time.sleep(5)       # torchrun ends all ranks when one leaves: let rank 0 say it first
+        super().__init__(f'error: {self.message}' if speaks else 1)
 
 
 def _read_file(path, stage):
