@@ -178,7 +178,7 @@ def child_trl(job):
     trl.DPOTrainer._precompute_ref_logps = timed_precompute
     trl.DPOTrainer._prepare_dataset = lambda self, dataset, *args: dataset         # these are ids already
     config = trl.DPOConfig(
-        'trl', max_length=job['max_length'], bf16=bf16, use_cpu=device == 'cpu', seed=job['seed'],
+        'trl-out', max_length=job['max_length'], bf16=bf16, use_cpu=device == 'cpu', seed=job['seed'],
         per_device_train_batch_size=job['micro'], gradient_accumulation_steps=job['batch_size'] // job['micro'],
         num_train_epochs=job['epochs'] + 1, optim='rmsprop', learning_rate=LEARNING_RATE, lr_scheduler_type='constant',
         max_grad_norm=GRAD_CLIP, model_init_kwargs=init_kwargs, save_strategy='no', report_to='none', disable_tqdm=True,
@@ -239,7 +239,7 @@ def child(kind, job, result):
     try:
         found = dict(padded=child_padded, trl=child_trl, sample=child_sample)[kind](job)
     except ModuleNotFoundError as error:
-        raise SystemExit(f'needs {error.name}, which is not installed: pip install {(error.name or "").partition(".")[0]}') from None
+        raise SystemExit(f'{error.name} is not installed: pip install {(error.name or "").partition(".")[0]}') from None
     if job['device'] == 'cuda':
         found['memory_gb'] = torch.cuda.max_memory_allocated() / 1e9
     with open(result, 'w') as f:
@@ -249,66 +249,53 @@ def child(kind, job, result):
 # -----------------------------------------------------------------------------
 # running them
 
-def watch(label, command, cwd):
-    """Run a child to its end, its last line moving on the terminal. -> dict(status, lines [(second, text)], seconds, rss_gb)"""
-    env = dict(os.environ, PYTHONUNBUFFERED='1', TORCH_LOGS='recompiles', HF_HUB_OFFLINE='1', TOKENIZERS_PARALLELISM='false',
-               HF_DATASETS_CACHE=os.path.join(cwd, 'hf'))
+def watch(label, script, arguments, cwd):
+    """Run a Python script to its end, its last line moving on the terminal.
+
+    -> dict(error: one line, '' where it ended well; memory: whether it ran out of it; lines: [(second, text)]; seconds;
+    rss_gb: the largest resident size)
+    """
+    env = dict(os.environ, PYTHONUNBUFFERED='1', TORCH_LOGS='recompiles', TOKENIZERS_PARALLELISM='false')
     env.setdefault('CUDA_VISIBLE_DEVICES', '0')         # one GPU; TRL refuses to start where it sees several
-    if command[1].endswith('prepare_prefs.py'):
-        del env['HF_HUB_OFFLINE'], env['HF_DATASETS_CACHE']     # --data may be a hub name
-    began, lines = time.perf_counter(), []
-    process = subprocess.Popen(command, cwd=cwd, env=env, text=True, errors='replace', stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    if script != 'prepare_prefs.py':                    # whose --data may be on the hub; the others need none of it
+        env.update(HF_HUB_OFFLINE='1', HF_DATASETS_CACHE=os.path.join(cwd, 'hf'))
+    began, lines, usage = time.perf_counter(), [], None
+    process = subprocess.Popen([sys.executable, os.path.join(ROOT, script), *arguments], cwd=cwd, env=env, text=True,
+                               errors='replace', stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
     def read():
-        for line in process.stdout:
-            if line.strip():
-                lines.append((time.perf_counter() - began, line.rstrip()))
+        lines.extend((time.perf_counter() - began, line.strip()) for line in process.stdout if line.strip())
 
     reader = threading.Thread(target=read, daemon=True)
     reader.start()
-    width = shutil.get_terminal_size().columns - 1
+    moving, width = sys.stderr.isatty(), shutil.get_terminal_size().columns - 1
     try:
         while reader.is_alive():
             reader.join(0.25)
-            if sys.stderr.isatty():
-                text = f'{label:<19}{time.perf_counter() - began:6.0f} s  {lines[-1][1] if lines else "starting"}'
+            text = f'{label:<20}{time.perf_counter() - began:6.0f} s  {lines[-1][1] if lines else "starting"}'
+            if moving:
                 print('\r' + text[:width].ljust(width), end='', file=sys.stderr, flush=True)
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
+        _, status, usage = os.wait4(process.pid, 0)     # wait() would not tell the memory
+        process.returncode = status = os.waitstatus_to_exitcode(status)
     finally:
-        if process.returncode is None:
+        if usage is None:
             process.kill()
-        if sys.stderr.isatty():
+        if moving:
             print('\r' + ' ' * width, end='\r', file=sys.stderr, flush=True)
-    rss = usage.ru_maxrss * (1 if sys.platform == 'darwin' else 1024) / 1e9
-    return dict(status=process.returncode, lines=lines, seconds=time.perf_counter() - began, rss_gb=rss)
+    said = '\n'.join(line for _, line in lines[-50:]).lower()
+    memory = status == -9 or status != 0 and ('out of memory' in said or "can't allocate memory" in said)
+    error = ('' if status == 0 else 'killed (signal 9): out of memory?' if status == -9 else 'out of memory' if memory else
+             f'ended by signal {-status}' if status < 0 else lines[-1][1][:200] if lines else f'exit status {status}')
+    return dict(error=error, memory=memory, lines=lines, seconds=time.perf_counter() - began,
+                rss_gb=usage.ru_maxrss * (1 if sys.platform == 'darwin' else 1024) / 1e9)
 
 
-def out_of_memory(ran):
-    text = '\n'.join(line for _, line in ran['lines'][-50:]).lower()
-    return ran['status'] == -9 or 'out of memory' in text or "can't allocate memory" in text
-
-
-def why(ran):
-    """One line on why a child failed; '' where it did not."""
-    if ran['status'] == 0:
-        return ''
-    if ran['status'] == -9:
-        return 'killed (signal 9): out of memory?'
-    if ran['status'] < 0:
-        return f'ended by signal {-ran["status"]}'
-    if out_of_memory(ran):
-        return 'out of memory'
-    return (ran['lines'][-1][1].strip() if ran['lines'] else f'exit status {ran["status"]}')[:200]
-
-
-def run_peer(label, kind, job, cwd):
-    """A child of this file. -> (what watch saw, its result or None)"""
+def run_child(label, kind, options, cwd, **more):
+    """One of the functions above, in a process of its own. -> (what watch saw, its result or None)"""
+    job = {key: getattr(options, key) for key in ('device', 'dtype', 'vocab', 'batch_size', 'epochs', 'seed', 'max_length')}
     result = os.path.join(cwd, 'result.json')
-    if os.path.exists(result):
-        os.remove(result)
-    ran = watch(label, [sys.executable, os.path.abspath(__file__), f'child:{kind}', json.dumps(job), result], cwd)
-    if ran['status']:
+    ran = watch(label, os.path.abspath(__file__), [f'child:{kind}', json.dumps(job | more), result], cwd)
+    if ran['error']:
         return ran, None
     with open(result) as f:
         return ran, json.load(f)
@@ -316,90 +303,74 @@ def run_peer(label, kind, job, cwd):
 
 def run_dpo(label, options, flags, cwd, name='bench'):
     """dpo.py as a user runs it. -> (what watch saw, the training records of log.jsonl)"""
-    shutil.rmtree(os.path.join(cwd, 'out'), ignore_errors=True)
-    ran = watch(label, [sys.executable, os.path.join(ROOT, 'dpo.py'), f'--name={name}', '--init_from=init', '--optimizer=rmsprop',
-                        f'--learning_rate={LEARNING_RATE}', f'--grad_clip={GRAD_CLIP}', '--warmup_steps=0', '--log_interval=1',
-                        '--eval_interval=0', '--save_interval=0', f'--batch_size={options.batch_size}', f'--seed={options.seed}',
-                        f'--device={options.device}', f'--dtype={options.dtype}', *options.ours, *flags], cwd)
+    ran = watch(label, 'dpo.py', [
+        f'--name={name}', '--init_from=init', '--optimizer=rmsprop', f'--learning_rate={LEARNING_RATE}', '--warmup_steps=0',
+        f'--grad_clip={GRAD_CLIP}', '--log_interval=1', '--eval_interval=0', '--save_interval=0', f'--seed={options.seed}',
+        f'--batch_size={options.batch_size}', f'--device={options.device}', f'--dtype={options.dtype}', *options.ours, *flags], cwd)
     records = []
-    if not ran['status']:
+    if not ran['error']:
         with open(os.path.join(cwd, 'out', name, 'dpo', 'log.jsonl')) as f:
             records = [record for record in map(json.loads, f) if 'pairs_per_second' in record]
-    shutil.rmtree(os.path.join(cwd, 'out'), ignore_errors=True)        # a checkpoint is large
+    shutil.rmtree(os.path.join(cwd, 'out'), ignore_errors=True)         # a checkpoint is large; a cache would be reused
     return ran, records
 
 
 def line_times(lines, kind):
-    """When the log lines of dpo.py came: {step: second}. kind: 'step' or 'eval'."""
+    """When dpo.py's log lines came: {step: second}. kind: 'step' or 'eval'."""
     found = ((re.match(kind + r'\s+([\d,]+)/', line), second) for second, line in lines)
     return {int(match[1].replace(',', '')): second for match, second in found if match}
 
 
-def recompiles_after(lines, first, last):
-    """torch.compile's messages between the log lines of two steps."""
-    steps = line_times(lines, 'step')
-    return sum('Recompiling function' in line for second, line in lines if steps[first] < second <= steps[last])
-
-
-def precompute_seconds(lines):
-    """From dpo.py's line that it starts on train to its line on val; None where it says neither."""
-    marks = [second for second, line in lines if line.startswith('reference log-probs of ')]
-    return marks[1] - marks[0] if len(marks) == 2 else None
-
-
 def measure_ours(contender, options, data, cwd, flags=()):
-    steps = options.pairs // options.batch_size
-    ran, records = run_dpo(contender, options, [f'--epochs={options.epochs + 1}', *OURS[contender], *flags], cwd)
-    if ran['status']:
-        return dict(contender=contender, error=why(ran))
-    padding = [record.get('padding') for record in records]
-    tokens = [record['tokens_per_second'] / record['pairs_per_second'] * options.batch_size for record in records]
+    flags, steps = [*OURS[contender], *flags], options.pairs // options.batch_size
+    ran, records = run_dpo(contender, options, [f'--epochs={options.epochs + 1}', *flags], cwd)
+    if ran['error']:
+        return dict(contender=contender, error=ran['error'])
+    shown = line_times(ran['lines'], 'step')
+    recompiled = [second for second, line in ran['lines'] if 'Recompiling function' in line]        # of TORCH_LOGS
+    marks = [second for second, line in ran['lines'] if line.startswith('reference log-probs of ')]     # train's, then val's
+    computed = [record['tokens_per_second'] / record['pairs_per_second'] * options.batch_size / (1 - record['padding'])
+                for record in records if 'padding' in record]
     return finish(dict(
-        contender=contender, seconds=[options.batch_size / record['pairs_per_second'] for record in records],
-        computed=None if None in padding else round(sum(t / (1 - p) for t, p in zip(tokens, padding))),
-        first_loss=records[0]['loss'], recompiles=recompiles_after(ran['lines'], steps, len(records)),
+        contender=contender, note=' '.join(flags), first_loss=records[0]['loss'],
+        seconds=[options.batch_size / record['pairs_per_second'] for record in records],
+        computed=sum(computed) if len(computed) == len(records) else None,
+        recompiles=sum(shown[steps] < second <= shown[len(records)] for second in recompiled),
+        precompute_seconds=marks[1] - marks[0] if len(marks) == 2 else None,
         memory_gb=max(record.get('memory_gb', 0) for record in records) or None if options.device == 'cuda' else ran['rss_gb'],
-        precompute_seconds=precompute_seconds(ran['lines']), note=' '.join(OURS[contender] + list(flags)), forwards=3 if
-        '--precompute_ref=True' in OURS[contender] else 4, wall_seconds=ran['seconds']), options, data)
+        ), ran, options, data, '--precompute_ref=True' in flags)
 
 
 def measure_peer(contender, options, data, cwd):
-    kind, best = contender.partition('-')[0], contender == 'trl-best'
-    rows = []
-    for micro in options.micro_batch if best else [math.gcd(8, options.batch_size)]:
-        while True:
-            job = dict(device=options.device, dtype=options.dtype, batch_size=options.batch_size, micro=micro, best=best,
-                       epochs=options.epochs, seed=options.seed, max_length=options.max_length)
-            ran, result = run_peer(contender + f' ({micro})' * best, kind, job, cwd)
-            if result is None and out_of_memory(ran) and micro > 1 and not best:
-                micro = math.gcd(micro // 2, options.batch_size)       # what a user would do
-                continue
-            break
-        if result is None:
-            rows.append(dict(contender=contender, micro_batch=micro, error=why(ran)))
-        else:
+    best, rows = contender == 'trl-best', []
+    sizes = list(options.micro_batch) if best else [math.gcd(8, options.batch_size)]
+    for micro in sizes:                         # trl-best: each of them; the others: half as many where memory is short
+        ran, result = run_child(f'{contender} ({micro})', contender.partition('-')[0], options, cwd, micro=micro, best=best)
+        row = dict(contender=contender, micro_batch=micro, error=ran['error'])
+        if result:
             result.setdefault('memory_gb', ran['rss_gb'])
-            rows.append(finish(dict(contender=contender, micro_batch=micro, forwards=3 if best else 4, recompiles=None,
-                                    wall_seconds=ran['seconds'], **result), options, data))
-    ran = [row for row in rows if 'error' not in row]
-    row = max(ran, key=lambda row: row['pairs_per_second']) if ran else rows[0]
-    if len(rows) > 1:
-        row['tried'] = {str(r['micro_batch']): r.get('pairs_per_second', r.get('error')) for r in rows}
+            row = finish(dict(row, **result), ran, options, data, best)
+        elif ran['memory'] and micro > 1 and not best:
+            sizes.append(math.gcd(micro // 2, options.batch_size))
+        rows.append(row)
+    row = max(rows, key=lambda row: row.get('pairs_per_second', 0))
+    if not row.get('error') and len(rows) > 1:
+        row['tried'] = {r['micro_batch']: r.get('error') or r['pairs_per_second'] for r in rows}
+        row['note'] += '; ' + ', '.join(f'with {n}: ' + (f'{was:.2f}' if isinstance(was, float) else was)
+                                        for n, was in row['tried'].items() if n != row['micro_batch'])
     return row
 
 
-def finish(row, options, data):
+def finish(row, ran, options, data, precomputed):
     """Add what follows from the seconds of the steps: the first epoch is warm-up, the others are measured."""
-    steps = options.pairs // options.batch_size
-    epochs = np.array(row['seconds']).reshape(-1, steps).sum(1)
-    assert len(epochs) == options.epochs + 1, f'{row["contender"]}: {len(row["seconds"])} steps, not {options.epochs + 1} epochs of {steps}'
+    epochs = np.array(row['seconds']).reshape(options.epochs + 1, -1).sum(1)
     seconds, computed = float(np.median(epochs[1:])), row.pop('computed')
     computed = computed and computed / len(epochs)                              # an epoch's; each has another order
-    flops = data['forward_flops'] * row.pop('forwards')
-    row.update(epoch_seconds=epochs.tolist(), pairs_per_second=options.pairs / seconds,
+    row.update(error='', epoch_seconds=epochs.tolist(), wall_seconds=ran['seconds'], pairs_per_second=options.pairs / seconds,
                tokens_per_second=data['distinct_tokens'] / seconds, computed_tokens=computed,
-               waste=computed and 1 - data['distinct_tokens'] / computed, useful_flops_per_second=flops / seconds,
-               besides_seconds=row['wall_seconds'] - len(epochs) * seconds)
+               waste=computed and 1 - data['distinct_tokens'] / computed,
+               useful_flops_per_second=data['forward_flops'] * (3 if precomputed else 4) / seconds,
+               besides_seconds=ran['seconds'] - len(epochs) * seconds)
     if row.get('precompute_seconds'):
         row['pairs_per_second_1_epoch'] = options.pairs / (seconds + row['precompute_seconds'])
     return row
@@ -408,140 +379,110 @@ def finish(row, options, data):
 # -----------------------------------------------------------------------------
 # data, weights and the machine
 
-def synthetic(folder, n, seed):
-    """n pairs in train.jsonl and 8 in val.jsonl, of random letters, one a token to prepare's `bytes`; HH's lengths."""
+def write_synthetic(folder, n, seed):
+    """n pairs in train.jsonl and 8 in val.jsonl, of random letters, each a token to prepare's `bytes`; HH's lengths."""
     rng = np.random.default_rng(seed)
-    covariance = HH_CORRELATION * HH_STD[:, None] * HH_STD
     os.makedirs(folder)
-    for split, rows in (('train', n), ('val', 8)):
-        lengths = np.exp(rng.multivariate_normal(HH_MEAN, covariance, rows)).round().clip(1).astype(int)
+    for split, count in (('train', n), ('val', 8)):
+        logs = rng.multivariate_normal(HH_MEAN, HH_CORRELATION * HH_STD[:, None] * HH_STD, count)       # (count, 3)
         with open(os.path.join(folder, f'{split}.jsonl'), 'w') as f:
-            for row in lengths:
-                prompt, chosen, rejected = (bytes(rng.integers(97, 123, n, dtype=np.uint8)).decode() for n in row)
+            for lengths in np.exp(logs).round().clip(1).astype(int):
+                prompt, chosen, rejected = (rng.integers(97, 123, n, dtype=np.uint8).tobytes().decode() for n in lengths)
                 f.write(json.dumps(dict(prompt=prompt, chosen='c' + chosen[1:], rejected='r' + rejected[1:])) + '\n')
 
 
-def write_bench(cwd, name, train, val, seed, random_ids):
-    """data/<name>: `train` and `val` pairs drawn from those of data/all; random_ids: over GPT-2's vocabulary instead."""
-    everything = {split: Groups(os.path.join(cwd, 'data', 'all'), split) for split in ('train', 'val')}
-    meta, folder = dict(everything['train'].meta), os.path.join(cwd, 'data', name)
-    rng = np.random.default_rng(seed)
-    shutil.copytree(os.path.join(cwd, 'data', 'all'), folder)
-    meta['splits'] = {}
+def write_bench(cwd, name, train, val, options):
+    """data/<name>: pairs drawn from data/all; where those are of letters, with random ids of the model's vocabulary."""
+    source, folder = os.path.join(cwd, 'data', 'all'), os.path.join(cwd, 'data', name)
+    shutil.copytree(source, folder)
+    rng, meta = np.random.default_rng(options.seed), Groups(source, 'train').meta
     for split, n in (('train', train), ('val', val)):
-        groups = everything[split if n <= len(everything[split]) else 'train']
+        groups = Groups(source, split if split == 'train' or n <= 8 else 'train')       # a long val: of train's pairs
         pieces = [piece for i in rng.permutation(len(groups))[:n] for piece in groups[i]]
-        tokens = np.concatenate(pieces).astype(np.uint16)
-        if random_ids:
-            tokens = np.where(tokens == meta['eot_token'], VOCAB - 1, rng.integers(0, VOCAB - 1, len(tokens))).astype(np.uint16)
-        ends = np.cumsum([len(piece) for piece in pieces]).reshape(n, 3)                        # (N, K+1)
+        tokens = np.concatenate(pieces)
+        if not options.data:
+            end = options.vocab - 1
+            tokens = np.where(tokens == meta['eot_token'], end, rng.integers(0, end, len(tokens))).astype(np.uint16)
+        ends = np.cumsum([len(piece) for piece in pieces]).reshape(-1, 3)                       # (N, K+1)
         index = np.column_stack((np.append(0, ends[:-1, -1]), ends)).astype(np.int64)           # (N, K+2)
         path = os.path.join(folder, split)
         tokens.tofile(f'{path}.bin')
         np.save(f'{path}.idx.npy', index)
-        meta['splits'][split] = dict(meta['splits'].get(split, {}), groups=n, K=2, tokens=len(tokens), dtype='uint16',
+        meta['splits'][split].update(groups=len(index), tokens=len(tokens), dtype=tokens.dtype.name,
                                      longest=int((index[:, -1] - index[:, 0]).max()),
                                      bin_sha256=sha256_file(f'{path}.bin'), idx_sha256=sha256_file(f'{path}.idx.npy'))
-    if random_ids:
-        meta.update(vocab_size=VOCAB, eot_token=VOCAB - 1)
+    if not options.data:
+        meta.update(vocab_size=options.vocab, eot_token=options.vocab - 1)
     with open(os.path.join(folder, 'meta.json'), 'w') as f:
         json.dump(meta, f)
 
 
-def matmul_peak(device, dtype, width):
-    """The fastest of several matmuls, FLOP/s: {shape: rate}, best of five each."""
-    big = 8192 if device == 'cuda' else 2048
-    shapes = [(big, big, big), (big, width, 4 * width), (big, 4 * width, width), (min(big, 2048), width, VOCAB)]
+def model_config(model, options):
+    return GPTConfig(1024, options.vocab, *MODELS[model])
+
+
+def write_weights(cwd, model, options):
+    torch.manual_seed(options.seed)
+    GPT(model_config(model, options)).save_pretrained(os.path.join(cwd, 'init'))
+
+
+def matmul_rates(options, dtype):
+    """FLOP/s of several matmuls, the best of five each: {shape: rate}."""
+    big, C = 8192 if options.device == 'cuda' else 2048, MODELS[options.model][2]
     rates = {}
-    for M, K, N in shapes:
-        a, b = (torch.randn(*shape, device=device, dtype=getattr(torch, dtype)) for shape in ((M, K), (N, K)))
+    for M, K, N in ((big, big, big), (big, C, 4 * C), (big, 4 * C, C), (min(big, 2048), C, options.vocab)):
+        a, b = (torch.randn(*shape, device=options.device, dtype=getattr(torch, dtype)) for shape in ((M, K), (K, N)))
         best = math.inf
         for _ in range(6):
-            sync(device)
+            sync(options.device)
             began = time.perf_counter()
-            a @ b.t()
-            sync(device)
+            a @ b
+            sync(options.device)
             best = min(best, time.perf_counter() - began)
             if best > 2:
                 break                                   # a type that this machine only emulates
-        rates[f'{M}x{K}x{N}'] = 2 * M * K * N / best
+        rates[f'{M} x {K} x {N}'] = 2 * M * K * N / best
     return rates
 
 
 # -----------------------------------------------------------------------------
-# tables
-
-def table(rows, columns):
-    """An aligned Markdown table. columns: {title: function of a row, giving a string}."""
-    lines = [list(columns)] + [[show(row) for show in columns.values()] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*lines)]
-
-    def line(cells):
-        return '| ' + ' | '.join(cell.ljust(w) if i in (0, len(widths) - 1) else cell.rjust(w)
-                                 for i, (cell, w) in enumerate(zip(cells, widths))) + ' |'
-    return '\n'.join([line(lines[0]), '|' + '|'.join('-' * (w + 1) + ('-' if i in (0, len(widths) - 1) else ':')
-                                                     for i, w in enumerate(widths)) + '|', *map(line, lines[1:])])
-
-
-def number(key, form):
-    """A column: the row's value of that name, '-' where there is none."""
-    return lambda row: '-' if row.get(key) is None else form.format(row[key])
-
-
-def note(row):
-    return row.get('error') or row.get('note') or ''
-
-
-TRAIN = {'contender': lambda row: row['contender'], 'pairs/s': number('pairs_per_second', '{:,.2f}'),
-         'tokens/s': number('tokens_per_second', '{:,.0f}'), 'waste': number('waste', '{:.0%}'),
-         'memory GB': number('memory_gb', '{:.2f}'), 'of peak': number('of_peak', '{:.1%}'),
-         'besides s': number('besides_seconds', '{:,.1f}'), 'recompiles': number('recompiles', '{}'),
-         'precompute s': number('precompute_seconds', '{:,.1f}'), '1 epoch': number('pairs_per_second_1_epoch', '{:,.2f}'),
-         **{f'x {peer}': number(f'times_{peer}', '{:.2f}') for peer in PEERS}, 'note': note}
-
-
-# -----------------------------------------------------------------------------
-# sections: each -> rows for one table
+# sections: each -> rows of one table
 
 def section_train(options, data, cwd):
     rows = []
     for contender in options.contenders:
         if contender == 'ours+compile' and options.device == 'cpu' and not any(map(shutil.which, ('c++', 'g++', 'clang++'))):
-            rows.append(dict(contender=contender, error='no C++ compiler'))
+            row = dict(contender=contender, error='no C++ compiler')
         else:
-            rows.append((measure_peer if contender in PEERS else measure_ours)(*(contender, options, data, cwd)))
-        print(progress(rows[-1]), flush=True)
-    for peer in PEERS:
-        rate = next((row['pairs_per_second'] for row in rows if row['contender'] == peer and 'error' not in row), None)
-        for row in rows:
-            if rate and 'error' not in row:
-                row[f'times_{peer}'] = row['pairs_per_second'] / rate
+            row = (measure_peer if contender in PEERS else measure_ours)(contender, options, data, cwd)
+        rows.append(row)
+        print(progress(contender, row), flush=True)
+    for peer in (row for row in rows if row['contender'] in PEERS and not row['error']):
+        for row in (row for row in rows if not row['error']):
+            row[f'times_{peer["contender"]}'] = row['pairs_per_second'] / peer['pairs_per_second']
     return rows
 
 
-def progress(row):
-    """A contender's line on the terminal, as it ends."""
-    if 'error' in row:
-        return f'{row["contender"]:<19}{row["error"]}'
-    return (f'{row["contender"]:<19}{row["pairs_per_second"]:>10,.2f} pairs/s{row["tokens_per_second"]:>12,.0f} tokens/s'
-            f'{row["memory_gb"] or 0:>8.2f} GB{row["besides_seconds"]:>9,.1f} s besides')
+def progress(label, row):
+    """The line on the terminal when a run ends."""
+    return f'{label:<20}' + (row['error'] or '{:>10,.2f} pairs/s{:>12,.0f} tokens/s{:>8.2f} GB{:>8,.1f} s besides'.format(
+        row['pairs_per_second'], row['tokens_per_second'], row['memory_gb'] or 0, row['besides_seconds']))
 
 
 def section_eval(options, data, cwd):
-    """dpo.py's evaluation after a single step: from that step's log line to the evaluation's. The one before it warms up."""
-    write_bench(cwd, 'bench-eval', options.batch_size, options.pairs, options.seed, not options.data)
+    """dpo.py's evaluation after its only step: from that step's log line to the evaluation's. One before it warms up."""
+    write_bench(cwd, 'bench-eval', options.batch_size, options.pairs, options)
     ran, _ = run_dpo('eval', options, ['--max_steps=1'], cwd, 'bench-eval')
     ends, begins = line_times(ran['lines'], 'eval'), line_times(ran['lines'], 'step')
-    if ran['status'] or 1 not in ends or 1 not in begins:
-        return [dict(pairs=options.pairs, error=why(ran) or 'dpo.py printed no line of its evaluation')]
+    if ran['error'] or 1 not in ends or 1 not in begins:
+        return [dict(pairs=options.pairs, error=ran['error'] or 'dpo.py printed no line of its evaluation')]
     seconds = ends[1] - begins[1]
     return [dict(pairs=options.pairs, seconds=seconds, pairs_per_second=options.pairs / seconds)]
 
 
 def section_sample(options, data, cwd):
-    job = dict(device=options.device, dtype=options.dtype, new_tokens=128 if options.model != 'tiny' else 32)
-    ran, result = run_peer('sample', 'sample', job, cwd)
-    return result['rows'] if result else [dict(error=why(ran))]
+    ran, result = run_child('sample', 'sample', options, cwd, new_tokens=128)
+    return result['rows'] if result else [dict(error=ran['error'])]
 
 
 def section_rows(options, data, cwd):
@@ -549,64 +490,80 @@ def section_rows(options, data, cwd):
     rows, short = [], argparse.Namespace(**{**vars(options), 'epochs': 1})
     for size in options.row_tokens:
         row = measure_ours('ours', short, data, cwd, [f'--row_tokens={size}'])
-        rows.append(dict(row, row_tokens=size, step_seconds=float(np.mean(row['seconds'][len(row['seconds']) // 2:]))
-                         if 'error' not in row else None))
-        print(f'row_tokens {size:>7,} ' + progress(row), flush=True)
+        if not row['error']:
+            row['step_seconds'] = row['epoch_seconds'][1] * options.batch_size / options.pairs
+        rows.append(dict(row, row_tokens=size))
+        print(progress(f'row_tokens {size:,}', row), flush=True)
     return rows
 
 
 def section_largest(options, data, cwd):
-    """CUDA: the longest row that one micro-step can take, doubled until out of memory, for each size of GPT-2."""
-    if options.device != 'cuda':
-        return [dict(model='-', error='needs CUDA')]
-    rows = []
-    for model in [name for name in MODELS if name != 'tiny']:
-        write_weights(os.path.join(cwd, 'init'), model, options.seed)
+    """CUDA: the longest row that one micro-step takes, doubled until out of memory, for each size of GPT-2."""
+    rows = [] if options.device == 'cuda' else [dict(error='needs CUDA')]
+    for model in list(MODELS)[1:] if not rows else []:
+        write_weights(cwd, model, options)
         for checkpointing in (False, True):
-            row = dict(model=model, checkpointing=checkpointing, error='out of memory at 2,048 tokens')
-            size = 2048
-            while True:
-                # enough pairs to fill the first row
-                n = min(options.pairs, math.ceil(1.2 * size * options.pairs / data['distinct_tokens']))
-                trial = argparse.Namespace(**{**vars(options), 'batch_size': n})
-                ran, records = run_dpo(f'{model} {size:,}', trial, ['--max_steps=2', f'--row_tokens={size}',
-                                                                    f'--activation_checkpointing={checkpointing}'], cwd)
-                if ran['status']:
-                    if not out_of_memory(ran):
-                        row['error'] = why(ran)
+            row, size = dict(model=model, checkpointing=checkpointing, error='out of memory at 2,048 tokens'), 2048
+            while size * 1.2 < data['distinct_tokens']:             # a step must fill the row, or it proves nothing
+                trial = argparse.Namespace(**{**vars(options), 'batch_size': math.ceil(1.2 * size * options.pairs / data['distinct_tokens'])})
+                ran, records = run_dpo(f'{model} {size:,}', trial, [f'--activation_checkpointing={checkpointing}', '--max_steps=2',
+                                                                    f'--row_tokens={size}'], cwd)
+                if ran['error']:
+                    row['note' if 'row_tokens' in row else 'error'] = f'{ran["error"]} at {size:,} tokens'
                     break
                 row = dict(model=model, checkpointing=checkpointing, row_tokens=size, memory_gb=records[-1].get('memory_gb'),
-                           tokens_per_second=records[-1]['tokens_per_second'])
-                if n == options.pairs:
-                    row['note'] = 'more would fit: set a larger --pairs'
-                    break
+                           tokens_per_second=records[-1]['tokens_per_second'], note='more may fit: set a larger --pairs')
                 size *= 2
             rows.append(row)
-            print(f'{model:<19}checkpointing {checkpointing!s:<6}' + (f'{row["row_tokens"]:,} tokens' if 'row_tokens' in row else row['error']))
+            print(f'{model + " checkpointing" * checkpointing:<27}' + (f'{row["row_tokens"]:,} tokens' if 'row_tokens' in row else row['error']))
     return rows
 
 
-def write_weights(folder, model, seed):
-    layers, heads, width = MODELS[model]
-    torch.manual_seed(seed)
-    GPT(GPTConfig(1024, VOCAB, layers, heads, width)).save_pretrained(folder)
+# -----------------------------------------------------------------------------
+# tables
+
+def column(key, form='{}'):
+    """A row's value of that name as text, '-' where there is none."""
+    return lambda row: '-' if row.get(key) is None else form.format(row[key])
 
 
-TABLES = {          # section: (title, columns)
-    'train': ('DPO training', TRAIN),
-    'prepare': ('prepare_prefs.py', {'tokenizer': lambda row: row['tokenizer'], 'rows': number('rows', '{:,}'),
-                                     's': number('seconds', '{:.1f}'), 'rows/s': number('rows_per_second', '{:,.0f}'), 'note': note}),
-    'eval': ('dpo.py: evaluation, both models', {'pairs': number('pairs', '{:,}'), 's': number('seconds', '{:.2f}'),
-                                    'pairs/s': number('pairs_per_second', '{:,.2f}'), 'note': note}),
-    'sample': ('GPT.generate, with its cache', {'batch': number('batch', '{}'), 'new tokens': number('new_tokens', '{:,}'),
-                                    's': number('seconds', '{:.2f}'), 'tokens/s': number('tokens_per_second', '{:,.0f}'), 'note': note}),
-    'rows': ('dpo.py: --row_tokens', {'row_tokens': number('row_tokens', '{:,}'), 's a step': number('step_seconds', '{:.3f}'),
-                                    'tokens/s': number('tokens_per_second', '{:,.0f}'), 'waste': number('waste', '{:.0%}'),
-                                    'memory GB': number('memory_gb', '{:.2f}'), 'note': note}),
-    'largest': ('dpo.py: the longest row in one micro-step', {
-        'model': number('model', '{}'), 'checkpointing': number('checkpointing', '{}'), 'row_tokens': number('row_tokens', '{:,}'),
-        'memory GB': number('memory_gb', '{:.1f}'), 'tokens/s': number('tokens_per_second', '{:,.0f}'), 'note': note}),
+def note(row):
+    return row.get('error') or row.get('note') or ''
+
+
+TABLES = {          # section: (title, {column: text of a row})
+    'train': ('DPO training', {
+        'contender': column('contender'), 'pairs/s': column('pairs_per_second', '{:,.2f}'),
+        **{f'x {peer}': column(f'times_{peer}', '{:.2f}') for peer in PEERS},
+        'tokens/s': column('tokens_per_second', '{:,.0f}'), 'waste': column('waste', '{:.0%}'),
+        'memory GB': column('memory_gb', '{:.2f}'), 'of peak': column('of_peak', '{:.1%}'),
+        'besides s': column('besides_seconds', '{:,.1f}'), 'recompiles': column('recompiles'),
+        'precompute s': column('precompute_seconds', '{:,.1f}'), '1 epoch': column('pairs_per_second_1_epoch', '{:,.2f}'),
+        'note': note}),
+    'prepare': ('prepare_prefs.py', {'tokenizer': column('tokenizer'), 'rows': column('rows', '{:,}'), 's': column('seconds', '{:.1f}'),
+                                     'rows/s': column('rows_per_second', '{:,.0f}'), 'note': note}),
+    'eval': ('dpo.py: evaluation, policy and reference', {
+        'pairs': column('pairs', '{:,}'), 's': column('seconds', '{:.2f}'), 'pairs/s': column('pairs_per_second', '{:,.2f}'), 'note': note}),
+    'sample': ('GPT.generate, with its cache', {
+        'batch': column('batch'), 'new tokens': column('new_tokens', '{:,}'), 's': column('seconds', '{:.2f}'),
+        'tokens/s': column('tokens_per_second', '{:,.0f}'), 'note': note}),
+    'rows': ('dpo.py: --row_tokens', {
+        'row_tokens': column('row_tokens', '{:,}'), 's a step': column('step_seconds', '{:.3f}'), 'waste': column('waste', '{:.0%}'),
+        'tokens/s': column('tokens_per_second', '{:,.0f}'), 'memory GB': column('memory_gb', '{:.2f}'), 'note': note}),
+    'largest': ('dpo.py: the longest row that fits one micro-step', {
+        'model': column('model'), 'checkpointing': column('checkpointing'), 'row_tokens': column('row_tokens', '{:,}'),
+        'memory GB': column('memory_gb', '{:.1f}'), 'tokens/s': column('tokens_per_second', '{:,.0f}'), 'note': note}),
 }
+
+
+def table(rows, columns):
+    """Aligned Markdown: text on the left in the first and the last column, numbers on the right between."""
+    lines = [list(columns)] + [[show(row) for show in columns.values()] for row in rows]
+    widths = [max(map(len, cells)) for cells in zip(*lines)]
+    left = [True] + [False] * (len(widths) - 2) + [True]
+    lines.insert(1, ['-' * width if at_left else '-' * (width - 1) + ':' for width, at_left in zip(widths, left)])
+    return '\n'.join('| ' + ' | '.join(cell.ljust(width) if at_left else cell.rjust(width) for cell, width, at_left in
+                                       zip(cells, widths, left)) + ' |' for cells in lines)
 
 
 # -----------------------------------------------------------------------------
@@ -615,12 +572,6 @@ TABLES = {          # section: (title, columns)
 def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.error = lambda message: sys.exit(f'error: {message} (--help lists the options)')
-
-    def names(text):
-        return [name for name in text.split(',') if name]
-
-    def integers(text):
-        return [int(name) for name in names(text)]
     add = parser.add_argument
     add('--device', default='auto', choices=['auto', 'cpu', 'cuda'])
     add('--dtype', default='auto', choices=['auto', 'float32', 'bfloat16'], help='auto: whose matmuls are faster here')
@@ -629,12 +580,12 @@ def parse(argv):
     add('--data_dir', default='', help='a subset inside --data')
     add('--pairs', type=int, default=0, help='of an epoch; default 32 on CPU, 512 on CUDA')
     add('--batch_size', type=int, default=0, help='pairs an optimizer step; default 16 on CPU, 64 on CUDA')
-    add('--micro_batch', type=integers, default=None, help='pairs a micro-step that trl-best tries; default 4,8 or 8,16,32,64')
+    add('--micro_batch', default='', help='pairs a micro-step that trl-best tries; default 4,8 on CPU, 8,16,32,64 on CUDA')
     add('--max_length', type=int, default=512, help='tokens of a prompt and a response; prompts are cut to half of it')
     add('--epochs', type=int, default=2, help='measured, after one of warm-up')
-    add('--contenders', type=names, default=None, help=','.join([*OURS, *PEERS]))
-    add('--sections', type=names, default=SECTIONS, help=','.join(SECTIONS))
-    add('--row_tokens', type=integers, default=None, help='values that the section rows tries')
+    add('--contenders', default='', help=','.join([*OURS, *PEERS]) + '; default: all but the one that equals ours')
+    add('--sections', default='', help=','.join(SECTIONS) + '; default: all')
+    add('--row_tokens', default='', help='values for the section rows; default 1024,2048,4096 on CPU, 4096 to 32768 on CUDA')
     add('--ours', type=str.split, default=[], help="flags for every run of dpo.py, e.g. --ours='--row_tokens=4096'")
     add('--seed', type=int, default=1337)
     add('--out', default='', help='writes OUT.json and OUT.md')
@@ -643,104 +594,103 @@ def parse(argv):
     def check(good, message):
         if not good:
             parser.error(message)
-    cuda = torch.cuda.is_available()
-    check(options.device != 'cuda' or cuda, 'device=cuda, but torch sees no GPU')
-    options.device = options.device if options.device != 'auto' else 'cuda' if cuda else 'cpu'
+
+    def several(key, default, known=None):
+        """A comma-separated option as a list: of names among `known`, or of sizes."""
+        found = [name for name in getattr(options, key).split(',') if name] or [str(name) for name in default]
+        for name in found:
+            check(name in known if known else name.isdecimal() and int(name), f'{key}: {name!r} is ' + (
+                'unknown; known: ' + ', '.join(known) if known else 'no whole number of at least 1'))
+        setattr(options, key, found if known else [int(name) for name in found])
+
+    found = torch.cuda.is_available()
+    check(options.device != 'cuda' or found, 'device=cuda, but torch sees no GPU')
+    options.device = options.device if options.device != 'auto' else 'cuda' if found else 'cpu'
     cuda = options.device == 'cuda'
     options.pairs = options.pairs or (512 if cuda else 32)
     options.batch_size = options.batch_size or min(options.pairs, 64 if cuda else 16)
+    options.vocab = 50257 if options.model != 'tiny' or options.data else 512
     for key in ('pairs', 'batch_size', 'epochs'):
         check(getattr(options, key) >= 1, f'{key}={getattr(options, key)} must be at least 1')
     check(options.pairs % options.batch_size == 0,
           f'pairs={options.pairs} must be a multiple of batch_size={options.batch_size}: an epoch is whole steps')
-    if options.micro_batch is None:
-        options.micro_batch = sorted({math.gcd(n, options.batch_size) for n in ((8, 16, 32, 64) if cuda else (4, 8))})
-    for micro in options.micro_batch:
-        check(micro >= 1 and options.batch_size % micro == 0, f'micro_batch={micro} must divide batch_size={options.batch_size}')
-    check(options.micro_batch, 'micro_batch names no size')
     check(4 <= options.max_length <= 1024, f'max_length={options.max_length} must be 4 to 1024')
-    options.contenders = options.contenders or [name for name in [*OURS, *PEERS] if name != ('ours+compile' if cuda else 'ours-compile')]
-    options.row_tokens = options.row_tokens or ([4096, 8192, 16384, 32768] if cuda else [1024, 2048, 4096])
-    for key, known in (('contenders', [*OURS, *PEERS]), ('sections', SECTIONS)):
-        wrong = [name for name in getattr(options, key) if name not in known]
-        check(not wrong, f'{key}: unknown {", ".join(map(repr, wrong))}; known: {", ".join(known)}')
+    several('sections', SECTIONS, SECTIONS)
+    several('contenders', [name for name in [*OURS, *PEERS] if name != ('ours+compile' if cuda else 'ours-compile')], [*OURS, *PEERS])
+    several('row_tokens', [4096, 8192, 16384, 32768] if cuda else [1024, 2048, 4096])
+    several('micro_batch', sorted({math.gcd(n, options.batch_size) for n in ((8, 16, 32, 64) if cuda else (4, 8))}))
+    for micro in options.micro_batch:
+        check(options.batch_size % micro == 0, f'micro_batch={micro} must divide batch_size={options.batch_size}')
     check(os.path.isdir(os.path.dirname(options.out) or '.'), f'out={options.out}: no such folder')
+    if os.path.exists(options.data):
+        options.data = os.path.abspath(options.data)        # the children run elsewhere
     return options
+
+
+def measure(options, cwd):
+    """Everything, in the folder cwd. -> the report, a dict"""
+    print('timing matmuls', flush=True)
+    rates = {dtype: matmul_rates(options, dtype) for dtype in ('float32', 'bfloat16') if options.dtype in ('auto', dtype)}
+    if options.dtype == 'auto':
+        options.dtype = max(rates, key=lambda dtype: max(rates[dtype].values()))
+
+    # all of the data through prepare_prefs.py, then the pairs of this run
+    source = options.data or os.path.join(cwd, 'synthetic')
+    if not options.data:
+        write_synthetic(source, max(options.pairs, 5000 if 'prepare' in options.sections else 0), options.seed)
+    tokenizer = 'gpt2' if options.data else 'bytes'
+    ran = watch('prepare', 'prepare_prefs.py', [
+        '--name=all', f'--source={source}', f'--data_dir={options.data_dir}', f'--tokenizer={tokenizer}',
+        f'--max_length={options.max_length}', f'--max_prompt_length={options.max_length // 2}'], cwd)
+    if ran['error']:
+        sys.exit(f'error: prepare_prefs.py: {ran["error"].removeprefix("error: ")}')
+    everything = Groups(os.path.join(cwd, 'data', 'all'), 'train')
+    if len(everything) < options.pairs:
+        sys.exit(f'error: {source} has {len(everything):,} usable pairs, --pairs asks for {options.pairs:,}')
+    rows = sum(split['read'] for split in everything.meta['splits'].values())
+    write_bench(cwd, 'bench', options.pairs, 8, options)
+    write_weights(cwd, options.model, options)
+    bench = Groups(os.path.join(cwd, 'data', 'bench'), 'train')
+    ids = np.arange(len(bench))
+    data = dict(distinct_tokens=int(bench.lengths.sum()), response_tokens=bench.response_tokens(ids), longest=int(bench.lengths.max()),
+                forward_flops=bench.forward_flops(ids, model_config(options.model, options)), sizes=np.diff(bench.index).tolist())
+    where = torch.cuda.get_device_name() if options.device == 'cuda' else f'{platform.machine()} CPU, {os.cpu_count()} cores'
+    heading = (f'{options.model} in {options.dtype} on {where}, torch {torch.__version__}; {len(bench):,} pairs of '
+               f'{options.data or "random tokens with the lengths of HH"}: {data["distinct_tokens"]:,} distinct tokens, '
+               f'{data["response_tokens"]:,} in responses; batches of {options.batch_size}; {options.epochs} epochs after one of warm-up.')
+    print(heading, flush=True)
+
+    report = dict(options=vars(options), torch=torch.__version__, device=where, data=data)
+    if 'prepare' in options.sections:
+        report['prepare'] = [dict(tokenizer=tokenizer, rows=rows, seconds=ran['seconds'], rows_per_second=rows / ran['seconds'],
+                                  note='the whole process, its start included')]
+    if 'train' in options.sections:
+        report['train'] = section_train(options, data, cwd)
+        after = matmul_rates(options, options.dtype)
+        report['peak'] = dict(before=rates, after=after, flops_per_second=max(*rates[options.dtype].values(), *after.values()))
+        for row in report['train']:
+            if not row['error']:
+                row['of_peak'] = row['useful_flops_per_second'] / report['peak']['flops_per_second']
+        heading += '\nFastest matmul, GFLOP/s: ' + ', '.join(f'{dtype} {max(some.values()) / 1e9:,.0f} {when}' for dtype, some, when in [
+            *((dtype, some, 'before') for dtype, some in rates.items()), (options.dtype, after, 'after')]) + '.'
+    for name, section in (('eval', section_eval), ('sample', section_sample), ('rows', section_rows), ('largest', section_largest)):
+        if name in options.sections:
+            report[name] = section(options, data, cwd)
+    report['heading'] = heading
+    return report
 
 
 def main(argv=None):
     options = parse(argv)
-    if options.data and os.path.exists(options.data):
-        options.data = os.path.abspath(options.data)
     with tempfile.TemporaryDirectory(prefix='throughput-') as cwd:
         report = measure(options, cwd)
-    lines = report['heading'].split('\n')
-    for section in [name for name in SECTIONS if name in report]:
-        lines += ['', f'## {TABLES[section][0]}', '', table(report[section], TABLES[section][1])]
-    text = '\n'.join(lines)
-    print('\n' + text)
+    parts = [report['heading']] + [f'## {title}\n\n{table(report[name], columns)}' for name, (title, columns) in TABLES.items() if name in report]
+    print('\n' + '\n\n'.join(parts))
     if options.out:
         with open(f'{options.out}.json', 'w') as f:
             json.dump(report, f, indent=1)
         with open(f'{options.out}.md', 'w') as f:
-            f.write(text + '\n')
-
-
-def measure(options, cwd):
-    """Everything in the folder cwd. -> the report, a dict"""
-    device, width = options.device, MODELS[options.model][2]
-    print('timing matmuls', flush=True)
-    both = {dtype: matmul_peak(device, dtype, width) for dtype in ('float32', 'bfloat16') if options.dtype in ('auto', dtype)}
-    if options.dtype == 'auto':
-        options.dtype = max(both, key=lambda dtype: max(both[dtype].values()))
-    before = both[options.dtype]
-
-    # data: all of it through prepare_prefs.py, then the pairs of this run
-    source = options.data
-    if not source:
-        source = os.path.join(cwd, 'synthetic')
-        synthetic(source, max(options.pairs, 5000 if 'prepare' in options.sections else 0), options.seed)
-    ran = watch('prepare', [sys.executable, os.path.join(ROOT, 'prepare_prefs.py'), '--name=all', f'--source={source}',
-                            f'--data_dir={options.data_dir}', f'--tokenizer={"gpt2" if options.data else "bytes"}',
-                            f'--max_length={options.max_length}', f'--max_prompt_length={options.max_length // 2}'], cwd)
-    if ran['status']:
-        sys.exit(f'error: prepare_prefs.py: {why(ran).removeprefix("error: ")}')
-    everything = Groups(os.path.join(cwd, 'data', 'all'), 'train')
-    if len(everything) < options.pairs:
-        sys.exit(f'error: {options.data} has {len(everything):,} usable pairs, --pairs asks for {options.pairs:,}')
-    rows = sum(info.get('read', info['groups']) for info in everything.meta['splits'].values())
-    prepared = dict(tokenizer='gpt2' if options.data else 'bytes', rows=rows, seconds=ran['seconds'], rows_per_second=rows / ran['seconds'],
-                    note='the whole process, its start included')
-    write_bench(cwd, 'bench', options.pairs, min(8, options.pairs), options.seed, random_ids=not options.data)
-    write_weights(os.path.join(cwd, 'init'), options.model, options.seed)
-    bench = Groups(os.path.join(cwd, 'data', 'bench'), 'train')
-    ids, (layers, heads, _) = np.arange(len(bench)), MODELS[options.model]
-    data = dict(source=options.data or "synthetic, HH's lengths", pairs=len(bench), distinct_tokens=int(bench.lengths.sum()),
-                response_tokens=bench.response_tokens(ids), longest=int(bench.lengths.max()),
-                forward_flops=bench.forward_flops(ids, GPTConfig(1024, VOCAB, layers, heads, width)))
-    name = torch.cuda.get_device_name() if device == 'cuda' else f'{platform.machine()}, {os.cpu_count()} cores'
-    first = (f'{options.model} in {options.dtype} on {name}, torch {torch.__version__}, Python {platform.python_version()}; '
-             f'{data["pairs"]:,} pairs ({data["source"]}), batches of {options.batch_size}; {data["distinct_tokens"]:,} distinct '
-             f'tokens, {data["response_tokens"]:,} of them in responses; {options.epochs} epoch{"s" * (options.epochs > 1)} after one of warm-up.')
-    print(first, flush=True)
-
-    report = dict(heading=first, options=vars(options), data=data, torch=torch.__version__)
-    if 'prepare' in options.sections:
-        report['prepare'] = [prepared]
-    for section in SECTIONS:
-        if section in options.sections and section != 'prepare':
-            report[section] = globals()[f'section_{section}'](options, data, cwd)
-        if section == 'train':
-            after = matmul_peak(device, options.dtype, width)
-    peak = max(*before.values(), *after.values())
-    report['peak'] = dict(dtype=options.dtype, before=before, after=after, other=both, flops_per_second=peak)
-    for row in report.get('train', []):
-        if 'error' not in row:
-            row['of_peak'] = row['useful_flops_per_second'] / peak
-    report['heading'] += '\nMatmul peak, ' + ', '.join(
-        [f'{options.dtype} {max(rates.values()) / 1e9:,.1f} GFLOP/s {when}' for when, rates in (('before', before), ('after', after))]
-        + [f'{dtype} {max(rates.values()) / 1e9:,.1f}' for dtype, rates in both.items() if dtype != options.dtype]) + '.'
-    return report
+            f.write('\n\n'.join(parts) + '\n')
 
 
 if __name__ == '__main__':
