@@ -1,41 +1,40 @@
 """The yardstick: DPO pairs per second, ours beside a plain padded loop and TRL, on the same pairs, weights and machine.
 
-    python repro/throughput.py                                                  # gpt2 where you are, synthetic pairs
+    python repro/throughput.py                                                  # gpt2 where you are, random pairs
     python repro/throughput.py --model=tiny --contenders=ours,padded --sections=train        # half a minute
-    python repro/throughput.py --data=Anthropic/hh-rlhf --data_dir=harmless-base --pairs=64
-    python repro/throughput.py --device=cuda --model=gpt2-xl --batch_size=64 --pairs=1024 --data=Anthropic/hh-rlhf \\
-        --out=h200                                                              # a GPU box: all of it, every section
+    python repro/throughput.py --data=Anthropic/hh-rlhf --data_dir=harmless-base --pairs=64 --out=hh
+    python repro/throughput.py --device cuda --model gpt2-xl --batch_size 64 --pairs 1024 --data Anthropic/hh-rlhf --out xl
+                                                                                # a GPU box, alone: everything below
 
-Contenders, each in a process of its own, all with RMSprop, the same learning rate, clipping and precision (bfloat16
-is autocast over float32 weights), gradients of `batch_size` pairs a step:
-  ours        dpo.py with its defaults; ours+compile, ours-compile, ours+precomputed, ours+checkpointing change one.
-  padded      what most people write: chosen and rejected as 2B right-padded sequences, the prompt in both, causal
-              attention, logits of every position, log_softmax, gather, mask, sum; `child_padded` below.
-  trl         TRL's DPOTrainer as it comes. Read in 1.16.0: 8 pairs a micro-step, gradient checkpointing ON, random
-              order, a live reference, a head in chunks that scores completion tokens alone on CUDA but every position,
-              padding too, on a CPU. Made equal: optimizer, batch, precision, clipping. Spared: its tokenisation.
-  trl-best    the same without checkpointing, reference precomputed, batches grouped by length, micro-steps of each size
-              in --micro_batch, the fastest shown; on CUDA FlashAttention 2 and Liger where they are installed. Not
-              tried: torch.compile. padding_free is asked for, but TRL 1.16.0 switches it off with a warning.
-`pip install trl transformers` for the peers; one that is missing, or runs out of memory, gets a row that says so.
+Contenders, each in a process of its own, all with RMSprop, the same learning rate, clipping, precision (bfloat16 is
+autocast over float32 weights) and pairs a step:
+  ours        dpo.py with its defaults; ours+compile, ours-compile, ours+precomputed, ours+checkpointing change one
+  padded      what most people write (child_padded below): chosen and rejected as 2B right-padded sequences, the prompt
+              in both, causal attention, logits of every position, log_softmax, gather, mask, sum; 8 pairs a micro-step
+  trl         TRL's DPOTrainer as it comes. Its defaults, read in 1.16.0: 8 pairs a micro-step, gradient checkpointing
+              ON, random order, a live reference, and a head in chunks that scores completion tokens alone on CUDA but
+              every position, padding too, on CPU. It is spared its tokenisation: it gets the same ids
+  trl-best    without checkpointing, the reference precomputed, batches grouped by length, each --micro_batch tried and
+              the fastest shown; on CUDA with FlashAttention 2 and Liger where they are installed. padding_free is
+              asked for with FlashAttention, but 1.16.0 turns it off with a warning. torch.compile is not tried
+`pip install trl` for the last two. A contender that cannot run gets a row that says why; the largest micro-step that
+memory holds is found by halving.
 
-How it counts. A run is one epoch of warm-up, then --epochs more; an epoch visits each pair once, so every contender did
-the same work. pairs/s is the pairs of an epoch over the median epoch's seconds. Ours takes its own seconds from
-log.jsonl (data, both models, optimizer; not the log line); the peers' run from the end of one step to the end of the next.
-Tokens are distinct ones: a prompt counts once for its two responses. waste is the share of the tokens run through the
-policy that need not be: repeated prompts, padding. Useful FLOPs are those of the distinct tokens, with heads at response
-tokens alone (Groups.forward_flops): 4 forwards a step, the reference's, the policy's and two for its backward pass; 3
-where the reference is precomputed. They do not count what a contender wastes or recomputes. "of peak" is against the
-fastest of several matmuls of the same type, timed in this run before the contenders and after them, when nothing else
-runs. Memory is the largest resident size of the process (CPU) or of CUDA's allocated tensors. "besides" is all
-wall-clock seconds of the process but its epochs at the median speed: imports, loading, compiling, precomputing, and
-ours its evaluations and its checkpoint. "1 epoch" is pairs/s with the precomputing spread over one epoch.
+How it counts. A run is one epoch of warm-up and then --epochs more; each visits every pair once, so all do the same work.
+pairs/s is an epoch's pairs over the median epoch's seconds: ours by log.jsonl (data, both models, optimizer, not the log
+line), the peers' from the end of one step to the end of the next. tokens/s counts distinct tokens: a prompt once for both
+responses. waste is the share of the tokens run through the policy that repeat a prompt or are padding. Useful FLOPs are
+those of distinct tokens with heads at response tokens alone (Groups.forward_flops), times 4 for the reference's forward,
+the policy's and two for its backward, times 3 where the reference is precomputed, whatever a contender computes. "of peak"
+is against the fastest of several matmuls of the same type, timed before and after the contenders with nothing else running.
+Memory is the process's largest resident size (CPU) or CUDA's largest allocation, 1 GB = 1e9 bytes. "besides" is the
+wall-clock of the process but for its epochs at median speed: imports, loading, compiling, precomputing, and ours its
+evaluations and checkpoint. "1 epoch" is pairs/s with the precomputing spread over one epoch.
 
-It needs no network: the weights are random, and without --data the pairs are too, their lengths drawn from HH's law.
-Temporary files (the weights, one checkpoint of them at a time) go to $TMPDIR: some 20 GB for gpt2-xl.
+No network is needed: the weights are random, and without --data so are the tokens, with lengths by HH's law. Temporary
+files (the weights, a checkpoint at a time) go to $TMPDIR: some 20 GB for gpt2-xl.
 """
 import argparse
-import glob
 import importlib.util
 import json
 import math
@@ -86,6 +85,10 @@ def read_pairs(job):
     return [[piece.tolist() for piece in groups[i]] for i in range(len(groups))]
 
 
+def longest(pair):
+    return len(pair[0]) + max(len(pair[1]), len(pair[2]))
+
+
 def child_padded(job):
     """Plain DPO: right-padded concatenation, full logits. `computed` counts tokens of the policy's passes."""
     import torch.nn.functional as F
@@ -114,8 +117,8 @@ def child_padded(job):
             total = 0.0
             for i in range(start, start + B, micro):
                 some = [pairs[j] for j in order[i:i + micro]]
-                texts = [(prompt, pair[side]) for side in (1, 2) for pair in some for prompt in pair[:1]]
-                T = max(len(prompt) + len(response) for prompt, response in texts)
+                texts = [(pair[0], pair[side]) for side in (1, 2) for pair in some]
+                T = max(map(longest, some))
                 ids, scored = torch.full((len(texts), T), job['vocab'] - 1), torch.zeros(len(texts), T)
                 for row, (prompt, response) in enumerate(texts):
                     end = len(prompt) + len(response)
@@ -149,7 +152,7 @@ def child_trl(job):
     pairs, device, bf16 = read_pairs(job), job['device'], job['dtype'] == 'bfloat16'
     on, best, init_kwargs = [], {}, {}
     if job['best']:
-        pairs.sort(key=lambda pair: len(pair[0]) + max(map(len, pair[1:])))      # less padding where it precomputes
+        pairs.sort(key=longest)         # less padding where it precomputes; training shuffles
         best = dict(gradient_checkpointing=False, precompute_ref_log_probs=True, train_sampling_strategy='group_by_length',
                     remove_unused_columns=False)
         on = ['precomputed reference', 'no checkpointing', 'grouped by length']
@@ -162,7 +165,7 @@ def child_trl(job):
             on.append('Liger')
     data = dict(zip(('prompt_ids', 'chosen_ids', 'rejected_ids'), map(list, zip(*pairs))))
     if job['best']:
-        data['length'] = [len(pair[0]) + max(map(len, pair[1:])) for pair in pairs]
+        data['length'] = list(map(longest, pairs))
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({'<|endoftext|>': job['vocab'] - 1}, unk_token='<|endoftext|>'))
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token='<|endoftext|>', pad_token='<|endoftext|>')
 
@@ -284,8 +287,9 @@ def watch(label, script, arguments, cwd):
             print('\r' + ' ' * width, end='\r', file=sys.stderr, flush=True)
     said = '\n'.join(line for _, line in lines[-50:]).lower()
     memory = status == -9 or status != 0 and ('out of memory' in said or "can't allocate memory" in said)
+    named = [line for _, line in lines if re.match(r'error:|[\w.]*(Error|Exception)\b', line)] or [line for _, line in lines]
     error = ('' if status == 0 else 'killed (signal 9): out of memory?' if status == -9 else 'out of memory' if memory else
-             f'ended by signal {-status}' if status < 0 else lines[-1][1][:200] if lines else f'exit status {status}')
+             f'ended by signal {-status}' if status < 0 else named[-1][:200] if named else f'exit status {status}')
     return dict(error=error, memory=memory, lines=lines, seconds=time.perf_counter() - began,
                 rss_gb=usage.ru_maxrss * (1 if sys.platform == 'darwin' else 1024) / 1e9)
 
@@ -503,9 +507,10 @@ def section_largest(options, data, cwd):
     for model in list(MODELS)[1:] if not rows else []:
         write_weights(cwd, model, options)
         for checkpointing in (False, True):
-            row, size = dict(model=model, checkpointing=checkpointing, error='out of memory at 2,048 tokens'), 2048
+            row, size = dict(model=model, checkpointing=checkpointing, error='too few --pairs to fill 2,048 tokens'), 2048
             while size * 1.2 < data['distinct_tokens']:             # a step must fill the row, or it proves nothing
-                trial = argparse.Namespace(**{**vars(options), 'batch_size': math.ceil(1.2 * size * options.pairs / data['distinct_tokens'])})
+                pairs = math.ceil(1.2 * size * options.pairs / data['distinct_tokens'])
+                trial = argparse.Namespace(**{**vars(options), 'batch_size': pairs})
                 ran, records = run_dpo(f'{model} {size:,}', trial, [f'--activation_checkpointing={checkpointing}', '--max_steps=2',
                                                                     f'--row_tokens={size}'], cwd)
                 if ran['error']:
@@ -515,7 +520,8 @@ def section_largest(options, data, cwd):
                            tokens_per_second=records[-1]['tokens_per_second'], note='more may fit: set a larger --pairs')
                 size *= 2
             rows.append(row)
-            print(f'{model + " checkpointing" * checkpointing:<27}' + (f'{row["row_tokens"]:,} tokens' if 'row_tokens' in row else row['error']))
+            fits = f'{row["row_tokens"]:,} tokens' if 'row_tokens' in row else row['error']
+            print(f'{model + " checkpointing" * checkpointing:<27}{fits}', flush=True)
     return rows
 
 
@@ -616,27 +622,29 @@ def parse(argv):
           f'pairs={options.pairs} must be a multiple of batch_size={options.batch_size}: an epoch is whole steps')
     check(4 <= options.max_length <= 1024, f'max_length={options.max_length} must be 4 to 1024')
     several('sections', SECTIONS, SECTIONS)
-    several('contenders', [name for name in [*OURS, *PEERS] if name != ('ours+compile' if cuda else 'ours-compile')], [*OURS, *PEERS])
+    same = 'ours+compile' if cuda else 'ours-compile'           # as ours, which compiles on CUDA
+    several('contenders', [name for name in [*OURS, *PEERS] if name != same], [*OURS, *PEERS])
     several('row_tokens', [4096, 8192, 16384, 32768] if cuda else [1024, 2048, 4096])
     several('micro_batch', sorted({math.gcd(n, options.batch_size) for n in ((8, 16, 32, 64) if cuda else (4, 8))}))
     for micro in options.micro_batch:
         check(options.batch_size % micro == 0, f'micro_batch={micro} must divide batch_size={options.batch_size}')
     check(os.path.isdir(os.path.dirname(options.out) or '.'), f'out={options.out}: no such folder')
-    if os.path.exists(options.data):
-        options.data = os.path.abspath(options.data)        # the children run elsewhere
     return options
 
 
 def measure(options, cwd):
     """Everything, in the folder cwd. -> the report, a dict"""
+    if (busy := os.getloadavg()[0]) > 0.5:
+        print(f'note: the load average is {busy:.1f}: something else is running, the timings will suffer', flush=True)
     print('timing matmuls', flush=True)
     rates = {dtype: matmul_rates(options, dtype) for dtype in ('float32', 'bfloat16') if options.dtype in ('auto', dtype)}
     if options.dtype == 'auto':
         options.dtype = max(rates, key=lambda dtype: max(rates[dtype].values()))
 
     # all of the data through prepare_prefs.py, then the pairs of this run
-    source = options.data or os.path.join(cwd, 'synthetic')
-    if not options.data:
+    source = os.path.abspath(options.data) if os.path.exists(options.data) else options.data    # the children run elsewhere
+    if not source:
+        source = os.path.join(cwd, 'synthetic')
         write_synthetic(source, max(options.pairs, 5000 if 'prepare' in options.sections else 0), options.seed)
     tokenizer = 'gpt2' if options.data else 'bytes'
     ran = watch('prepare', 'prepare_prefs.py', [
@@ -646,7 +654,7 @@ def measure(options, cwd):
         sys.exit(f'error: prepare_prefs.py: {ran["error"].removeprefix("error: ")}')
     everything = Groups(os.path.join(cwd, 'data', 'all'), 'train')
     if len(everything) < options.pairs:
-        sys.exit(f'error: {source} has {len(everything):,} usable pairs, --pairs asks for {options.pairs:,}')
+        sys.exit(f'error: {source} has {len(everything):,} usable pairs to train on, --pairs asks for {options.pairs:,}')
     rows = sum(split['read'] for split in everything.meta['splits'].values())
     write_bench(cwd, 'bench', options.pairs, 8, options)
     write_weights(cwd, options.model, options)
@@ -655,12 +663,13 @@ def measure(options, cwd):
     data = dict(distinct_tokens=int(bench.lengths.sum()), response_tokens=bench.response_tokens(ids), longest=int(bench.lengths.max()),
                 forward_flops=bench.forward_flops(ids, model_config(options.model, options)), sizes=np.diff(bench.index).tolist())
     where = torch.cuda.get_device_name() if options.device == 'cuda' else f'{platform.machine()} CPU, {os.cpu_count()} cores'
-    heading = (f'{options.model} in {options.dtype} on {where}, torch {torch.__version__}; {len(bench):,} pairs of '
-               f'{options.data or "random tokens with the lengths of HH"}: {data["distinct_tokens"]:,} distinct tokens, '
-               f'{data["response_tokens"]:,} in responses; batches of {options.batch_size}; {options.epochs} epochs after one of warm-up.')
+    what = f'{os.path.basename(source)} {options.data_dir}'.strip() if options.data else 'random tokens with the lengths of HH'
+    heading = (f'{options.model} in {options.dtype} on {where}, torch {torch.__version__}; {len(bench):,} pairs of {what}: '
+               f'{data["distinct_tokens"]:,} distinct tokens, {data["response_tokens"]:,} in responses; batches of '
+               f'{options.batch_size}; {options.epochs} epoch{"s" * (options.epochs > 1)} after one of warm-up.')
     print(heading, flush=True)
 
-    report = dict(options=vars(options), torch=torch.__version__, device=where, data=data)
+    report = dict(options=vars(options) | dict(data=what), load_average=busy, torch=torch.__version__, device=where, data=data)
     if 'prepare' in options.sections:
         report['prepare'] = [dict(tokenizer=tokenizer, rows=rows, seconds=ran['seconds'], rows_per_second=rows / ran['seconds'],
                                   note='the whole process, its start included')]
@@ -671,8 +680,9 @@ def measure(options, cwd):
         for row in report['train']:
             if not row['error']:
                 row['of_peak'] = row['useful_flops_per_second'] / report['peak']['flops_per_second']
-        heading += '\nFastest matmul, GFLOP/s: ' + ', '.join(f'{dtype} {max(some.values()) / 1e9:,.0f} {when}' for dtype, some, when in [
-            *((dtype, some, 'before') for dtype, some in rates.items()), (options.dtype, after, 'after')]) + '.'
+        timed = [*((dtype, some, 'before') for dtype, some in rates.items()), (options.dtype, after, 'after')]
+        heading += '\nFastest matmul, GFLOP/s: ' + ', '.join(
+            f'{dtype} {max(some.values()) / 1e9:,.0f} {when}' for dtype, some, when in timed) + '.'
     for name, section in (('eval', section_eval), ('sample', section_sample), ('rows', section_rows), ('largest', section_largest)):
         if name in options.sections:
             report[name] = section(options, data, cwd)
@@ -684,7 +694,8 @@ def main(argv=None):
     options = parse(argv)
     with tempfile.TemporaryDirectory(prefix='throughput-') as cwd:
         report = measure(options, cwd)
-    parts = [report['heading']] + [f'## {title}\n\n{table(report[name], columns)}' for name, (title, columns) in TABLES.items() if name in report]
+    parts = [report['heading']] + [f'## {title}\n\n{table(report[name], columns)}'
+                                   for name, (title, columns) in TABLES.items() if name in report]
     print('\n' + '\n\n'.join(parts))
     if options.out:
         with open(f'{options.out}.json', 'w') as f:
