@@ -166,8 +166,10 @@ def child_trl(job):
     data = dict(zip(('prompt_ids', 'chosen_ids', 'rejected_ids'), map(list, zip(*pairs))))
     if job['best']:
         data['length'] = list(map(longest, pairs))
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({'<|endoftext|>': job['vocab'] - 1}, unk_token='<|endoftext|>'))
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token='<|endoftext|>', pad_token='<|endoftext|>')
+    end = '<|endoftext|>'
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer(tokenizers.models.WordLevel({end: job['vocab'] - 1}, unk_token=end)),
+        eos_token=end, pad_token=end)
 
     precomputing = [0.0]
     precompute = trl.DPOTrainer._precompute_ref_logps
@@ -546,16 +548,18 @@ TABLES = {          # section: (title, {column: text of a row})
         'besides s': column('besides_seconds', '{:,.1f}'), 'recompiles': column('recompiles'),
         'precompute s': column('precompute_seconds', '{:,.1f}'), '1 epoch': column('pairs_per_second_1_epoch', '{:,.2f}'),
         'note': note}),
-    'prepare': ('prepare_prefs.py', {'tokenizer': column('tokenizer'), 'rows': column('rows', '{:,}'), 's': column('seconds', '{:.1f}'),
-                                     'rows/s': column('rows_per_second', '{:,.0f}'), 'note': note}),
+    'prepare': ('prepare_prefs.py', {
+        'tokenizer': column('tokenizer'), 'rows': column('rows', '{:,}'), 's': column('seconds', '{:.1f}'),
+        'rows/s': column('rows_per_second', '{:,.0f}'), 'note': note}),
     'eval': ('dpo.py: evaluation, policy and reference', {
-        'pairs': column('pairs', '{:,}'), 's': column('seconds', '{:.2f}'), 'pairs/s': column('pairs_per_second', '{:,.2f}'), 'note': note}),
+        'pairs': column('pairs', '{:,}'), 's': column('seconds', '{:.2f}'),
+        'pairs/s': column('pairs_per_second', '{:,.2f}'), 'note': note}),
     'sample': ('GPT.generate, with its cache', {
         'batch': column('batch'), 'new tokens': column('new_tokens', '{:,}'), 's': column('seconds', '{:.2f}'),
         'tokens/s': column('tokens_per_second', '{:,.0f}'), 'note': note}),
     'rows': ('dpo.py: --row_tokens', {
-        'row_tokens': column('row_tokens', '{:,}'), 's a step': column('step_seconds', '{:.3f}'), 'waste': column('waste', '{:.0%}'),
-        'tokens/s': column('tokens_per_second', '{:,.0f}'), 'memory GB': column('memory_gb', '{:.2f}'), 'note': note}),
+        'row_tokens': column('row_tokens', '{:,}'), 's a step': column('step_seconds', '{:.3f}'),
+        'waste': column('waste', '{:.0%}'), 'tokens/s': column('tokens_per_second', '{:,.0f}'), 'memory GB': column('memory_gb', '{:.2f}'), 'note': note}),
     'largest': ('dpo.py: the longest row that fits one micro-step', {
         'model': column('model'), 'checkpointing': column('checkpointing'), 'row_tokens': column('row_tokens', '{:,}'),
         'memory GB': column('memory_gb', '{:.1f}'), 'tokens/s': column('tokens_per_second', '{:,.0f}'), 'note': note}),
@@ -660,8 +664,9 @@ def measure(options, cwd):
     write_weights(cwd, options.model, options)
     bench = Groups(os.path.join(cwd, 'data', 'bench'), 'train')
     ids = np.arange(len(bench))
-    data = dict(distinct_tokens=int(bench.lengths.sum()), response_tokens=bench.response_tokens(ids), longest=int(bench.lengths.max()),
-                forward_flops=bench.forward_flops(ids, model_config(options.model, options)), sizes=np.diff(bench.index).tolist())
+    data = dict(distinct_tokens=int(bench.lengths.sum()), response_tokens=bench.response_tokens(ids),
+                forward_flops=bench.forward_flops(ids, model_config(options.model, options)),
+                longest=int(bench.lengths.max()), sizes=np.diff(bench.index).tolist())
     where = torch.cuda.get_device_name() if options.device == 'cuda' else f'{platform.machine()} CPU, {os.cpu_count()} cores'
     what = f'{os.path.basename(source)} {options.data_dir}'.strip() if options.data else 'random tokens with the lengths of HH'
     heading = (f'{options.model} in {options.dtype} on {where}, torch {torch.__version__}; {len(bench):,} pairs of {what}: '

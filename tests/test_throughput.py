@@ -15,9 +15,9 @@ import throughput                       # noqa: E402
 def test_throughput_counts_what_was_computed_and_says_which_peer_is_missing(tmp_path):
     (tmp_path / 'without').mkdir()
     (tmp_path / 'without' / 'trl.py').write_text("raise ModuleNotFoundError(\"No module named 'trl'\", name='trl')\n")
-    run_stage('repro/throughput.py', '--model=tiny', '--pairs=16', '--batch_size=4', '--max_length=64', '--epochs=1', '--device=cpu',
-              '--dtype=float32', '--contenders=ours,padded,trl', '--sections=train', '--seed=5', '--out=bench', cwd=tmp_path,
-              env={'PYTHONPATH': str(tmp_path / 'without')})
+    run_stage('repro/throughput.py', '--model=tiny', '--pairs=16', '--batch_size=4', '--max_length=64', '--epochs=1',
+              '--device=cpu', '--dtype=float32', '--contenders=ours,padded,trl', '--sections=train', '--seed=5', '--out=bench',
+              cwd=tmp_path, env={'PYTHONPATH': str(tmp_path / 'without')})
     report = json.loads((tmp_path / 'bench.json').read_text())
     ours, padded, trl = report['train']
     assert trl['error'] == 'trl is not installed: pip install trl'
@@ -44,9 +44,10 @@ def test_throughput_counts_what_was_computed_and_says_which_peer_is_missing(tmp_
 
 
 @pytest.mark.parametrize('flag, says', [
-    ('--pairs=30', 'multiple of batch_size=8'), ('--contenders=ours,trlx', "'trlx' is unknown; known: ours, "), ('--sections=no', 'known: train'),
-    ('--micro_batch=3', 'micro_batch=3 must divide batch_size=8'), ('--row_tokens=many', "'many' is no whole number"),
-    ('--epochs=0', 'epochs=0'), ('--max_length=4096', '4 to 1024'), ('--out=none/such', 'no such folder'), ('--pears=8', '--pears=8')])
+    ('--pairs=30', 'multiple of batch_size=8'), ('--contenders=ours,trlx', "'trlx' is unknown; known: ours, "),
+    ('--sections=no', 'known: train'), ('--micro_batch=3', 'micro_batch=3 must divide batch_size=8'),
+    ('--row_tokens=many', "'many' is no whole number"), ('--epochs=0', 'epochs=0'), ('--max_length=4096', '4 to 1024'),
+    ('--out=none/such', 'no such folder'), ('--pears=8', '--pears=8')])
 def test_throughput_answers_a_wrong_option_with_one_line(flag, says):
     with pytest.raises(SystemExit) as caught:
         throughput.parse(['--device=cpu', '--batch_size=8', flag])
