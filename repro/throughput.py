@@ -437,12 +437,12 @@ def matmul_rates(options, dtype):
     big, C = 8192 if options.device == 'cuda' else 2048, MODELS[options.model][2]
     rates = {}
     for M, K, N in ((big, big, big), (big, C, 4 * C), (big, 4 * C, C), (min(big, 2048), C, options.vocab)):
-        a, b = (torch.randn(*shape, device=options.device, dtype=getattr(torch, dtype)) for shape in ((M, K), (K, N)))
+        a, b = (torch.randn(*shape, device=options.device, dtype=getattr(torch, dtype)) for shape in ((M, K), (N, K)))
         best = math.inf
         for _ in range(6):
             sync(options.device)
             began = time.perf_counter()
-            a @ b
+            a @ b.t()                                   # as nn.Linear keeps it
             sync(options.device)
             best = min(best, time.perf_counter() - began)
             if best > 2:
