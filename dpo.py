@@ -29,7 +29,7 @@ import config
 from config import In, Literal, UserError
 from model import (CheckpointError, find_checkpoints, fingerprint, load_model, open_run, packed_mask, peak_flops,
                    read_checkpoint, save_checkpoint, token_logps)
-from prepare_prefs import Groups, micro_steps, pack, plan_rows, row_shape, step_groups
+from prepare_prefs import Groups, packed_batches, plan_rows, row_limit, step_groups
 
 
 def dpo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta):
@@ -46,8 +46,8 @@ def dpo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_r
 
 def response_logps(model, head, batch, mask):
     """Log-probability of every response given its prompt, nats: (G, K) float32. head: (V, C), the tied weight."""
-    hidden = model(batch.tokens, batch.positions, mask)                                     # (B, T, C)
-    logps = token_logps(hidden, head, batch.predictor, batch.target)[:len(batch.response)]  # (S,)
+    states = model(batch.tokens, batch.positions, mask, batch.predictor)        # (S, C), of the scored tokens alone
+    logps = token_logps(states, head, batch.target)[:len(batch.response)]       # (S,)
     G, K = len(batch.ids), batch.K
     return logps.new_zeros(G * K).index_add(0, batch.response, logps).view(G, K)
 
@@ -72,8 +72,8 @@ class Config:
     grad_clip: In[float, 'x >= 0'] = 10.0           # largest global gradient norm; 0 = no clipping
     precompute_ref: bool = False                    # the reference's log-probs once, cached; then its memory is free
     activation_checkpointing: bool = False          # less memory for a third more time
-    row_tokens: In[int, 'x >= 0'] = 0               # tokens of a packed row: speed and memory, not results; 0 = 8192 on
-                                                    # CUDA, 256 elsewhere, more where a pair is longer
+    row_tokens: In[int, 'x >= 0'] = 0               # tokens a micro-step at most: speed and memory, not results; 0 =
+                                                    # 8192 on CUDA, 2048 elsewhere, more where a pair is longer
     eval_interval: In[int, 'x >= 0'] = 100          # steps between evaluations on all of val; 0 = first and last only
     log_interval: In[int, 'x >= 1'] = 10            # steps a log line sums up
     save_interval: In[int, 'x >= 0'] = 500          # steps between checkpoints; the last step always has one
@@ -145,9 +145,15 @@ def main(argv=None):
     train, val = Groups(data_dir, 'train'), Groups(data_dir, 'val')
     if train.K != 2:
         raise UserError(f'{data_dir} holds groups of {train.K} responses; dpo needs pairs')
-    T, at_once = row_shape([train, val], cfg.row_tokens, device_type, cfg.compile)
+    row_tokens = row_limit([train, val], cfg.row_tokens, device_type)
     steps_per_epoch = math.ceil(len(train) / cfg.batch_size)
     total_steps = cfg.max_steps or cfg.epochs * steps_per_epoch
+    exact = torch.float64 if device_type != 'mps' else torch.float32    # of sums; MPS has no other
+
+    def plan(step):
+        """The groups of optimizer step `step`, the first being 1, and the rows of them that are this rank's."""
+        ids = step_groups(len(train), cfg.batch_size, step - 1, cfg.seed)
+        return ids, plan_rows(ids, train.lengths[ids], world, row_tokens)[rank]
 
     # -------------------------------------------------------------------------
     # model: the policy, and a frozen copy of it, the reference
@@ -218,7 +224,7 @@ def main(argv=None):
     if cfg.warmup_steps >= total_steps:
         say(f'note: the run of {total_steps:,} steps ends within its warm-up of {cfg.warmup_steps:,}: set --warmup_steps')
 
-    net = torch.compile(policy, dynamic=False) if cfg.compile else policy
+    net = torch.compile(policy, dynamic=True) if cfg.compile else policy        # rows vary in length
     ddp = DistributedDataParallel(net, device_ids=[local_rank] if device_type == 'cuda' else None,
                                   broadcast_buffers=False, gradient_as_bucket_view=True) if world > 1 else net
 
@@ -244,7 +250,8 @@ def main(argv=None):
     agree(error)
     columns = {'loss': 'loss {:.4f}', 'rewards/accuracies': 'acc {:.3f}', 'rewards/margins': 'margin {:+.4f}',
                'rewards/chosen': 'chosen {:+.4f}', 'rewards/rejected': 'rejected {:+.4f}', 'perplexity': 'ppl {:.2f}',
-               'grad_norm': 'grad {:.2f}', 'lr': 'lr {:.2e}', 'tokens_per_second': '{:,.0f} tok/s', 'mfu': 'mfu {:.1%}'}
+               'grad_norm': 'grad {:.2f}', 'lr': 'lr {:.2e}', 'tokens_per_second': '{:,.0f} tok/s', 'mfu': 'mfu {:.1%}',
+               'memory_gb': '{:.1f} GB'}
 
     def log(step, record, prefix=''):
         """One aligned line to the terminal, one JSON line to log.jsonl."""
@@ -276,15 +283,23 @@ def main(argv=None):
                      'the checkpoints before it are untouched')
         agree(error)
 
-    def stop_non_finite(step, bad, ids):
-        """End the run, naming the groups whose own loss is not finite, or all of the step's where none is."""
+    def stop_if_not_finite(unread):
+        """End the run where a step was not finite, naming the groups whose own loss is not, or all of the step's.
+
+        unread: of each step since the last look its number, gradient norm and micro-steps' (ids, losses).
+        """
+        finite = torch.stack([norm for _, norm, _ in unread]).isfinite().tolist()       # the wait for the GPU
+        if all(finite):
+            return
+        step, _, micros = unread[finite.index(False)]
+        bad = [i for ids, losses in micros for i, ok in zip(ids, losses.isfinite().tolist()) if not ok]
         gathered = [bad]
         if world > 1:
             gathered = [None] * world
             dist.all_gather_object(gathered, bad)
-        bad = sorted(i for some in gathered for i in some) or sorted(ids.tolist())
+        bad = sorted(i for some in gathered for i in some) or sorted(plan(step)[0].tolist())
         raise UserError(f'step {step}: the loss or its gradient is not finite; groups of {data_dir}/{train.split}: {bad}; '
-                        f'nothing of this step is saved; lower the learning rate, or look at these groups')
+                        f'nothing since is saved; lower the learning rate, or look at these groups')
 
     stopped_by = torch.zeros(1, dtype=torch.int32)      # a signal's number; on the CPU, so that asking costs no GPU sync
 
@@ -296,13 +311,19 @@ def main(argv=None):
     # -------------------------------------------------------------------------
     # the reference's log-probs: live, or computed once
 
-    ref_net = torch.compile(reference, dynamic=False) if cfg.compile else reference
+    ref_head = reference.wte.weight
+    if bf16:            # what autocast would do at every call; half the memory
+        ref_head = ref_head.bfloat16()
+        for module in reference.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.bfloat16()
+    ref_net = torch.compile(reference, dynamic=True) if cfg.compile else reference
     cached = None
 
     def reference_logps(groups, batch, mask):
         if cached is not None:
             return cached[groups.split][batch.ids].to(device)
-        return response_logps(ref_net, reference.wte.weight, batch, mask)
+        return response_logps(ref_net, ref_head, batch, mask)
 
     @torch.no_grad()
     def all_reference_logps(groups, ids):
@@ -310,11 +331,11 @@ def main(argv=None):
         logps = torch.zeros(len(groups), 2)
         with tqdm(total=len(ids), desc=f'reference {groups.split}', unit='pair', disable=None if rank == 0 else True) as bar:
             for some in np.array_split(ids, math.ceil(len(ids) / 1024)):
-                for rows in micro_steps(plan_rows(some, groups.lengths[some], T), rank, world, at_once):
-                    batch = pack(groups, rows, T).to(device)
+                rows = plan_rows(some, groups.lengths[some], world, row_tokens)[rank]
+                for batch in packed_batches(groups, rows, device):
                     with autocast:
-                        mine = response_logps(ref_net, reference.wte.weight, batch, packed_mask(batch.group, batch.part))
-                    logps[batch.ids] = mine.float().cpu()
+                        mine = response_logps(ref_net, ref_head, batch, packed_mask(batch.group, batch.part, batch.cuts))
+                    logps[batch.ids] = mine.cpu()
                 bar.update(len(some))
         return reduced(logps)
 
@@ -336,7 +357,7 @@ def main(argv=None):
                 logps = reduced(logps)
                 say(f'reference log-probs of {groups.split}: from {path}, equal to live ones')
             cached[groups.split] = logps
-        del ref_net, reference
+        del ref_net, ref_head, reference
 
     # -------------------------------------------------------------------------
     # evaluation: all of val, each pair once, sums over ranks
@@ -344,15 +365,13 @@ def main(argv=None):
     @torch.no_grad()
     def evaluate():
         policy.eval()
-        sums = torch.zeros(len(STATS), dtype=torch.float64)
-        ids = np.arange(len(val))
-        for rows in micro_steps(plan_rows(ids, val.lengths, T), rank, world, at_once):
-            batch = pack(val, rows, T).to(device)
+        sums = torch.zeros(len(STATS), dtype=exact, device=device)
+        for batch in packed_batches(val, plan_rows(np.arange(len(val)), val.lengths, world, row_tokens)[rank], device):
             with autocast:
-                mask = packed_mask(batch.group, batch.part)
+                mask = packed_mask(batch.group, batch.part, batch.cuts)
                 logps = response_logps(net, policy.wte.weight, batch, mask)                 # (G, 2)
                 ref = reference_logps(val, batch, mask)
-            sums += batch_stats(*dpo_loss(*logps.t(), *ref.t(), cfg.beta), logps).cpu()
+            sums += batch_stats(*dpo_loss(*logps.t(), *ref.t(), cfg.beta), logps)
         policy.train()
         return dict(zip(STATS, (reduced(sums) / len(val)).tolist()))
 
@@ -360,64 +379,75 @@ def main(argv=None):
     # the loop
 
     say(f'{len(train):,} pairs to train on, {len(val):,} to validate on; {total_steps:,} steps of {cfg.batch_size} pairs, '
-        f'{steps_per_epoch:,} an epoch; rows of {T:,} tokens, {at_once} at once\n'
+        f'{steps_per_epoch:,} an epoch; rows of at most {row_tokens:,} tokens\n'
         f'policy and reference from {init_from}: {policy.num_params():,} parameters each')
     policy.train()
     step, stopped_by_any = start_step, 0
     if start_step == 0:
         log(0, evaluate(), 'eval/')
-    sums, tokens, pairs, flops, elapsed = torch.zeros(len(STATS), dtype=torch.float64), 0, 0, 0, 0.0
+    stream = packed_batches(train, (row for step in range(start_step + 1, total_steps + 1) for row in plan(step)[1]), device)
+    sums, tokens, pairs, computed, flops, elapsed = torch.zeros(len(STATS), dtype=exact, device=device), 0, 0, 0, 0, 0.0
+    unread = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, on_signal)
     bar = tqdm(range(start_step + 1, total_steps + 1), initial=start_step, total=total_steps, desc=stage, unit='step',
                disable=None if rank == 0 else True)
+    began = time.perf_counter()
     for step in bar:
-        began = time.perf_counter()
         torch.manual_seed(((cfg.seed * 1_000_003 + step) * 1_000_003 + rank) % 2**63)     # dropout's: resuming needs the step alone
         for group in optimizer.param_groups:
             group['lr'] = learning_rate(step)
-        ids = step_groups(len(train), cfg.batch_size, step - 1, cfg.seed)
-        micros = micro_steps(plan_rows(ids, train.lengths[ids], T), rank, world, at_once)
-        bad = []
-        for j, rows in enumerate(micros):
-            batch = pack(train, rows, T).to(device)
+        ids, rows = plan(step)
+        micros = []
+        for j, batch in zip(range(len(rows)), stream):
             if world > 1:
-                ddp.require_backward_grad_sync = j == len(micros) - 1      # once a step
+                ddp.require_backward_grad_sync = j == len(rows) - 1        # once a step
             with autocast:
-                mask = packed_mask(batch.group, batch.part)                                  # one for policy and reference
+                mask = packed_mask(batch.group, batch.part, batch.cuts)                      # one for policy and reference
                 with torch.no_grad():
                     ref_logps = reference_logps(train, batch, mask)                          # (G, 2)
                 logps = response_logps(ddp, policy.wte.weight, batch, mask)                  # (G, 2)
             losses, chosen_rewards, rejected_rewards = dpo_loss(*logps.t(), *ref_logps.t(), cfg.beta)
             loss = losses.sum() / len(ids)                  # of the whole step, on all ranks
             (loss * world).backward()                       # DDP takes the mean over ranks
-            sums += batch_stats(losses, chosen_rewards, rejected_rewards, logps).cpu()
-            bad += [batch.ids[i] for i in (~losses.isfinite()).nonzero()[:, 0].tolist()]
-        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.grad_clip or math.inf).item()
-        if not math.isfinite(norm):
-            stop_non_finite(step, bad, ids)
+            sums += batch_stats(losses, chosen_rewards, rejected_rewards, logps)
+            computed += batch.tokens.numel()
+            micros.append((batch.ids, losses.detach()))
+        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.grad_clip or math.inf)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        unread.append((step, norm, micros))
         tokens, pairs = tokens + int(train.lengths[ids].sum()), pairs + len(ids)
         flops += train.forward_flops(ids, policy.config) * (3 if cached else 4)    # forward, backward twice that, reference
-        elapsed += time.perf_counter() - began
 
         signalled = stopped_by.clone()
         if world > 1:
             dist.all_reduce(signalled, dist.ReduceOp.MAX)           # all ranks leave, or none
         stopped_by_any = signalled.item()
         leaving = step == total_steps or stopped_by_any > 0
-        if step == 1 or step % cfg.log_interval == 0 or leaving:
-            record = dict(zip(STATS, (reduced(sums) / pairs).tolist()), grad_norm=norm, lr=learning_rate(step),
-                          tokens_per_second=tokens / elapsed, pairs_per_second=pairs / elapsed)
+        log_now = step == 1 or step % cfg.log_interval == 0 or leaving
+        eval_now = not stopped_by_any and (step == total_steps or cfg.eval_interval and step % cfg.eval_interval == 0)
+        save_now = leaving or cfg.save_interval and step % cfg.save_interval == 0
+        if not (log_now or eval_now or save_now):
+            continue                                                # and never wait for the GPU
+        stop_if_not_finite(unread)
+        unread = []
+        elapsed += time.perf_counter() - began
+        if log_now:
+            record = dict(zip(STATS, (reduced(sums) / pairs).tolist()), grad_norm=norm.item(), lr=learning_rate(step),
+                          tokens_per_second=tokens / elapsed, pairs_per_second=pairs / elapsed,
+                          padding=1 - tokens / reduced(torch.tensor([computed])).item())
+            if device_type == 'cuda':
+                record['memory_gb'] = torch.cuda.max_memory_allocated(device) / 1e9
             if peak_flops(device):
                 record['mfu'] = flops / elapsed / world / peak_flops(device)
             log(step, record)
-            sums, tokens, pairs, flops, elapsed = torch.zeros_like(sums), 0, 0, 0, 0.0
-        if not stopped_by_any and (step == total_steps or cfg.eval_interval and step % cfg.eval_interval == 0):
+            sums, tokens, pairs, computed, flops, elapsed = torch.zeros_like(sums), 0, 0, 0, 0, 0.0
+        if eval_now:
             log(step, evaluate(), 'eval/')
-        if leaving or cfg.save_interval and step % cfg.save_interval == 0:
+        if save_now:
             save(step)
+        began = time.perf_counter()
         if leaving:
             break
     bar.close()

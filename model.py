@@ -4,9 +4,9 @@
     model = GPT.from_pretrained('gpt2')                         # a hub name, or a directory in that layout
     model.save_pretrained('gpt2-dpo')                           # transformers and what builds on it load this
 
-`forward` gives hidden states for packed rows: a row holds several groups [prompt | response_1 | ... | response_K]
-side by side, and `packed_mask` says who sees whom. The tied output head stands apart (`token_logps`), because it
-is needed at response tokens only. `generate` samples with a key-value cache.
+`forward` gives hidden states for a packed row: it holds many groups [prompt | response_1 | ... | response_K] side by
+side, and `packed_mask` says who sees whom. The tied output head stands apart (`token_logps`), because it is needed
+at response tokens only. `generate` samples with a key-value cache.
 
 Departures from GPT-2: dropout acts on embeddings and residual branches, not on attention weights (FlexAttention
 has none). The weights are float32; a stage casts with autocast.
@@ -29,8 +29,8 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
-flex = torch.compile(flex_attention, dynamic=False)     # inlined where the whole model is compiled
-block_mask = torch.compile(create_block_mask, dynamic=False)
+flex = torch.compile(flex_attention, dynamic=True)      # inlined where the whole model is compiled; rows vary in length
+block_mask = torch.compile(create_block_mask, dynamic=True)
 
 
 @dataclass
@@ -52,21 +52,35 @@ class CheckpointError(ValueError):
 # -----------------------------------------------------------------------------
 # attention over packed rows
 
-def packed_mask(group, part):
-    """Who sees whom in packed rows: group, part (B, T) -> a mask for GPT.forward.
+@dataclass
+class Stretches:
+    """Dense masks (1, 1, n, n) of a row's stretches; no list, whose length torch.compile would compile for."""
+    masks: list
+
+
+def packed_mask(group, part, cuts=()):
+    """Who sees whom in a packed row: group, part (1, T) -> a mask for GPT.forward.
 
     A query sees a key of its own group, not after it, in the prompt (part 0) or in its own response. The result
-    is the same numbers as each prompt + response alone. On CUDA a FlexAttention BlockMask; elsewhere, where
-    FlexAttention has no backward pass, a dense boolean (B, 1, T, T) for scaled_dot_product_attention.
+    is the same numbers as each prompt + response alone. On CUDA a FlexAttention BlockMask, which skips blocks where
+    nobody sees anybody. Elsewhere FlexAttention has no backward pass: there it is dense booleans for
+    scaled_dot_product_attention, one for each stretch between `cuts`, places in the row that no group crosses.
     """
     def rule(b, h, q, k):
         return (group[b, q] == group[b, k]) & (q >= k) & ((part[b, k] == 0) | (part[b, k] == part[b, q]))
 
-    B, T = group.shape
+    T = group.shape[1]
     if group.is_cuda:
-        return block_mask(rule, B, None, T, T, device=group.device)
-    b, t = torch.arange(B, device=group.device), torch.arange(T, device=group.device)
-    return rule(b[:, None, None], None, t[:, None], t[None, :]).unsqueeze(1)
+        return block_mask(rule, 1, None, T, T, device=group.device)
+    stretches = torch.arange(T, device=group.device).tensor_split(cuts)
+    return Stretches([rule(0, 0, t[:, None], t[None, :])[None, None] for t in stretches])
+
+
+@torch.compiler.disable         # the lengths change with every row
+def stretch_attention(q, k, v, mask):
+    """Attention within each stretch of a row alone. q, k, v: (1, H, T, D); mask: Stretches. -> (1, T, H, D)"""
+    stretches = zip(*(x.split([m.shape[-1] for m in mask.masks], dim=2) for x in (q, k, v)), mask.masks)
+    return torch.cat([F.scaled_dot_product_attention(q, k, v, attn_mask=m).transpose(1, 2) for q, k, v, m in stretches], dim=1)
 
 
 class Attention(nn.Module):
@@ -85,10 +99,12 @@ class Attention(nn.Module):
             k, v = (c[:, :mask.shape[-1]] for c in cache)
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))                                        # (B, H, T, D)
         if isinstance(mask, BlockMask):
-            y = flex(q, k, v, block_mask=mask)
+            y = flex(q, k, v, block_mask=mask).transpose(1, 2)
+        elif isinstance(mask, Stretches):
+            y = stretch_attention(q, k, v, mask)
         else:
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+        return self.c_proj(y.reshape(B, T, C))
 
 
 class Block(nn.Module):
@@ -99,8 +115,10 @@ class Block(nn.Module):
         self.ln_2, self.c_fc, self.c_proj = nn.LayerNorm(C, eps), nn.Linear(C, 4 * C), nn.Linear(4 * C, C)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, mask, cache=None, positions=None):
+    def forward(self, x, mask, at=None, cache=None, positions=None):
         x = x + self.dropout(self.attn(self.ln_1(x), mask, cache, positions))
+        if at is not None:          # the last block: nothing beyond here mixes tokens, so only the scored ones go on
+            x = x.flatten(0, 1).index_select(0, at)
         return x + self.dropout(self.c_proj(F.gelu(self.c_fc(self.ln_2(x)), approximate='tanh')))
 
 
@@ -122,14 +140,18 @@ class GPT(nn.Module):
             elif name.endswith('bias'):
                 nn.init.zeros_(p)
 
-    def forward(self, tokens, positions, mask, cache=None):
-        """Hidden states after the last norm. tokens, positions: (B, T); mask: of packed_mask. -> (B, T, C)"""
+    def forward(self, tokens, positions, mask, at=None, cache=None):
+        """Hidden states after the last norm: (B, T, C), or (S, C) at the flat indices `at` (S,) into B*T alone.
+
+        tokens, positions: (B, T); mask: of packed_mask, or boolean (B, 1, T, keys); cache: of generate.
+        """
         x = self.dropout(self.wte(tokens) + self.wpe(positions))        # (B, T, C)
         for i, block in enumerate(self.h):
+            last = at if i == len(self.h) - 1 else None
             if self.config.activation_checkpointing and self.training and torch.is_grad_enabled():
-                x = checkpoint(block, x, mask, use_reentrant=False)
+                x = checkpoint(block, x, mask, last, use_reentrant=False)
             else:
-                x = block(x, mask, cache and cache[i], positions)
+                x = block(x, mask, last, cache and cache[i], positions)
         return self.ln_f(x)
 
     def num_params(self):
@@ -174,7 +196,7 @@ class GPT(nn.Module):
         for step in range(max_new_tokens):
             seen = max(lengths) + step
             mask = slots[:min(seen, size)] <= positions[:, None, :, None]           # (B, 1, T, seen)
-            hidden = self(tokens, positions, mask, cache)
+            hidden = self(tokens, positions, mask, cache=cache)
             hidden = hidden[rows, last] if step == 0 else hidden[:, 0]              # (B, C)
             logits = F.linear(hidden, self.wte.weight).float()[:, :vocab_size]      # (B, V)
             u = torch.rand(B, generator=noise, dtype=torch.float64).to(device, torch.float32)
@@ -324,48 +346,68 @@ def _fetcher(name_or_dir):
 # -----------------------------------------------------------------------------
 # the output head
 
+def _tile_logsumexp(logits):
+    return logits.float().logsumexp(-1)
+
+
+def _tile_gradient(logits, normalizer, grad, column, inside):
+    """g (1[target] - p) for a tile of the vocabulary, in the logits' type."""
+    d_logits = logits.float().sub_(normalizer[:, None]).exp_().mul_(-grad[:, None])
+    return d_logits.scatter_add_(1, column, (grad * inside)[:, None]).to(logits.dtype)
+
+
+_fused = {f: torch.compile(f, dynamic=True) for f in (_tile_logsumexp, _tile_gradient)}     # on CUDA
+
+
 class _TokenLogps(torch.autograd.Function):
-    """token_logps, with logits for `chunk` tokens at a time, made again in the backward pass."""
+    """token_logps, with logits for `tile` entries of the vocabulary at a time, made again in the backward pass."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, predictor, target, chunk, dtype):
-        states, head = hidden.index_select(0, predictor).to(dtype), weight.to(dtype)       # (S, C), (V, C)
-        logps, normalizer = states.new_empty(2, len(target), dtype=torch.float32)           # (S,)
-        for i in range(0, len(target), chunk):
-            logits = (states[i:i + chunk] @ head.t()).float()                               # (chunk, V)
-            normalizer[i:i + chunk] = logits.logsumexp(-1)
-            logps[i:i + chunk] = logits.gather(1, target[i:i + chunk, None])[:, 0] - normalizer[i:i + chunk]
-        ctx.save_for_backward(states, head, predictor, target, normalizer)
-        ctx.chunk, ctx.hidden = chunk, (hidden.shape, hidden.dtype)
-        return logps
+    def forward(ctx, states, weight, target, tile, dtype):
+        logsumexp = _fused[_tile_logsumexp] if states.is_cuda else _tile_logsumexp
+        ctx.input_dtypes = states.dtype, weight.dtype
+        states, head = states.to(dtype), weight.to(dtype)                                   # (S, C), (V, C)
+        logps = torch.zeros(len(target), dtype=torch.float32, device=target.device)         # (S,)
+        normalizer = torch.full_like(logps, -torch.inf)
+        for v in range(0, len(head), tile):
+            logits = states @ head[v:v + tile].t()                                          # (S, tile)
+            normalizer = torch.logaddexp(normalizer, logsumexp(logits))
+            column, inside = _in_tile(target, v, logits.shape[1])
+            logps += logits.gather(1, column)[:, 0] * inside
+        ctx.save_for_backward(states, head, target, normalizer)
+        ctx.tile = tile
+        return logps - normalizer
 
     @staticmethod
     def backward(ctx, grad):
-        states, head, predictor, target, normalizer = ctx.saved_tensors
-        d_states, d_head = torch.empty_like(states), torch.zeros_like(head, dtype=torch.float32)
-        for i in range(0, len(target), ctx.chunk):
-            piece = slice(i, i + ctx.chunk)
-            logits = (states[piece] @ head.t()).float()
-            d_logits = logits.sub_(normalizer[piece, None]).exp_().mul_(-grad[piece, None])     # g (1[target] - p), in place
-            d_logits.scatter_add_(1, target[piece, None], grad[piece, None])
-            d_logits = d_logits.to(head.dtype)
-            d_states[piece] = d_logits @ head
-            d_head += d_logits.t() @ states[piece]
-        shape, dtype = ctx.hidden
-        d_hidden = torch.zeros(shape, dtype=torch.float32, device=grad.device).index_add_(0, predictor, d_states.float())
-        return d_hidden.to(dtype), d_head, None, None, None, None
+        states, head, target, normalizer = ctx.saved_tensors
+        gradient = _fused[_tile_gradient] if states.is_cuda else _tile_gradient
+        states_dtype, weight_dtype = ctx.input_dtypes
+        d_states, d_head = torch.zeros_like(states, dtype=torch.float32), torch.empty_like(head, dtype=weight_dtype)
+        for v in range(0, len(head), ctx.tile):
+            piece = head[v:v + ctx.tile]
+            d_logits = gradient(states @ piece.t(), normalizer, grad, *_in_tile(target, v, len(piece)))
+            d_states += d_logits @ piece
+            d_head[v:v + ctx.tile] = d_logits.t() @ states
+        return d_states.to(states_dtype), d_head, None, None, None
 
 
-def token_logps(hidden, weight, predictor, target, chunk=512):
-    """log p(target) at the scored tokens only.
+def _in_tile(target, first, width):
+    """Which column of the tile a target is, (S, 1), and whether it lies in it at all, (S,)."""
+    column = target - first
+    return column.clamp(0, width - 1)[:, None], (0 <= column) & (column < width)
 
-    hidden: (B, T, C) of GPT.forward; weight: (V, C), the head; predictor: (S,) flat index into B*T of the state
-    that predicts target, (S,). -> (S,) float32, nats. The matmuls run in autocast's type where that is on, the
-    softmax in float32. No logits are kept: memory is chunk * V, whatever S.
+
+def token_logps(states, weight, target, tile=4096):
+    """log p(target) of the scored tokens.
+
+    states: (S, C), the hidden states that predict them, GPT.forward's at `at`; weight: (V, C), the head; target: (S,)
+    -> (S,) float32, nats. The matmuls run in autocast's type where that is on, the softmax in float32. No logits are
+    kept: memory is S * tile, whatever the vocabulary.
     """
-    device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    return _TokenLogps.apply(hidden.flatten(0, 1), weight, predictor, target, chunk, dtype)
+    device = states.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype
+    return _TokenLogps.apply(states, weight, target, tile, dtype)
 
 
 def draw(logits, u, temperature=1.0, top_k=0, top_p=1.0):

@@ -29,7 +29,6 @@ A set that is undamaged and was made from the same knobs and the same bytes is r
 own bytes are looked at, not what it imports. A run that fails or is stopped leaves the set as it was.
 """
 import base64
-import bisect
 import collections
 import contextlib
 import dataclasses
@@ -51,6 +50,7 @@ import time
 import traceback
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -705,67 +705,58 @@ def read_meta(folder):
 
 
 # -----------------------------------------------------------------------------
-# packing: whole groups into rows of T tokens
+# packing: whole groups into rows
+
+@functools.lru_cache(2)
+def epoch_order(n, seed, epoch):
+    return np.random.default_rng([seed, epoch]).permutation(n)
+
 
 def step_groups(n, batch_size, step, seed):
     """The groups of optimizer step `step`: int array. A pure function; each epoch visits each group once."""
     steps_per_epoch = -(-n // batch_size)
     epoch, within = divmod(step, steps_per_epoch)
-    order = np.random.default_rng([seed, epoch]).permutation(n)
-    return order[within * batch_size:(within + 1) * batch_size]
+    return epoch_order(n, seed, epoch)[within * batch_size:(within + 1) * batch_size]
 
 
-def plan_rows(ids, lengths, T):
-    """Groups into rows of at most T tokens, longest first, each to the fullest row that holds it (best fit).
+def plan_rows(ids, lengths, world, row_tokens):
+    """Share groups out over ranks, in rows of at most row_tokens: the rows of each rank, lists of group numbers.
 
-    ids: (n,) group numbers; lengths: (n,) their tokens. Returns a list of lists of group numbers.
+    ids: (n,) group numbers; lengths: (n,) their tokens. The longest first, each to the row that has least so far: all
+    rows come out about equally long, so no rank waits long for another, and all ranks have equally many, some of
+    them perhaps empty, so that none waits for ever. A row is one micro-step.
     """
-    rows, free = [], []                 # free: (room, row), sorted
-    for i in np.argsort(-lengths, kind='stable'):
-        length = int(lengths[i])
-        at = bisect.bisect_left(free, (length, -1))
-        if at < len(free):
-            room, row = free.pop(at)
+    count = -(-int(lengths.sum()) // (world * row_tokens)) * world
+    while True:
+        rows, heap = [[] for _ in range(count)], [(0, row) for row in range(count)]     # heap: (tokens, row)
+        for i in np.argsort(-lengths, kind='stable'):
+            tokens, row = heap[0]
+            if tokens + lengths[i] > row_tokens:
+                break
+            rows[row].append(int(ids[i]))
+            heapq.heapreplace(heap, (tokens + int(lengths[i]), row))
         else:
-            room, row = T, len(rows)
-            rows.append([])
-        rows[row].append(int(ids[i]))
-        bisect.insort(free, (room - length, row))
-    return rows
+            return [rows[rank::world] for rank in range(world)]
+        count += world              # too tight: with one row more for each rank
 
 
-def micro_steps(rows, rank, world, at_once):
-    """One rank's rows, `at_once` a micro-step: list of lists of rows.
-
-    Every rank has as many micro-steps: empty rows fill up, so that no rank waits for another for ever.
-    """
-    mine = (rows + [[] for _ in range(-len(rows) % world)])[rank::world]
-    return [mine[i:i + at_once] for i in range(0, len(mine), at_once)]
-
-
-def row_shape(groups, row_tokens, device_type, compiled):
-    """T, the tokens of a row, and how many rows a micro-step takes. Both set speed and memory, never results.
-
-    row_tokens: the knob; 0 is 8192 on CUDA, where attention skips empty blocks, and 256 elsewhere, where it does
-    not and short rows cost less; more where a group of `groups` (a list of Groups) is longer.
-    """
+def row_limit(groups, row_tokens, device_type):
+    """The knob row_tokens with its default: 8192 on CUDA, 2048 elsewhere, more where one of `groups` is longer."""
     longest = max(int(g.lengths.max()) for g in groups)
     if 0 < row_tokens < longest:
-        raise UserError(f'row_tokens={row_tokens} is less than the longest group, {longest} tokens: '
-                        f'set at least {-(-longest // 128) * 128}, or 0')
-    T = row_tokens or max(8192 if device_type == 'cuda' else 256, -(-longest // 128) * 128)
-    return T, 1 if compiled or device_type == 'cuda' else max(1, 2048 // T)     # compiled: one shape
+        raise UserError(f'row_tokens={row_tokens} is less than the longest group, {longest} tokens: set at least that, or 0')
+    return row_tokens or max(8192 if device_type == 'cuda' else 2048, longest)
 
 
 @dataclass
 class Batch:
-    """Packed rows on one device: G groups with S scored tokens in all.
+    """One packed row of T tokens on one device: G groups with S scored tokens in all.
 
-    tokens, positions, group, part: (B, T). part 0 is the prompt, 1..K a response; padding is group -1.
-    predictor: flat index into B*T of the hidden state that predicts target, the token; both (S,) and padded
-    to a multiple of the head's chunk, so that shapes recur.
-    response: (S,) row-major index into (G, K).
-    ids: (G,) the groups' numbers in the split.
+    tokens, positions, group, part: (1, T). part 0 is the prompt, 1..K a response; padding is group -1.
+    predictor: (S,) index into the row of the hidden state that predicts target, (S,), the token; what is beyond
+    len(response) is padding.
+    response: row-major index into (G, K) of each scored token.
+    ids: the G groups' numbers in the split. cuts: places between groups, at least 128 tokens apart.
     """
     tokens: object
     positions: object
@@ -774,51 +765,55 @@ class Batch:
     predictor: object
     target: object
     response: object
-    ids: object
+    ids: list
+    cuts: list
     K: int
 
-    def to(self, device):
-        return Batch(*(getattr(self, f).to(device, non_blocking=True) for f in
-                       ('tokens', 'positions', 'group', 'part', 'predictor', 'target', 'response')), self.ids, self.K)
+    def on(self, device):
+        """The same on `device`; to CUDA by way of pinned memory, without waiting for the copy."""
+        def move(x):
+            return (x.pin_memory() if device.type == 'cuda' else x).to(device, non_blocking=True)
+        return Batch(*(move(getattr(self, f.name)) for f in dataclasses.fields(self)[:7]), self.ids, self.cuts, self.K)
 
 
-def pack(groups, rows, T, chunk=512):
-    """The Batch of `rows` (lists of group numbers of `groups`), on the CPU. S is a multiple of `chunk`."""
+def pack(groups, ids, multiple=1):
+    """The Batch of the groups `ids`, on the CPU. T and S are padded to a multiple of `multiple`, at least twice that:
+    torch.compile makes a case of its own of a single one."""
     import torch
-    B, K = len(rows), groups.K
-    tokens = np.zeros((B, T), np.int64)
-    positions = np.zeros((B, T), np.int64)
-    group = np.full((B, T), -1, np.int32)
-    part = np.zeros((B, T), np.int32)
-    predictor, target, response, ids = [], [], [], []
-    for b, row in enumerate(rows):
-        end = 0
-        for i in row:
-            prompt, *responses = groups[i]
-            last = end + len(prompt) - 1                        # the prompt's last token, in this row
-            at = end
-            for k, piece in enumerate((prompt, *responses)):
-                stop = at + len(piece)
-                tokens[b, at:stop] = piece
-                group[b, at:stop] = len(ids)
-                part[b, at:stop] = k
-                first = 0 if k == 0 else len(prompt)            # every response continues the prompt
-                positions[b, at:stop] = np.arange(first, first + len(piece))
-                if k:
-                    predictor.append(b * T + np.concatenate(([last], np.arange(at, stop - 1))))
-                    target.append(piece)
-                    response.append(np.full(len(piece), len(ids) * K + k - 1))
-                at = stop
-            end = at
-            ids.append(i)
-        positions[b, end:] = np.arange(T - end) % max(1, positions.max())      # padding: anything in range
-    S = sum(map(len, target))
-    padding = np.zeros(-S % chunk if S else chunk, np.int64)
-    predictor.append(padding)
-    target.append(padding)
-    response.append(padding[:0])
-    flat = [torch.from_numpy(np.concatenate(a).astype(np.int64)) for a in (predictor, target, response)]
-    return Batch(*map(torch.from_numpy, (tokens, positions, group, part)), *flat, ids, K)
+    index = groups.index[np.array(ids, np.int64)]                   # (G, K+2)
+    sizes, G, K = np.diff(index, axis=1), len(ids), groups.K        # (G, K+1) tokens of prompt and responses
+    starts = np.concatenate([[0], sizes.cumsum()])                  # of each piece in the row
+    n, starts = starts[-1], starts[:-1].reshape(G, K + 1)
+    part = np.repeat(np.tile(np.arange(K + 1), G), sizes.ravel())   # (n,)
+    origin = starts - np.pad(np.repeat(sizes[:, :1], K, 1), ((0, 0), (1, 0)))      # every response continues the prompt
+    tokens = np.concatenate([groups.tokens[i[0]:i[-1]] for i in index] or [[]])
+    before = np.arange(n) - 1
+    before[starts[:, 1:]] = starts[:, 1:2] - 1                      # a response's first token: the prompt's last state
+    cuts = [0]
+    for start in starts[:, 0].tolist():
+        cuts += [start] * (start - cuts[-1] >= 128)
+
+    def tensor(values, size, padding=0):
+        return torch.from_numpy(np.concatenate([values, np.full(size - len(values), padding)]).astype(np.int64))
+    T, S = (max(2, -(-size // multiple)) * multiple for size in (n, int((part > 0).sum())))
+    row = (tensor(tokens, T), tensor(np.arange(n) - np.repeat(origin.ravel(), sizes.ravel()), T),
+           tensor(np.repeat(np.arange(G), sizes.sum(1)), T, -1), tensor(part, T))
+    response = np.repeat(np.arange(G * K), sizes[:, 1:].ravel())
+    return Batch(*(x[None] for x in row), tensor(before[part > 0], S), tensor(tokens[part > 0], S),
+                 tensor(response, len(response)), ids, cuts[1:], K)
+
+
+def packed_batches(groups, rows, device):
+    """The Batch of each of `rows`, an iterable of lists of group numbers, on `device`; one is packed ahead meanwhile."""
+    multiple = 1 if device.type == 'cpu' else 128       # FlexAttention's block; few shapes elsewhere
+    with ThreadPoolExecutor(1) as thread:
+        coming = collections.deque()
+        for row in rows:
+            coming.append(thread.submit(lambda row=row: pack(groups, row, multiple).on(device)))
+            if len(coming) == 2:
+                yield coming.popleft().result()
+        while coming:
+            yield coming.popleft().result()
 
 
 # -----------------------------------------------------------------------------

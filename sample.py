@@ -30,29 +30,31 @@ from tqdm import tqdm
 import config
 from config import In, Literal, UserError
 from model import CheckpointError, find_checkpoints, fingerprint, load_model, packed_mask, token_logps
-from prepare_prefs import Groups, load_tokenizer, micro_steps, pack, plan_rows, prompt_ids, row_shape
+from prepare_prefs import Groups, load_tokenizer, packed_batches, plan_rows, prompt_ids, row_limit
 
 
-class Sampled(list):
-    """Groups made here, each [prompt, before's response, after's response], lists of ids; for plan_rows and pack."""
+class Sampled:
+    """A list of [prompt, before's response, after's response], lists of ids, in the form that is packed."""
     K = 2
 
-    @property
-    def lengths(self):
-        return np.array([sum(map(len, group)) for group in self])
+    def __init__(self, groups):
+        self.tokens = np.array([token for group in groups for piece in group for token in piece])
+        ends = np.cumsum([0] + [len(piece) for group in groups for piece in group])
+        self.index = np.hstack([ends[:-1].reshape(-1, 3), ends[3::3, None]])        # (N, 4): prompt, responses, end
+        self.lengths = self.index[:, -1] - self.index[:, 0]
 
 
 @torch.no_grad()
 def response_logps(model, groups, device, autocast):
     """Log-probability of every response given its prompt, nats, summed over its tokens: (N, K) float64."""
-    T, at_once = row_shape([groups], 0, device.type, False)
-    rows = plan_rows(np.arange(len(groups)), groups.lengths, T)
-    logps = torch.zeros(len(groups), groups.K, dtype=torch.float64)
-    for some in tqdm(micro_steps(rows, 0, 1, at_once), desc='log-probs', disable=None):
-        batch = pack(groups, some, T).to(device)
+    N, groups = len(groups), Sampled(groups)
+    rows = plan_rows(np.arange(N), groups.lengths, 1, row_limit([groups], 0, device.type))[0]
+    logps = torch.zeros(N, groups.K, dtype=torch.float64)
+    for batch in tqdm(packed_batches(groups, rows, device), total=len(rows), desc='log-probs', disable=None):
         with autocast:
-            hidden = model(batch.tokens, batch.positions, packed_mask(batch.group, batch.part))             # (B, T, C)
-            scored = token_logps(hidden, model.wte.weight, batch.predictor, batch.target)[:len(batch.response)]  # (S,)
+            mask = packed_mask(batch.group, batch.part, batch.cuts)
+            states = model(batch.tokens, batch.positions, mask, batch.predictor)                    # (S, C)
+            scored = token_logps(states, model.wte.weight, batch.target)[:len(batch.response)]      # (S,)
         sums = scored.new_zeros(len(batch.ids) * batch.K).index_add(0, batch.response, scored)
         logps[batch.ids] = sums.view(-1, batch.K).cpu().double()
     return logps
@@ -314,7 +316,7 @@ def main(argv=None):
                                            cfg.temperature, cfg.top_k, cfg.top_p, seed)
                 bar.update(len(some))
             responses.append([ids[:size - len(prompt)] for ids, prompt in zip(made, prompts)])  # no position after that
-    groups = Sampled(map(list, zip(prompts, *responses)))
+    groups = list(zip(prompts, *responses))
     ratios = response_logps(after, groups, device, autocast) - response_logps(before, groups, device, autocast)  # (N, 2)
 
     def text_of(ids):

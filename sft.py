@@ -27,7 +27,7 @@ import config
 from config import In, Literal, UserError
 from model import (GPT, CheckpointError, GPTConfig, find_checkpoints, fingerprint, load_model, open_run, packed_mask,
                    peak_flops, read_checkpoint, save_checkpoint, token_logps)
-from prepare_prefs import Groups, micro_steps, pack, plan_rows, row_shape, step_groups
+from prepare_prefs import Groups, packed_batches, plan_rows, row_limit, step_groups
 
 
 # -----------------------------------------------------------------------------
@@ -54,8 +54,8 @@ class Config:
     weight_decay: In[float, 'x >= 0'] = 0.0         # on matrices only
     grad_clip: In[float, 'x >= 0'] = 1.0            # largest global gradient norm; 0 = no clipping
     activation_checkpointing: bool = False          # less memory for a third more time
-    row_tokens: In[int, 'x >= 0'] = 0               # tokens of a packed row: speed and memory, not results; 0 = 8192 on
-                                                    # CUDA, 256 elsewhere, more where a group is longer
+    row_tokens: In[int, 'x >= 0'] = 0               # tokens a micro-step at most: speed and memory, not results; 0 =
+                                                    # 8192 on CUDA, 2048 elsewhere, more where a group is longer
     eval_interval: In[int, 'x >= 0'] = 100          # steps between evaluations on all of val; 0 = first and last only
     log_interval: In[int, 'x >= 1'] = 10            # steps a log line sums up
     save_interval: In[int, 'x >= 0'] = 500          # steps between checkpoints; the last step always has one
@@ -69,8 +69,9 @@ class Config:
 
 def target_logps(model, head, batch):
     """log p of every scored token, (S,) float32, nats. head: (V, C), the tied weight."""
-    hidden = model(batch.tokens, batch.positions, packed_mask(batch.group, batch.part))     # (B, T, C)
-    return token_logps(hidden, head, batch.predictor, batch.target)[:len(batch.response)]
+    mask = packed_mask(batch.group, batch.part, batch.cuts)
+    states = model(batch.tokens, batch.positions, mask, batch.predictor)        # (S, C), of the scored tokens alone
+    return token_logps(states, head, batch.target)[:len(batch.response)]
 
 
 def main(argv=None):
@@ -121,9 +122,15 @@ def main(argv=None):
     data_dir = os.path.join('data', cfg.name)
     split = 'documents_' if cfg.train_on == 'documents' else ''
     train, val = Groups(data_dir, f'{split}train', k=1), Groups(data_dir, f'{split}val', k=1)
-    T, at_once = row_shape([train, val], cfg.row_tokens, device_type, cfg.compile)
+    row_tokens = row_limit([train, val], cfg.row_tokens, device_type)
     steps_per_epoch = math.ceil(len(train) / cfg.batch_size)
     total_steps = cfg.max_steps or cfg.epochs * steps_per_epoch
+    exact = torch.float64 if device_type != 'mps' else torch.float32    # of sums; MPS has no other
+
+    def plan(step):
+        """The groups of optimizer step `step`, the first being 1, and the rows of them that are this rank's."""
+        ids = step_groups(len(train), cfg.batch_size, step - 1, cfg.seed)
+        return ids, plan_rows(ids, train.lengths[ids], world, row_tokens)[rank]
 
     # -------------------------------------------------------------------------
     # model
@@ -198,7 +205,7 @@ def main(argv=None):
     if cfg.warmup_steps >= total_steps:
         say(f'note: the run of {total_steps:,} steps ends within its warm-up of {cfg.warmup_steps:,}: set --warmup_steps')
 
-    net = torch.compile(policy, dynamic=False) if cfg.compile else policy
+    net = torch.compile(policy, dynamic=True) if cfg.compile else policy        # rows vary in length
     ddp = DistributedDataParallel(net, device_ids=[local_rank] if device_type == 'cuda' else None,
                                   broadcast_buffers=False, gradient_as_bucket_view=True) if world > 1 else net
 
@@ -224,7 +231,8 @@ def main(argv=None):
     agree(error)
     columns = {'loss': 'loss {:.4f}', 'rewards/accuracies': 'acc {:.3f}', 'rewards/margins': 'margin {:+.4f}',
                'rewards/chosen': 'chosen {:+.4f}', 'rewards/rejected': 'rejected {:+.4f}', 'perplexity': 'ppl {:.2f}',
-               'grad_norm': 'grad {:.2f}', 'lr': 'lr {:.2e}', 'tokens_per_second': '{:,.0f} tok/s', 'mfu': 'mfu {:.1%}'}
+               'grad_norm': 'grad {:.2f}', 'lr': 'lr {:.2e}', 'tokens_per_second': '{:,.0f} tok/s', 'mfu': 'mfu {:.1%}',
+               'memory_gb': '{:.1f} GB'}
 
     def log(step, record, prefix=''):
         """One aligned line to the terminal, one JSON line to log.jsonl."""
@@ -256,15 +264,23 @@ def main(argv=None):
                      'the checkpoints before it are untouched')
         agree(error)
 
-    def stop_non_finite(step, bad, ids):
-        """End the run, naming the groups whose own loss is not finite, or all of the step's where none is."""
+    def stop_if_not_finite(unread):
+        """End the run where a step was not finite, naming the groups whose own loss is not, or all of the step's.
+
+        unread: of each step since the last look its number, gradient norm and micro-steps' (ids, losses).
+        """
+        finite = torch.stack([norm for _, norm, _ in unread]).isfinite().tolist()       # the wait for the GPU
+        if all(finite):
+            return
+        step, _, micros = unread[finite.index(False)]
+        bad = [i for ids, losses in micros for i, ok in zip(ids, losses.isfinite().tolist()) if not ok]
         gathered = [bad]
         if world > 1:
             gathered = [None] * world
             dist.all_gather_object(gathered, bad)
-        bad = sorted(i for some in gathered for i in some) or sorted(ids.tolist())
+        bad = sorted(i for some in gathered for i in some) or sorted(plan(step)[0].tolist())
         raise UserError(f'step {step}: the loss or its gradient is not finite; groups of {data_dir}/{train.split}: {bad}; '
-                        f'nothing of this step is saved; lower the learning rate, or look at these groups')
+                        f'nothing since is saved; lower the learning rate, or look at these groups')
 
     stopped_by = torch.zeros(1, dtype=torch.int32)      # a signal's number; on the CPU, so that asking costs no GPU sync
 
@@ -279,13 +295,10 @@ def main(argv=None):
     @torch.no_grad()
     def evaluate():
         policy.eval()
-        total = torch.zeros(1, dtype=torch.float64)
-        ids = np.arange(len(val))
-        for rows in micro_steps(plan_rows(ids, val.lengths, T), rank, world, at_once):
-            batch = pack(val, rows, T).to(device)
+        total, ids = torch.zeros(1, dtype=exact, device=device), np.arange(len(val))
+        for batch in packed_batches(val, plan_rows(ids, val.lengths, world, row_tokens)[rank], device):
             with autocast:
-                logps = target_logps(net, policy.wte.weight, batch)
-            total -= logps.sum().cpu()
+                total -= target_logps(net, policy.wte.weight, batch).sum()
         policy.train()
         loss = reduced(total).item() / val.response_tokens(ids)
         return dict(loss=loss, perplexity=math.exp(min(loss, 700)))
@@ -294,60 +307,70 @@ def main(argv=None):
     # the loop
 
     say(f'{len(train):,} {cfg.train_on} to train on, {len(val):,} to validate on; {total_steps:,} steps of {cfg.batch_size}, '
-        f'{steps_per_epoch:,} an epoch; rows of {T:,} tokens, {at_once} at once\n'
+        f'{steps_per_epoch:,} an epoch; rows of at most {row_tokens:,} tokens\n'
         f'model from {init_from}: {policy.num_params():,} parameters')
     policy.train()
     step, stopped_by_any = start_step, 0
     if start_step == 0:
         log(0, evaluate(), 'eval/')
-    sums, tokens, targets, flops, elapsed = torch.zeros(1, dtype=torch.float64), 0, 0, 0, 0.0
+    stream = packed_batches(train, (row for step in range(start_step + 1, total_steps + 1) for row in plan(step)[1]), device)
+    sums, tokens, targets, computed, flops, elapsed = torch.zeros(1, dtype=exact, device=device), 0, 0, 0, 0, 0.0
+    unread = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, on_signal)
     bar = tqdm(range(start_step + 1, total_steps + 1), initial=start_step, total=total_steps, desc=stage, unit='step',
                disable=None if rank == 0 else True)
+    began = time.perf_counter()
     for step in bar:
-        began = time.perf_counter()
         torch.manual_seed(((cfg.seed * 1_000_003 + step) * 1_000_003 + rank) % 2**63)     # dropout's: resuming needs the step alone
         for group in optimizer.param_groups:
             group['lr'] = learning_rate(step)
-        ids = step_groups(len(train), cfg.batch_size, step - 1, cfg.seed)
-        micros = micro_steps(plan_rows(ids, train.lengths[ids], T), rank, world, at_once)
-        bad = []
-        for j, rows in enumerate(micros):
-            batch = pack(train, rows, T).to(device)
+        ids, rows = plan(step)
+        micros = []
+        for j, batch in zip(range(len(rows)), stream):
             if world > 1:
-                ddp.require_backward_grad_sync = j == len(micros) - 1      # once a step
+                ddp.require_backward_grad_sync = j == len(rows) - 1        # once a step
             with autocast:
                 logps = target_logps(ddp, policy.wte.weight, batch)     # (S,)
             loss = -logps.sum() / train.response_tokens(ids)        # of the whole step, on all ranks
             (loss * world).backward()                       # DDP takes the mean over ranks
-            sums -= logps.detach().sum().cpu()
-            bad += batch.ids if not loss.isfinite() else []
-        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.grad_clip or math.inf).item()
-        if not math.isfinite(norm):
-            stop_non_finite(step, bad, ids)
+            sums -= logps.detach().sum()
+            computed += batch.tokens.numel()
+            micros.append((batch.ids, loss.detach().expand(len(batch.ids))))
+        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.grad_clip or math.inf)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        unread.append((step, norm, micros))
         tokens, targets = tokens + int(train.lengths[ids].sum()), targets + train.response_tokens(ids)
         flops += train.forward_flops(ids, policy.config) * 3       # forward, and backward twice that
-        elapsed += time.perf_counter() - began
 
         signalled = stopped_by.clone()
         if world > 1:
             dist.all_reduce(signalled, dist.ReduceOp.MAX)           # all ranks leave, or none
         stopped_by_any = signalled.item()
         leaving = step == total_steps or stopped_by_any > 0
-        if step == 1 or step % cfg.log_interval == 0 or leaving:
-            record = dict(loss=reduced(sums).item() / targets, grad_norm=norm, lr=learning_rate(step),
-                          tokens_per_second=tokens / elapsed)
+        log_now = step == 1 or step % cfg.log_interval == 0 or leaving
+        eval_now = not stopped_by_any and (step == total_steps or cfg.eval_interval and step % cfg.eval_interval == 0)
+        save_now = leaving or cfg.save_interval and step % cfg.save_interval == 0
+        if not (log_now or eval_now or save_now):
+            continue                                                # and never wait for the GPU
+        stop_if_not_finite(unread)
+        unread = []
+        elapsed += time.perf_counter() - began
+        if log_now:
+            record = dict(loss=reduced(sums).item() / targets, grad_norm=norm.item(), lr=learning_rate(step),
+                          tokens_per_second=tokens / elapsed, padding=1 - tokens / reduced(torch.tensor([computed])).item())
+            if device_type == 'cuda':
+                record['memory_gb'] = torch.cuda.max_memory_allocated(device) / 1e9
             if peak_flops(device):
                 record['mfu'] = flops / elapsed / world / peak_flops(device)
             log(step, record)
-            sums, tokens, targets, flops, elapsed = torch.zeros_like(sums), 0, 0, 0, 0.0
-        if not stopped_by_any and (step == total_steps or cfg.eval_interval and step % cfg.eval_interval == 0):
+            sums, tokens, targets, computed, flops, elapsed = torch.zeros_like(sums), 0, 0, 0, 0, 0.0
+        if eval_now:
             log(step, evaluate(), 'eval/')
-        if leaving or cfg.save_interval and step % cfg.save_interval == 0:
+        if save_now:
             save(step)
+        began = time.perf_counter()
         if leaving:
             break
     bar.close()

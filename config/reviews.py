@@ -46,7 +46,6 @@ sft = dict(
     epochs=2,
     learning_rate=8e-3,
     warmup_steps=50,
-    row_tokens=128,                     # reviews are short, three a row; on a GPU leave it out
     eval_interval=250,
     log_interval=50,
 )

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import dpo
 from conftest import VOCAB, random_groups, small_gpt, write_data
 from model import packed_mask, token_logps
-from prepare_prefs import Groups, micro_steps, pack, plan_rows, step_groups
+from prepare_prefs import Groups, pack, packed_batches, plan_rows, step_groups
 
 
 def one_at_a_time(model, groups):
@@ -30,32 +30,32 @@ def one_at_a_time(model, groups):
     return torch.stack(rows)
 
 
-def packed(model, groups, T, rows_at_once=1):
+def packed(model, groups, row_tokens):
     """(N, K) log-probs through the product's path, every row planned."""
-    ids = np.arange(len(groups))
     logps = [None] * len(groups)
-    rows = plan_rows(ids, groups.lengths, T)
-    for i in range(0, len(rows), rows_at_once):
-        batch = pack(groups, rows[i:i + rows_at_once], T)
-        out = dpo.response_logps(model, model.wte.weight, batch, packed_mask(batch.group, batch.part))
+    rows = plan_rows(np.arange(len(groups)), groups.lengths, 1, row_tokens)[0]
+    for batch in packed_batches(groups, rows, torch.device('cpu')):
+        out = dpo.response_logps(model, model.wte.weight, batch, packed_mask(batch.group, batch.part, batch.cuts))
         for j, g in enumerate(batch.ids):
             logps[g] = out[j]
     return torch.stack(logps)
 
 
-@pytest.mark.parametrize('rows_at_once', [1, 3])
+@pytest.mark.parametrize('row_tokens', [96, 1000])
 @pytest.mark.parametrize('K', [1, 2, 3])
-def test_packed_logps_and_gradients_equal_one_sequence_at_a_time(tmp_path, K, rows_at_once):
+def test_packed_logps_and_gradients_equal_one_sequence_at_a_time(tmp_path, K, row_tokens):
     data = random_groups(12, K, np.random.default_rng(K))
     data.append([[7] * 11, *([3] * 7,) * K])                    # responses alike, no end token
     groups = Groups(write_data(tmp_path / 'd', {'train': data}), 'train')
-    T = int(max(groups.lengths.max(), 96))
+    T = int(max(groups.lengths.max(), row_tokens if row_tokens < 256 else 0))
     data[2][1] += [5] * (T - int(groups.lengths[2]))            # group 2 fills a row exactly
     groups = Groups(write_data(tmp_path / 'd', {'train': data}, 256), 'train')
     assert groups.lengths[2] == T
+    row_tokens = max(T, row_tokens)             # the first fills a row exactly, the second takes several stretches
+    assert row_tokens == T or len(pack(groups, plan_rows(np.arange(13), groups.lengths, 1, row_tokens)[0][0]).cuts)
     model = small_gpt(block_size=256)
     twin = copy.deepcopy(model)
-    a, b = packed(model, groups, T, rows_at_once), one_at_a_time(twin, data)
+    a, b = packed(model, groups, row_tokens), one_at_a_time(twin, data)
     assert b.min() < -50, 'sums over many tokens, far from 0'
     torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
     weights = torch.randn(b.shape, dtype=torch.float64)
@@ -70,19 +70,19 @@ def test_a_row_is_blind_to_what_it_is_packed_with(tmp_path):
     data = random_groups(6, 2, np.random.default_rng(5))
     groups = Groups(write_data(tmp_path / 'd', {'train': data}), 'train')
     model = small_gpt()
-    batch = pack(groups, [[0, 1, 2]], 256)
-    alone = pack(groups, [[1]], 256)
+    batch, alone = pack(groups, [0, 1, 2], 128), pack(groups, [1])
     with torch.no_grad():
-        together = dpo.response_logps(model, model.wte.weight, batch, packed_mask(batch.group, batch.part))
-        single = dpo.response_logps(model, model.wte.weight, alone, packed_mask(alone.group, alone.part))
+        together = dpo.response_logps(model, model.wte.weight, batch, packed_mask(batch.group, batch.part, batch.cuts))
+        single = dpo.response_logps(model, model.wte.weight, alone, packed_mask(alone.group, alone.part, alone.cuts))
     torch.testing.assert_close(together[1], single[0], rtol=1e-5, atol=1e-4)
 
 
 def test_mask_is_the_rule_for_every_pair_of_tokens(tmp_path):
     data = [[[1, 2], [3, 4], [5]], [[6], [7], [8, 9]]]
     groups = Groups(write_data(tmp_path / 'd', {'train': data}), 'train')
-    batch = pack(groups, [[0, 1]], 12)
-    mask = packed_mask(batch.group, batch.part)[0, 0]
+    batch = pack(groups, [0, 1], 12)
+    [mask] = packed_mask(batch.group, batch.part, batch.cuts).masks
+    mask = mask[0, 0]
     owner = [(0, 0)] * 2 + [(0, 1)] * 2 + [(0, 2)] + [(1, 0), (1, 1)] + [(1, 2)] * 2
     for q in range(9):
         for k in range(12):
@@ -96,31 +96,30 @@ def test_flex_attention_with_the_packed_mask_equals_the_dense_mask(tmp_path):
     """The path that CUDA takes, forward, on the CPU: the same mask_mod, compiled."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
     groups = Groups(write_data(tmp_path / 'd', {'train': random_groups(5, 2, np.random.default_rng(3))}), 'train')
-    batch = pack(groups, [list(range(5))], 256)
+    batch = pack(groups, list(range(5)), 256)
     group, part = batch.group, batch.part
 
     def rule(b, h, q, k):
         return (group[b, q] == group[b, k]) & (q >= k) & ((part[b, k] == 0) | (part[b, k] == part[b, q]))
     q, k, v = torch.randn(3, 1, 2, 256, 16)
-    dense = F.scaled_dot_product_attention(q, k, v, attn_mask=packed_mask(group, part))
+    dense = F.scaled_dot_product_attention(q, k, v, attn_mask=packed_mask(group, part).masks[0])
     block = create_block_mask(rule, 1, None, 256, 256, device='cpu')
     torch.testing.assert_close(flex_attention(q, k, v, block_mask=block), dense, rtol=1e-4, atol=1e-5)
 
 
 def test_head_values_and_gradients_equal_autograd_of_log_softmax():
     torch.manual_seed(0)
-    hidden, weight = torch.randn(2, 9, 8, dtype=torch.float64), torch.randn(31, 8, dtype=torch.float64)
-    predictor, target = torch.randint(0, 18, (50,)), torch.randint(0, 31, (50,))      # predictors repeat
-    g = torch.randn(50)
+    states, weight = torch.randn(50, 8, dtype=torch.float64), torch.randn(31, 8, dtype=torch.float64)
+    target, g = torch.randint(0, 31, (50,)), torch.randn(50)
     grads = []
     for ours in (True, False):
-        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        s, w = states.clone().requires_grad_(), weight.clone().requires_grad_()
         if ours:
-            logps = token_logps(h, w, predictor, target, chunk=7)
+            logps = token_logps(s, w, target, tile=7)
         else:
-            logps = (h.flatten(0, 1)[predictor] @ w.t()).log_softmax(-1).gather(1, target[:, None])[:, 0]
+            logps = (s @ w.t()).log_softmax(-1).gather(1, target[:, None])[:, 0]
         (logps * g).sum().backward()
-        grads.append((logps.double().detach(), h.grad, w.grad))
+        grads.append((logps.double().detach(), s.grad, w.grad))
     for a, b in zip(*grads):        # float32 softmax inside: 2^-23 of values up to about 20
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
@@ -146,8 +145,8 @@ def test_dpo_gradient_reaches_the_weights_as_the_paper_writes_it(tmp_path):
     """grad of the loss = -beta sigma(-beta h) (grad log pi(w) - grad log pi(l)), through the whole packed path."""
     groups = Groups(write_data(tmp_path / 'd', {'train': random_groups(1, 2, np.random.default_rng(8))}), 'train')
     model, ref, beta = small_gpt(), small_gpt(seed=1), 0.2
-    batch = pack(groups, [[0]], 64)
-    mask = packed_mask(batch.group, batch.part)
+    batch = pack(groups, [0])
+    mask = packed_mask(batch.group, batch.part, batch.cuts)
     logps = dpo.response_logps(model, model.wte.weight, batch, mask)
     with torch.no_grad():
         ref_logps = dpo.response_logps(ref, ref.wte.weight, batch, mask)
@@ -181,20 +180,23 @@ def test_every_group_once_an_epoch_whatever_the_world(world):
         seen = []
         for within in range(-(-n // batch_size)):
             ids = step_groups(n, batch_size, epoch * -(-n // batch_size) + within, seed=5)
-            rows = plan_rows(ids, lengths[ids], 128)
-            shares = [sum(micro_steps(rows, rank, world, 2), []) for rank in range(world)]
+            shares = plan_rows(ids, lengths[ids], world, 128)
             assert len({len(share) for share in shares}) == 1, 'ranks run different numbers of micro-steps'
             seen += [i for share in shares for row in share for i in row]
-            assert all(lengths[row].sum() <= 128 for row in rows)
+            assert all(lengths[row].sum() <= 128 for share in shares for row in share)
         assert sorted(seen) == list(range(n))
     assert step_groups(n, 16, 0, 5).tolist() != step_groups(n, 16, 7, 5).tolist(), 'epochs are shuffled anew'
 
 
 def test_rows_waste_little_on_lengths_like_real_pairs():
     lengths = np.clip(np.random.default_rng(1).lognormal(5.5, 0.6, 256).astype(int), 20, 900)
-    rows = plan_rows(np.arange(256), lengths, 2048)
-    assert len(rows) <= math.ceil(lengths.sum() / 2048) + 1
-    assert sorted(i for row in rows for i in row) == list(range(256))
+    for world in (1, 8):
+        shares = plan_rows(np.arange(256), lengths, world, 8192)
+        assert sorted(i for share in shares for row in share for i in row) == list(range(256))
+        rows = np.array([[lengths[row].sum() for row in share] for share in shares])           # (world, micro-steps)
+        padded = -(-rows // 128) * 128
+        assert 1 - rows.sum() / padded.sum() < 0.03
+        assert (rows.max(0) / rows.mean(0)).max() < 1.05, 'a rank waits for another'
 
 
 @pytest.mark.parametrize('bf16', [False, True])
@@ -202,8 +204,8 @@ def test_step_0_is_ln_2_with_rewards_0_and_accuracy_one_half(tmp_path, bf16):
     groups = Groups(write_data(tmp_path / 'd', {'train': random_groups(16, 2, np.random.default_rng(2))}), 'train')
     policy = small_gpt(dropout=0.0).train()
     reference = copy.deepcopy(policy).eval().requires_grad_(False)
-    batch = pack(groups, [list(range(16))], 1024)
-    mask = packed_mask(batch.group, batch.part)
+    batch = pack(groups, list(range(16)))
+    mask = packed_mask(batch.group, batch.part, batch.cuts)
     with torch.autocast('cpu', torch.bfloat16, enabled=bf16):
         logps = dpo.response_logps(policy, policy.wte.weight, batch, mask)
         with torch.no_grad():
