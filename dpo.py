@@ -221,6 +221,8 @@ def main(argv=None):
         done = (step - cfg.warmup_steps) / max(1, total_steps + 1 - cfg.warmup_steps)      # in (0, 1)
         return cfg.learning_rate * {'constant': 1, 'linear': 1 - done, 'cosine': 0.5 + 0.5 * math.cos(math.pi * done)}[cfg.schedule]
 
+    if bf16 and device_type == 'cpu' and torch.backends.cpu.get_cpu_capability() in ('DEFAULT', 'AVX2'):
+        say('note: this CPU has no bfloat16 instructions: --dtype=float32 is many times faster here')
     if cfg.warmup_steps >= total_steps:
         say(f'note: the run of {total_steps:,} steps ends within its warm-up of {cfg.warmup_steps:,}: set --warmup_steps')
 

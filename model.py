@@ -58,21 +58,29 @@ class Stretches:
     masks: list
 
 
-def packed_mask(group, part, cuts=()):
-    """Who sees whom in a packed row: group, part (1, T) -> a mask for GPT.forward.
-
-    A query sees a key of its own group, not after it, in the prompt (part 0) or in its own response. The result
-    is the same numbers as each prompt + response alone. On CUDA a FlexAttention BlockMask, which skips blocks where
-    nobody sees anybody. Elsewhere FlexAttention has no backward pass: there it is dense booleans for
-    scaled_dot_product_attention, one for each stretch between `cuts`, places in the row that no group crosses.
-    """
+def visible(group, part):
+    """The whole attention rule, as FlexAttention's mask_mod: a query sees a key of its own group, not after it, in the
+    prompt (part 0) or in its own response. The result is the same numbers as each prompt + response alone."""
     def rule(b, h, q, k):
         return (group[b, q] == group[b, k]) & (q >= k) & ((part[b, k] == 0) | (part[b, k] == part[b, q]))
+    return rule
 
+
+def packed_block_mask(group, part):
+    """The BlockMask of a row whose length is a multiple of 128: blocks where nobody sees anybody are skipped."""
     T = group.shape[1]
+    return block_mask(visible(group, part), 1, None, T, T, device=group.device)
+
+
+def packed_mask(group, part, cuts=()):
+    """Who sees whom in a packed row, `visible`: group, part (1, T) -> a mask for GPT.forward.
+
+    On CUDA a FlexAttention BlockMask. Elsewhere FlexAttention has no backward pass: there it is dense booleans for
+    scaled_dot_product_attention, one for each stretch between `cuts`, places in the row that no group crosses.
+    """
     if group.is_cuda:
-        return block_mask(rule, 1, None, T, T, device=group.device)
-    stretches = torch.arange(T, device=group.device).tensor_split(cuts)
+        return packed_block_mask(group, part)
+    rule, stretches = visible(group, part), torch.arange(group.shape[1], device=group.device).tensor_split(cuts)
     return Stretches([rule(0, 0, t[:, None], t[None, :])[None, None] for t in stretches])
 
 

@@ -805,8 +805,10 @@ def pack(groups, ids, multiple=1):
 
 def packed_batches(groups, rows, device):
     """The Batch of each of `rows`, an iterable of lists of group numbers, on `device`; one is packed ahead meanwhile."""
+    import torch
     multiple = 1 if device.type == 'cpu' else 128       # FlexAttention's block; few shapes elsewhere
-    with ThreadPoolExecutor(1) as thread:
+    set_device = functools.partial(torch.cuda.set_device, device) if device.type == 'cuda' else None    # it is a thread's own
+    with ThreadPoolExecutor(1, initializer=set_device) as thread:
         coming = collections.deque()
         for row in rows:
             coming.append(thread.submit(lambda row=row: pack(groups, row, multiple).on(device)))

@@ -2,6 +2,7 @@
 import copy
 import inspect
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -10,8 +11,10 @@ import torch.nn.functional as F
 
 import dpo
 from conftest import VOCAB, random_groups, small_gpt, write_data
-from model import packed_mask, token_logps
+from model import packed_block_mask, packed_mask, token_logps
 from prepare_prefs import Groups, pack, packed_batches, plan_rows, step_groups
+
+NEEDS_COMPILER = pytest.mark.skipif(shutil.which('g++') is None, reason='torch.compile needs a C++ compiler on a CPU')
 
 
 def one_at_a_time(model, groups):
@@ -30,12 +33,13 @@ def one_at_a_time(model, groups):
     return torch.stack(rows)
 
 
-def packed(model, groups, row_tokens):
+def packed(model, groups, row_tokens, head=None):
     """(N, K) log-probs through the product's path, every row planned."""
     logps = [None] * len(groups)
     rows = plan_rows(np.arange(len(groups)), groups.lengths, 1, row_tokens)[0]
     for batch in packed_batches(groups, rows, torch.device('cpu')):
-        out = dpo.response_logps(model, model.wte.weight, batch, packed_mask(batch.group, batch.part, batch.cuts))
+        head = model.wte.weight if head is None else head
+        out = dpo.response_logps(model, head, batch, packed_mask(batch.group, batch.part, batch.cuts))
         for j, g in enumerate(batch.ids):
             logps[g] = out[j]
     return torch.stack(logps)
@@ -66,6 +70,35 @@ def test_packed_logps_and_gradients_equal_one_sequence_at_a_time(tmp_path, K, ro
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=2e-6 * scale, msg=lambda m: f'{name}: {m}')
 
 
+def relative_errors(net, model, groups, data, bf16):
+    """How far log-probs and gradient, each as one vector, lie from float64's: of the product's packed path through
+    `net`, and of one sequence at a time. -> [(logps, gradient), (logps, gradient)]"""
+    exact_model = copy.deepcopy(model).double()
+    results, weights = [], torch.randn(len(groups), groups.K, dtype=torch.float64)
+    for path in ('exact', 'packed', 'plain'):
+        with torch.autocast('cpu', torch.bfloat16, enabled=bf16 and path != 'exact'):
+            logps = (one_at_a_time(exact_model, data) if path == 'exact' else one_at_a_time(model, data) if path == 'plain'
+                     else packed(net, groups, 400, head=model.wte.weight))
+        of = exact_model if path == 'exact' else model
+        grads = torch.autograd.grad((logps * weights).sum(), list(of.parameters()))
+        results.append((logps.detach().double(), torch.cat([g.flatten().double() for g in grads])))
+    return [[((a - b).norm() / b.norm()).item() for a, b in zip(result, results[0])] for result in results[1:]]
+
+
+@pytest.mark.parametrize('bf16', [False, True])
+@pytest.mark.parametrize('compiled', [False, pytest.param(True, marks=NEEDS_COMPILER)])
+def test_the_fast_path_rounds_no_worse_than_one_sequence_at_a_time(tmp_path, compiled, bf16):
+    """Both round at every operation, in another order: the bound is twice the plain path's own error, and 2^-22, since
+    the plain path here sums in float64 and the fast one in float32."""
+    data = random_groups(40, 2, np.random.default_rng(4))
+    groups = Groups(write_data(tmp_path / 'd', {'train': data}), 'train')
+    model = small_gpt(spread=0.5)
+    net = torch.compile(model, dynamic=True) if compiled else model
+    fast, plain = relative_errors(net, model, groups, data, bf16)
+    assert all(1e-5 < e < 0.05 for e in plain) if bf16 else all(1e-9 < e < 1e-5 for e in plain), 'the precision is what it says'
+    assert all(a < 2 * b + 2**-22 for a, b in zip(fast, plain)), (fast, plain)
+
+
 def test_a_row_is_blind_to_what_it_is_packed_with(tmp_path):
     data = random_groups(6, 2, np.random.default_rng(5))
     groups = Groups(write_data(tmp_path / 'd', {'train': data}), 'train')
@@ -92,19 +125,23 @@ def test_mask_is_the_rule_for_every_pair_of_tokens(tmp_path):
     assert batch.positions[0, :9].tolist() == [0, 1, 2, 3, 2, 0, 1, 1, 2]
 
 
-def test_flex_attention_with_the_packed_mask_equals_the_dense_mask(tmp_path):
-    """The path that CUDA takes, forward, on the CPU: the same mask_mod, compiled."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-    groups = Groups(write_data(tmp_path / 'd', {'train': random_groups(5, 2, np.random.default_rng(3))}), 'train')
-    batch = pack(groups, list(range(5)), 256)
-    group, part = batch.group, batch.part
-
-    def rule(b, h, q, k):
-        return (group[b, q] == group[b, k]) & (q >= k) & ((part[b, k] == 0) | (part[b, k] == part[b, q]))
-    q, k, v = torch.randn(3, 1, 2, 256, 16)
-    dense = F.scaled_dot_product_attention(q, k, v, attn_mask=packed_mask(group, part).masks[0])
-    block = create_block_mask(rule, 1, None, 256, 256, device='cpu')
-    torch.testing.assert_close(flex_attention(q, k, v, block_mask=block), dense, rtol=1e-4, atol=1e-5)
+@NEEDS_COMPILER
+def test_the_compiled_flex_attention_path_equals_the_dense_one_and_is_compiled_once_for_all_lengths(tmp_path):
+    """The path that CUDA takes, forward, on the CPU: block mask and whole model compiled, rows padded to blocks of 128."""
+    from torch._dynamo.utils import counters
+    groups = Groups(write_data(tmp_path / 'd', {'train': random_groups(60, 2, np.random.default_rng(3))}), 'train')
+    model = small_gpt()
+    net = torch.compile(model, dynamic=True)
+    graphs = []
+    for n in (12, 20, 3, 60, 30):
+        batch = pack(groups, list(range(n)), 128)
+        with torch.no_grad():
+            mask = packed_block_mask(batch.group, batch.part)
+            fast = dpo.response_logps(net, model.wte.weight, batch, mask)
+            dense = dpo.response_logps(model, model.wte.weight, batch, packed_mask(batch.group, batch.part, batch.cuts))
+        torch.testing.assert_close(fast, dense, rtol=1e-5, atol=1e-4)
+        graphs.append(counters['stats']['unique_graphs'])
+    assert graphs[0] > 0 and len(set(graphs)) == 1, f'compiled anew: {graphs}'
 
 
 def test_head_values_and_gradients_equal_autograd_of_log_softmax():
