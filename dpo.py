@@ -324,7 +324,7 @@ def main(argv=None):
 
     def reference_logps(groups, batch, mask):
         if cached is not None:
-            return cached[groups.split][batch.ids].to(device)
+            return cached[groups.split][batch.ids].to(device, non_blocking=True)
         return response_logps(ref_net, ref_head, batch, mask)
 
     @torch.no_grad()

@@ -12,11 +12,12 @@ Arithmetic, every figure an ESTIMATE, none measured yet:
 - Steps: 160,800 / 64 = 2,513 an epoch; DPO runs one.
 - FLOPs of DPO: forward 2 and backward 4 of the policy, forward 2 of the reference, times 1.5 G weights a token:
   12 GFLOP, 5e17 in all. At 40% of eight H100s' 989 TFLOP/s: 3 minutes; A100s: 9. Add the all-reduce of 6.2 GB of
-  gradients a step, some 60 ms over NVLink, 3 minutes, and rows that are not full (64 pairs are few for 8 GPUs):
+  gradients a step, some 60 ms over NVLink, 3 minutes, and short rows (64 pairs are few for 8 GPUs):
   0.2 to 0.5 hours, SFT 0.1 to 0.3.
-- Memory a GPU: policy, gradients, RMSprop's average and reference, 6.2 GB each in float32, 25 GB; activations of a
-  row of 4,096 tokens, about 34 * 1600 bytes a token and layer in bfloat16, 11 GB: 40 GB. On 40 GB cards set
-  --activation_checkpointing=True, --precompute_ref=True (the reference goes), or init_from='gpt2-large'.
+- Memory a GPU: policy, gradients and RMSprop's average 6.2 GB each in float32, the reference 3.3 GB, its matrices in
+  bfloat16: 22 GB; activations of a row of 4,096 tokens, about 34 * 1600 bytes a token and layer in bfloat16, 11 GB:
+  33 GB, and the compiler's buffers. On 40 GB cards set --activation_checkpointing=True if that is too tight,
+  --precompute_ref=True (the reference goes), or init_from='gpt2-large'.
 - To expect: the authors report, for Pythia-2.8B, that the reward accuracy on test pairs levels off between 0.6 and
   0.7. Nothing has been measured with this file yet.
 """

@@ -110,6 +110,17 @@ def test_a_row_is_blind_to_what_it_is_packed_with(tmp_path):
     torch.testing.assert_close(together[1], single[0], rtol=1e-5, atol=1e-4)
 
 
+def test_a_rank_without_groups_runs_an_empty_row_and_adds_nothing(tmp_path):
+    groups = Groups(write_data(tmp_path / 'd', {'train': random_groups(3, 2, np.random.default_rng(5))}), 'train')
+    shares = plan_rows(np.arange(3), groups.lengths, 8, 1000)
+    assert [len(share) for share in shares] == [1] * 8 and sum(share == [[]] for share in shares) == 5
+    model, batch = small_gpt(), pack(groups, [], 128)
+    logps = dpo.response_logps(model, model.wte.weight, batch, packed_mask(batch.group, batch.part, batch.cuts))
+    assert logps.shape == (0, 2)
+    logps.sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters()), 'DDP waits for every gradient'
+
+
 def test_mask_is_the_rule_for_every_pair_of_tokens(tmp_path):
     data = [[[1, 2], [3, 4], [5]], [[6], [7], [8, 9]]]
     groups = Groups(write_data(tmp_path / 'd', {'train': data}), 'train')
