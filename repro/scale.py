@@ -272,7 +272,7 @@ def text(report):
     times = [{'model': r['model'], 'GPUs': f'{r["gpus"]}', 'batch': f'{r["batch_size"]}', 'ms a step': f'{1e3 * r["seconds"]:,.1f}',
               **{part: f'{r[part] / r["seconds"]:.0%}' for part in PARTS}, 'whole ring ms': f'{1e3 * r["ring"]:,.1f}',
               'pairs/s': f'{r["pairs_per_second"]:,.0f}', 'scaling': f'{r["scaling"]:.0%}',
-              'bf16 ring': f'{r["seconds"] / r["seconds_bf16_gradients"] - 1:+.0%}', 'GB': f'{r["memory"] / 1e9:,.0f}', 'card': fits(r)}
+              'bf16 ring gains': f'{r["seconds"] / r["seconds_bf16_gradients"] - 1:+.0%}', 'GB': f'{r["memory"] / 1e9:,.0f}', 'card': fits(r)}
              for name in SHAPES for r in steps if r['model'] == name and r['gpus'] > 1]
     hidden = [{'GPUs': f'{world}', 'gradients': kind, **{f'{h["utilisation"]:.0%} of peak': f'{h["tokens"]:,.0f} tokens, batch {h["batch_size"]:,.0f}'
                for h in report['hidden'] if (h['gpus'], h['gradients']) == (world, kind)}}
@@ -323,6 +323,8 @@ def draw(report, path):
     for ax in axes[1]:
         ax.set_xlabel('% of the step', x=100 / 138 / 2)
     handles, labels = axes[0, 0].get_legend_handles_labels()
+    labels = [{'waiting': 'waiting for the slowest rank', 'all-reduce': 'exposed all-reduce', 'input': 'exposed input (none)'
+               if not any(r['input'] for r in report['steps']) else 'exposed input'}.get(label, label) for label in labels]
     figure.legend(handles, labels, loc='outside lower center', ncols=len(PARTS), frameon=False, fontsize=10)
     figure.suptitle(f'A DPO step by the model of repro/scale.py, not measured: H100 at {report["options"]["utilisation"]:.0%} of peak, '
                     f'DDP, live reference, no checkpointing', fontsize=11.5)
