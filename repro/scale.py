@@ -234,14 +234,16 @@ def measure(groups, what, options):
                 row |= dict(model=name, params=sum(num_params(config)), gpus=world, batch_size=batch_size,
                             scaling=single[name] / row['seconds'] / world, pairs_per_second=batch_size / row['seconds'],
                             seconds_bf16_gradients=float(np.mean([sum(s[part] for part in PARTS) for s in half])),
-                            memory=float(memory(config, planner['longest_row'], accumulating=world > 1 and planner['micro_steps'] > 1)))
+                            memory=float(memory(config, planner['longest_row'],
+                                                accumulating=world > 1 and planner['micro_steps'] > 1)))
                 report['steps'].append(row)
     for world in WORLDS[1:]:
         for gradients, size in (('float32', 4), ('bfloat16', 2)):
             for utilisation in (0.3, 0.4, 0.5):
                 tokens = hidden_tokens(world, size, utilisation)
+                batch_size = tokens * world / report['tokens_a_pair']
                 report['hidden'].append(dict(gpus=world, gradients=gradients, utilisation=utilisation, tokens=tokens,
-                                             batch_size=tokens * world / report['tokens_a_pair']))
+                                             batch_size=batch_size))
     cases = [(f'DDP, {optimizer}, reference {"live" if live else "precomputed"}{", checkpointing" * checkpointing}',
               dict(optimizer=optimizer, live=live, checkpointing=checkpointing))
              for optimizer in OPTIMIZER for live in (True, False) for checkpointing in (False, True)]
@@ -252,8 +254,8 @@ def measure(groups, what, options):
         for card, size in CARDS.items():
             for tokens, accumulating in ((2048, False), (row_tokens, True)):
                 params, layers, width = largest(size, tokens, accumulating=accumulating, **case)
-                report['memory'].append(dict(case=label, card=card, tokens=tokens, accumulating=accumulating, params=params,
-                                             layers=layers, width=width))
+                report['memory'].append(dict(case=label, card=card, tokens=tokens, accumulating=accumulating,
+                                             params=params, layers=layers, width=width))
     return report
 
 
@@ -265,26 +267,30 @@ def text(report):
     """The report as Markdown."""
     u, steps = report['options']['utilisation'], report['steps']
     planner = [{'batch': f'{r["batch_size"]}', 'GPUs': f'{r["gpus"]}', 'pairs a GPU': f'{r["batch_size"] / r["gpus"]:g}',
-                'micro-steps': f'{r["micro_steps"]:.1f}', 'tokens a row': f'{r["row_tokens"]:,.0f}', 'padding': f'{r["padding"]:.1%}',
+                'micro-steps': f'{r["micro_steps"]:.1f}', 'tokens a row': f'{r["row_tokens"]:,.0f}',
+                'padding': f'{r["padding"]:.1%}',
                 **{f'{load}: mean, worst': f'{r[f"{name} imbalance"]:.1%}, {r[f"{name} worst"]:.1%}' for load, name in
                    (('tokens', 'tokens'), ('FLOPs 124M', 'GPT-2 124M'), ('FLOPs XL', 'GPT-2 XL'))},
-                'plan ms': f'{1e3 * r["plan_seconds"]:.2f}', 'pack ms a row': f'{1e3 * r["pack_seconds"]:.2f}'} for r in report['planner']]
-    times = [{'model': r['model'], 'GPUs': f'{r["gpus"]}', 'batch': f'{r["batch_size"]}', 'ms a step': f'{1e3 * r["seconds"]:,.1f}',
-              **{part: f'{r[part] / r["seconds"]:.0%}' for part in PARTS}, 'whole ring ms': f'{1e3 * r["ring"]:,.1f}',
-              'pairs/s': f'{r["pairs_per_second"]:,.0f}', 'scaling': f'{r["scaling"]:.0%}',
-              'bf16 ring gains': f'{r["seconds"] / r["seconds_bf16_gradients"] - 1:+.0%}', 'GB': f'{r["memory"] / 1e9:,.0f}', 'card': fits(r)}
+                'plan ms': f'{1e3 * r["plan_seconds"]:.2f}', 'pack ms a row': f'{1e3 * r["pack_seconds"]:.2f}'}
+               for r in report['planner']]
+    times = [{'model': r['model'], 'GPUs': f'{r["gpus"]}', 'batch': f'{r["batch_size"]}',
+              'ms a step': f'{1e3 * r["seconds"]:,.1f}', **{part: f'{r[part] / r["seconds"]:.0%}' for part in PARTS},
+              'whole ring ms': f'{1e3 * r["ring"]:,.1f}', 'pairs/s': f'{r["pairs_per_second"]:,.0f}',
+              'scaling': f'{r["scaling"]:.0%}', 'bf16 ring gains': f'{r["seconds"] / r["seconds_bf16_gradients"] - 1:+.0%}',
+              'GB': f'{r["memory"] / 1e9:,.0f}', 'card': fits(r)}
              for name in SHAPES for r in steps if r['model'] == name and r['gpus'] > 1]
-    hidden = [{'GPUs': f'{world}', 'gradients': kind, **{f'{h["utilisation"]:.0%} of peak': f'{h["tokens"]:,.0f} tokens, batch {h["batch_size"]:,.0f}'
-               for h in report['hidden'] if (h['gpus'], h['gradients']) == (world, kind)}}
+    hidden = [{'GPUs': f'{world}', 'gradients': kind,
+               **{f'{h["utilisation"]:.0%} of peak': f'{h["tokens"]:,.0f} tokens, batch {h["batch_size"]:,.0f}'
+                  for h in report['hidden'] if (h['gpus'], h['gradients']) == (world, kind)}}
               for world in WORLDS[1:] for kind in ('float32', 'bfloat16')]
     cells = {}
     for m in report['memory']:
         label = f'{m["card"]}, {m["tokens"]:,} tokens, {"several rows" if m["accumulating"] else "one row"}'
         cells.setdefault(m['case'], {'largest model': m['case']})[label] = f'{m["params"] / 1e9:.1f} B ({m["layers"]} x {m["width"]:,})'
-    heading = (f'Nothing below was measured on a GPU. {report["pairs"]:,} pairs of {report["data"]}, {report["tokens_a_pair"]:.0f} distinct '
-               f'tokens a pair; {report["options"]["steps"]} full batches of each size; rows of at most {report["row_tokens"]:,} tokens; '
-               f'H100 at {u:.0%} of {PEAK / 1e12:.0f} TFLOP/s, ring {NVLINK / 1e9:.0f} GB/s in a node and '
-               f'{min(NVLINK, NETWORK) / 1e9:.0f} GB/s between nodes; RMSprop, live reference, no checkpointing.')
+    heading = (f'Nothing below was measured on a GPU. {report["pairs"]:,} pairs of {report["data"]}, '
+               f'{report["tokens_a_pair"]:.0f} distinct tokens a pair; {report["options"]["steps"]} full batches of each size; '
+               f'rows of at most {report["row_tokens"]:,} tokens; H100 at {u:.0%} of {PEAK / 1e12:.0f} TFLOP/s, '
+               f'ring {NVLINK / 1e9:.0f} GB/s in a node and {min(NVLINK, NETWORK) / 1e9:.0f} GB/s between nodes; RMSprop, live reference, no checkpointing.')
     return '\n\n'.join([heading, '## The planner', table(planner), '## A step', table(times),
                         '## The last row that hides the ring, and the batch with one such row a GPU', table(hidden),
                         '## The largest model that fits', table(list(cells.values()))]) + '\n'
@@ -310,7 +316,8 @@ def draw(report, path):
             left += share
         for y, r in enumerate(rows):
             card = fits(r)
-            ax.text(101.5, y, f'{1e3 * r["seconds"]:,.0f} ms' + {'80 GB': '', 'none': ', fits neither card'}.get(card, f', needs {card}'),
+            verdict = {'80 GB': '', 'none': ', fits neither card'}.get(card, f', needs {card}')
+            ax.text(101.5, y, f'{1e3 * r["seconds"]:,.0f} ms{verdict}',
                     va='center', fontsize=8.5, color='0.15' if card == '80 GB' else '#b03030')
         ax.set_yticks(range(len(rows)), [r['model'] for r in rows])
         ax.set_xlim(0, 138)
