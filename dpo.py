@@ -417,7 +417,7 @@ def main(argv=None):
             micros.append((batch.ids, losses.detach()))
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.grad_clip or math.inf)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=world == 1)     # DDP's gradients stay views of its buckets: no copies beside them
         unread.append((step, norm, micros))
         tokens, pairs = tokens + int(train.lengths[ids].sum()), pairs + len(ids)
         flops += train.forward_flops(ids, policy.config) * (3 if cached else 4)    # forward, backward twice that, reference

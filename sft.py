@@ -341,7 +341,7 @@ def main(argv=None):
             micros.append((batch.ids, loss.detach().expand(len(batch.ids))))
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.grad_clip or math.inf)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=world == 1)     # DDP's gradients stay views of its buckets: no copies beside them
         unread.append((step, norm, micros))
         tokens, targets = tokens + int(train.lengths[ids].sum()), targets + train.response_tokens(ids)
         flops += train.forward_flops(ids, policy.config) * 3       # forward, and backward twice that

@@ -159,10 +159,9 @@ def hidden_tokens(world, gradient_bytes, utilisation):
 # -----------------------------------------------------------------------------
 # the model of memory, in bytes
 
-def memory(config, tokens, optimizer='rmsprop', live=True, checkpointing=False, accumulating=True, state_shards=1, shards=1):
-    """A GPU's peak with rows of `tokens`, all of them scored. live: a reference copy is held. accumulating: more than one
-    row a step, when DDP keeps the gradients of the rows before the last beside its buckets. state_shards: GPUs that share
-    the optimizer's state; shards: that share weights, gradients and reference too."""
+def memory(config, tokens, optimizer='rmsprop', live=True, checkpointing=False, state_shards=1, shards=1):
+    """A GPU's peak with rows of `tokens`, all of them scored. live: a reference copy is held. state_shards: GPUs
+    that share the optimizer's state; shards: that share weights, gradients and reference too."""
     C, L, V, P = config.n_embd, config.n_layer, config.vocab_size, sum(num_params(config))
     blocks, table = num_params(config)[0], V * C
     states = {'rmsprop': 4, 'adamw': 8}[optimizer] * P / max(state_shards, shards)
@@ -172,7 +171,7 @@ def memory(config, tokens, optimizer='rmsprop', live=True, checkpointing=False, 
     activations = L * CHECKPOINT * C * tokens + full if checkpointing else L * full
     casts = 2 * (blocks + table) / shards + (shards > 1) * 2 * 12 * C * C * 4           # sharded: two layers gathered
     tables = 2 * 4 * table                                              # the head's and the embedding's gradient, before their sum
-    backward = activations + casts + tables + tokens * TILE * (4 + 2) + accumulating * 4 * P / shards
+    backward = activations + casts + tables + tokens * TILE * (4 + 2)
     foreach = (optimizer == 'rmsprop') * 4 * P / max(state_shards, shards)      # RMSprop's square roots, all at once
     return (kept + max(backward, foreach)) / USABLE + RESERVED
 
@@ -234,8 +233,7 @@ def measure(groups, what, options):
                 row |= dict(model=name, params=sum(num_params(config)), gpus=world, batch_size=batch_size,
                             scaling=single[name] / row['seconds'] / world, pairs_per_second=batch_size / row['seconds'],
                             seconds_bf16_gradients=float(np.mean([sum(s[part] for part in PARTS) for s in half])),
-                            memory=float(memory(config, planner['longest_row'],
-                                                accumulating=world > 1 and planner['micro_steps'] > 1)))
+                            memory=float(memory(config, planner['longest_row'])))
                 report['steps'].append(row)
     for world in WORLDS[1:]:
         for gradients, size in (('float32', 4), ('bfloat16', 2)):
@@ -252,9 +250,9 @@ def measure(groups, what, options):
               for kind, key in (('optimizer state sharded', 'state_shards'), ('all sharded (FSDP)', 'shards')) for n in WORLDS[1:]]
     for label, case in cases:
         for card, size in CARDS.items():
-            for tokens, accumulating in ((2048, False), (row_tokens, True)):
-                params, layers, width = largest(size, tokens, accumulating=accumulating, **case)
-                report['memory'].append(dict(case=label, card=card, tokens=tokens, accumulating=accumulating,
+            for tokens in (2048, row_tokens):
+                params, layers, width = largest(size, tokens, **case)
+                report['memory'].append(dict(case=label, card=card, tokens=tokens,
                                              params=params, layers=layers, width=width))
     return report
 
@@ -285,7 +283,7 @@ def text(report):
               for world in WORLDS[1:] for kind in ('float32', 'bfloat16')]
     cells = {}
     for m in report['memory']:
-        label = f'{m["card"]}, {m["tokens"]:,} tokens, {"several rows" if m["accumulating"] else "one row"}'
+        label = f'{m["card"]}, {m["tokens"]:,} tokens a row'
         cells.setdefault(m['case'], {'largest model': m['case']})[label] = f'{m["params"] / 1e9:.1f} B ({m["layers"]} x {m["width"]:,})'
     heading = (f'Nothing below was measured on a GPU. {report["pairs"]:,} pairs of {report["data"]}, '
                f'{report["tokens_a_pair"]:.0f} distinct tokens a pair; {report["options"]["steps"]} full batches of each size; '

@@ -74,7 +74,7 @@ def test_memory_grows_with_what_it_should_and_the_largest_model_just_fits():
     config = scale.shape(*scale.SHAPES['GPT-2 XL'])
     base = scale.memory(config, 8192)
     assert base > max(scale.memory(config, tokens) for tokens in (256, 4096))
-    assert base > scale.memory(config, 8192, accumulating=False) > scale.memory(config, 8192, live=False, accumulating=False)
+    assert base > scale.memory(config, 8192, live=False)
     assert base > scale.memory(config, 8192, checkpointing=True) > scale.memory(config, 8192, checkpointing=True, state_shards=8)
     assert scale.memory(config, 8192, optimizer='adamw') > base > scale.memory(config, 8192, shards=8) > scale.memory(config, 8192, shards=32)
     sizes = [scale.memory(scale.shape(*dimensions), 8192) for dimensions in scale.SHAPES.values()]
