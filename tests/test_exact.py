@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dpo
 from conftest import VOCAB, random_groups, small_gpt, write_data
@@ -170,6 +171,23 @@ def test_head_values_and_gradients_equal_autograd_of_log_softmax():
         grads.append((logps.double().detach(), s.grad, w.grad))
     for a, b in zip(*grads):        # float32 softmax inside: 2^-23 of values up to about 20
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_the_head_never_holds_logits_of_the_whole_vocabulary():
+    class Largest(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            out = op(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor):
+                self.numel = max(self.numel, out.numel())
+            return out
+    S, C, tile = 300, 4, 64
+    for V in (1000, 20_000):
+        states, weight = torch.randn(S, C, requires_grad=True), torch.randn(V, C, requires_grad=True)
+        with Largest() as largest:
+            token_logps(states, weight, torch.randint(0, V, (S,)), tile).sum().backward()
+        assert largest.numel <= max(S * tile, V * C) < S * V
 
 
 def test_dpo_loss_is_equation_7_and_its_gradient_is_the_paper_s():
