@@ -726,6 +726,7 @@ def plan_rows(ids, lengths, world, row_tokens):
     rows come out about equally long, so no rank waits long for another, and all ranks have equally many, some of
     them perhaps empty, so that none waits for ever. A row is one micro-step.
     """
+    assert lengths.max(initial=0) <= row_tokens, 'a group is longer than a row'
     count = -(-int(lengths.sum()) // (world * row_tokens)) * world
     while True:
         rows, heap = [[] for _ in range(count)], [(0, row) for row in range(count)]     # heap: (tokens, row)
