@@ -71,7 +71,7 @@ class Config:
     weight_decay: In[float, 'x >= 0'] = 0.0         # on matrices only
     grad_clip: In[float, 'x >= 0'] = 10.0           # largest global gradient norm; 0 = no clipping
     precompute_ref: bool = False                    # the reference's log-probs once, cached; then its memory is free
-    activation_checkpointing: bool = False          # less memory for a third more time
+    activation_checkpointing: bool = False          # less memory for a fifth more time
     row_tokens: In[int, 'x >= 0'] = 0               # tokens a micro-step at most: speed and memory, not results; 0 =
                                                     # 8192 on CUDA, 2048 elsewhere, more where a pair is longer
     eval_interval: In[int, 'x >= 0'] = 100          # steps between evaluations on all of val; 0 = first and last only

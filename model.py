@@ -42,7 +42,7 @@ class GPTConfig:
     n_embd: int = 768
     dropout: float = 0.0
     layer_norm_epsilon: float = 1e-5
-    activation_checkpointing: bool = False      # recompute each block in the backward pass: less memory, a third more time
+    activation_checkpointing: bool = False      # recompute blocks in the backward pass: less memory, more time
 
 
 class CheckpointError(ValueError):

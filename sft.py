@@ -53,7 +53,7 @@ class Config:
     warmup_steps: In[int, 'x >= 0'] = 150           # linear, from 0
     weight_decay: In[float, 'x >= 0'] = 0.0         # on matrices only
     grad_clip: In[float, 'x >= 0'] = 1.0            # largest global gradient norm; 0 = no clipping
-    activation_checkpointing: bool = False          # less memory for a third more time
+    activation_checkpointing: bool = False          # less memory for a quarter more time
     row_tokens: In[int, 'x >= 0'] = 0               # tokens a micro-step at most: speed and memory, not results; 0 =
                                                     # 8192 on CUDA, 2048 elsewhere, more where a group is longer
     eval_interval: In[int, 'x >= 0'] = 100          # steps between evaluations on all of val; 0 = first and last only
