@@ -91,7 +91,6 @@ def longest(pair):
 
 def child_padded(job):
     """Plain DPO: right-padded concatenation, full logits. `computed` counts tokens of the policy's passes."""
-    import torch.nn.functional as F
     from transformers import GPT2LMHeadModel
     from dpo import dpo_loss
     pairs, B, micro, device = read_pairs(job), job['batch_size'], job['micro'], job['device']
