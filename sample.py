@@ -34,13 +34,13 @@ from prepare_prefs import Groups, load_tokenizer, packed_batches, plan_rows, pro
 
 
 class Sampled:
-    """A list of [prompt, before's response, after's response], lists of ids, in the form that is packed."""
-    K = 2
-
+    """A list of [prompt, response_1, ..., response_K], lists of ids, in the form that is packed."""
     def __init__(self, groups):
+        self.K = len(groups[0]) - 1
         self.tokens = np.array([token for group in groups for piece in group for token in piece])
         ends = np.cumsum([0] + [len(piece) for group in groups for piece in group])
-        self.index = np.hstack([ends[:-1].reshape(-1, 3), ends[3::3, None]])        # (N, 4): prompt, responses, end
+        width = self.K + 1
+        self.index = np.hstack([ends[:-1].reshape(-1, width), ends[width::width, None]])      # (N, K+2)
         self.lengths = self.index[:, -1] - self.index[:, 0]
 
 

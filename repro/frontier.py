@@ -1,0 +1,461 @@
+"""The paper's figure 2 (left) with a ground truth: mean true reward against KL from the reference, method by method.
+
+    python repro/frontier.py                # prepares the reviews and their SFT model where they are missing, then sweeps
+    python repro/frontier.py --quick        # one seed, fewer settings, half the data
+    python repro/frontier.py --search       # how the learning rates and PPO's knobs were chosen
+
+As in arXiv 2305.18290, section 6.1: 4 completions of each prefix from the SFT model, all their pairs labelled by the true
+reward (ties have no label); DPO at several beta; PPO against a reward model learned from the same pairs and, as "PPO-GT",
+against the true reward, at several target KLs; unlikelihood; preferred-FT; best-of-N. Every few steps each policy is judged
+on held-out prefixes: mean true reward and sequence KL, both from samples. A seed stands for the completions, the order and
+the rollouts; the SFT model is one. Unlike the paper's task, this one has a known optimum: the SFT model has learned the
+grammar of config/reviews.py, and the grammar's own reward-KL frontier is computed exactly below.
+
+Runs go to out/reviews/frontier, one file each: a sweep that was stopped goes on where it stopped, and a run whose settings
+changed is made again. Writes <out>.json, .md and .png.
+"""
+import json
+import math
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+import config                                                                               # noqa: E402
+from config import In, UserError, reviews                                                   # noqa: E402
+from model import find_checkpoints, fingerprint, load_model, save_checkpoint                # noqa: E402
+from offline import dpo_losses, policy_logps, preferred_ft_losses, train, unlikelihood_losses       # noqa: E402
+from ppo import Config as PPOConfig, ppo                                                    # noqa: E402
+from reward_model import RewardModel, all_rewards, bradley_terry_losses, judge, response_rewards    # noqa: E402
+from rollout import Task                                                                    # noqa: E402
+from sample import Sampled, response_logps                                                  # noqa: E402
+
+GRID = {        # the paper's settings
+    'dpo': [{'beta': beta} for beta in (0.05, 0.1, 1.0, 5.0)],
+    'ppo': [{'target_kl': kl} for kl in (3.0, 6.0, 9.0, 12.0)],
+    'ppo_gt': [{'target_kl': kl} for kl in (3.0, 6.0, 9.0, 12.0)],
+    'unlikelihood': [{'alpha': alpha} for alpha in (0.05, 0.1, 0.5, 1.0)],
+    'preferred_ft': [{}],
+    'best_of_n': [{}],
+}
+QUICK = {'dpo': [{'beta': 0.1}, {'beta': 1.0}], 'ppo': [{'target_kl': 6.0}], 'ppo_gt': [{'target_kl': 6.0}],
+         'unlikelihood': [{'alpha': 0.1}], 'preferred_ft': [{}], 'best_of_n': [{}]}
+FOUND = {       # by --search, repro/results/frontier-search.md
+    'reward_model': {'learning_rate': 2e-3, 'epochs': 2},
+    'dpo': {'learning_rate': 6e-4, 'epochs': 2},
+    'ppo': {'learning_rate': 3e-4, 'kl_coef': 0.1, 'gae_lambda': 0.95, 'ppo_epochs': 2},
+    'ppo_gt': {'learning_rate': 3e-4, 'kl_coef': 0.1, 'gae_lambda': 0.95, 'ppo_epochs': 2},
+    'unlikelihood': {'learning_rate': 1e-4, 'epochs': 2},
+    'preferred_ft': {'learning_rate': 3e-4, 'epochs': 2},
+    'best_of_n': {},
+}
+SEARCH = {      # what is tried instead of FOUND, at one setting of the grid or two
+    'ppo_gt': [{'target_kl': 6.0, **knobs} for knobs in (
+        {}, {'learning_rate': 1e-4}, {'learning_rate': 6e-4}, {'kl_coef': 0.3}, {'kl_coef': 1.0}, {'gae_lambda': 1.0},
+        {'ppo_epochs': 4}, {'learning_rate': 6e-4, 'kl_coef': 0.3})],
+    'dpo': [{'beta': 0.1, 'learning_rate': lr} for lr in (1e-4, 3e-4, 6e-4, 1.2e-3)]
+           + [{'beta': 1.0, 'learning_rate': lr} for lr in (3e-4, 6e-4, 1.2e-3)],
+    'unlikelihood': [{'alpha': 0.1, 'learning_rate': lr} for lr in (3e-5, 1e-4, 3e-4, 6e-4)],
+    'preferred_ft': [{'learning_rate': lr} for lr in (1e-4, 3e-4, 1e-3)],
+    'reward_model': [{'learning_rate': lr, 'epochs': n} for lr, n in ((1e-3, 2), (2e-3, 2), (4e-3, 2), (2e-3, 4))],
+}
+K, BATCH, WARMUP = 4, 8, 20        # completions a prefix, as the paper; prefixes a step; steps
+ROLLOUTS = 256                      # PPO's samples a round
+SAMPLES = 2                         # of each held-out prefix, at every evaluation
+NS = (1, 2, 4, 8, 16, 32, 64, 128)
+BUDGETS = (1, 2, 4, 8)              # nats
+LABELS = {'dpo': 'DPO', 'ppo': 'PPO, learned reward', 'ppo_gt': 'PPO-GT, true reward', 'unlikelihood': 'unlikelihood',
+          'preferred_ft': 'preferred-FT', 'best_of_n': 'best of N, true reward', 'best_of_n_learned': 'best of N, learned reward'}
+COLOURS = dict(zip(LABELS, ('C0', 'C3', 'C1', 'C5', 'C2', 'C4', 'C6')))
+
+
+# -----------------------------------------------------------------------------
+# the optimum: the grammar's own frontier, exactly
+
+def grammar_log_z(start, lam):
+    """log E exp(lam * reward) over the grammar's reviews that begin with `start`; lam and result: float64 tensors, ().
+
+    Given the polarity z the sentences are independent, and so are the slots of a form: products of small sums.
+    """
+    def sentence(kind, z, start=''):
+        """The sum over forms of their weight, and of their weight times E exp(lam * reward)."""
+        forms, weights = (ways := reviews.ways(kind, start))[0], ways[z]
+        tilted = 0.0
+        for choices, weight in zip(forms, weights):
+            for options, *probabilities in choices:
+                p = torch.tensor(probabilities[0 if z == 1 else 1], dtype=torch.float64)
+                reward = torch.tensor(reviews.reward([''] * len(options), options), dtype=torch.float64)
+                weight = weight * (p * torch.exp(lam * reward)).sum() / p.sum()
+            tilted = tilted + weight
+        return sum(weights), tilted
+
+    mass = tilted = 0.0
+    for z in (1, -1):
+        opening, remark, verdict = sentence('opening', z, start), sentence('remark', z), sentence('verdict', z)
+        mass += opening[0]
+        tilted = tilted + opening[1] * (1 + remark[1] / remark[0]) / 2 * verdict[1] / verdict[0]
+    return torch.log(tilted / mass)
+
+
+def grammar_frontier(starts, betas):
+    """(KL, mean reward) of pi* = grammar * exp(reward / beta) for each beta, means over the prefixes: (n, 2).
+    With l = 1 / beta: reward = d log Z / dl and KL = l * reward - log Z, pi* being an exponential family in l."""
+    points = []
+    for beta in betas:
+        lam = torch.tensor(1 / beta, dtype=torch.float64, requires_grad=True)
+        log_z = sum(grammar_log_z(start, lam) for start in starts) / len(starts)
+        reward, = torch.autograd.grad(log_z, lam)
+        points.append(((lam * reward - log_z).item(), reward.item()))
+    return np.array(points)
+
+
+# -----------------------------------------------------------------------------
+# jobs: a dict of settings each, done by a worker process, which writes its results to a file of its own
+
+def path_of(job):
+    """Where a job's results go, without the ending. Settings not in the name are in the file."""
+    knobs = [f'{key}={job[key]:g}' for key in sorted(job) if key not in ('method', 'seed', 'common')]
+    return os.path.join(job['common']['folder'], f"seed-{job['seed']}", '-'.join([job['method'], *knobs]))
+
+
+def result_of(job):
+    """What the job's file says, or None where it is to be done."""
+    try:
+        with open(path_of(job) + '.json') as f:
+            result = json.load(f)
+        return result if result['job'] == job else None
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def needs(job, jobs):
+    """The jobs whose files this one reads."""
+    wanted = {'data': (), 'reward_model': ('data',), 'ppo': ('data', 'reward_model'), 'best_of_n': ('reward_model',)}
+    return [other for other in jobs if other['seed'] == job['seed'] and other['method'] in wanted.get(job['method'], ('data',))]
+
+
+def work(job, needed):
+    """Do a job: a worker's whole life. -> its result"""
+    torch.set_num_threads(1)
+    began, common, seed = time.perf_counter(), job['common'], job['seed']
+    task = Task(common['name'], common['reward'])
+    reference = task.load('').requires_grad_(False)
+    first, last = common['held_out']
+    held_out = task.prompts('val', last)[first:]
+    cpu = torch.device('cpu')
+    os.makedirs(path_of(job), exist_ok=True)
+    data = rewards_of = None
+    for other in needed:
+        if other['method'] == 'data':
+            data = torch.load(path_of(other) + '.pt')
+            groups, better = Sampled(data['groups']), data['rewards'][:, :, None] > data['rewards'][:, None, :]
+            prompts = [group[0] for group in data['groups']]
+        else:
+            reward_model = RewardModel.from_checkpoint(path_of(other))[0].eval()
+
+            def rewards_of(prompts, responses):
+                return all_rewards(reward_model, Sampled(list(zip(prompts, responses))))[:, 0]
+
+    def true_reward(prompts, responses):
+        return task.score(prompts, responses)['true_reward']
+
+    def run_offline(model, losses_of):
+        """The model after each so many steps; settings from the job."""
+        steps = job['epochs'] * math.ceil(len(groups.lengths) / BATCH)
+        for step, _, _ in train(model, losses_of, groups, better, steps, BATCH, job['learning_rate'], WARMUP, seed):
+            if step % max(1, steps // common['evaluations']) == 0 or step == steps:
+                yield step
+
+    result = {'job': job, 'points': []}
+    if job['method'] == 'data':
+        prompts = task.prompts('train', common['prefixes'])
+        repeated = [p for p in prompts for _ in range(K)]
+        responses = task.draw(reference, repeated, seed)
+        rewards = true_reward(repeated, responses).reshape(-1, K)
+        groups = [[p, *responses[i * K:(i + 1) * K]] for i, p in enumerate(prompts)]
+        torch.save({'groups': groups, 'rewards': torch.tensor(rewards),
+                    'ref_logps': response_logps(reference, groups, cpu, nullcontext()).float()}, path_of(job) + '.pt')
+        result['pairs'] = int((rewards[:, :, None] > rewards[:, None, :]).sum())
+    elif job['method'] == 'reward_model':
+        model = RewardModel.from_policy(reference).requires_grad_(True)
+        repeated = [p for p in held_out for _ in range(K)]
+        responses = task.draw(reference, repeated, seed + 500)
+        true = true_reward(repeated, responses).reshape(-1, K)
+        for step in run_offline(model, lambda batch: bradley_terry_losses(response_rewards(model, batch))):
+            said = all_rewards(model, Sampled(list(zip(repeated, responses))))[:, 0].reshape(-1, K)
+            pairs = true[:, :, None] > true[:, None, :]
+            result['points'].append({'step': step, **judge((said[:, :, None] - said[:, None, :])[pairs])})
+        save_checkpoint(path_of(job), step, model, dict(stage='reward_model', config={}, vocabulary=task.train.vocabulary))
+    elif job['method'] == 'best_of_n':
+        most = common['most_of_n']
+        repeated = [p for p in held_out for _ in range(most)]
+        responses = task.draw(reference, repeated, seed + 500)
+        true, said = (score(repeated, responses).reshape(len(held_out), most) for score in (true_reward, rewards_of))
+        for chooser, values in (('best_of_n', true), ('best_of_n_learned', said)):
+            for n in (n for n in NS if n <= most):
+                blocks = values.reshape(len(held_out), -1, n).argmax(-1)[:, :, None]        # disjoint blocks of n
+                best = np.take_along_axis(true.reshape(len(held_out), -1, n), blocks, -1)[:, :, 0].mean(1)
+                result['points'].append({'method': chooser, 'n': n, 'kl': math.log(n) - (n - 1) / n, 'true_reward': best.mean(),
+                                         'true_reward/error': best.std(ddof=1) / math.sqrt(len(best))})
+    else:
+        policy = task.load('')
+
+        def look(step, samples):
+            found = task.evaluate(policy, reference, held_out, SAMPLES, seed + 500)
+            result['points'].append({'step': step, 'samples': samples, **found})
+
+        if job['method'] in ('ppo', 'ppo_gt'):
+            knobs = {key: value for key, value in job.items() if key in PPOConfig.__dataclass_fields__}
+            cfg = PPOConfig(**{**knobs, 'steps': common['rounds'], 'batch_size': ROLLOUTS})
+            for step, found in ppo(policy, reference, task, true_reward if job['method'] == 'ppo_gt' else rewards_of, prompts, cfg):
+                if step % max(1, cfg.steps // common['evaluations']) == 0 or step == cfg.steps:
+                    look(step, found['samples'])
+        else:
+            ref_logps = data['ref_logps']
+            losses_of = {'dpo': lambda batch: dpo_losses(policy_logps(policy, batch), ref_logps[batch.ids], job['beta']),
+                         'unlikelihood': lambda batch: unlikelihood_losses(policy_logps(policy, batch), job['alpha']),
+                         'preferred_ft': lambda batch: preferred_ft_losses(policy_logps(policy, batch))}[job['method']]
+            try:
+                for step in run_offline(policy, losses_of):
+                    look(step, len(prompts) * K)
+            except UserError as error:          # unlikelihood has no lower bound
+                result['stopped'] = error.message
+        save_checkpoint(path_of(job), step, policy, dict(stage=job['method'], config=job, vocabulary=task.train.vocabulary))
+    result['seconds'] = time.perf_counter() - began
+    with open(path_of(job) + '.tmp', 'w') as f:
+        json.dump(result, f)
+    os.replace(path_of(job) + '.tmp', path_of(job) + '.json')
+    return result
+
+
+def be_a_worker():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)        # the parent ends the sweep
+    os.environ['TQDM_DISABLE'] = '1'
+
+
+def sweep(jobs, workers):
+    """Do the jobs that are not done yet, each after those it needs, `workers` at a time. -> all results"""
+    results = {path_of(job): result_of(job) for job in jobs}
+    for job in jobs:            # what was made from something that is made again is made again
+        if any(results[path_of(other)] is None for other in needs(job, jobs)):
+            results[path_of(job)] = None
+    pending, running = [job for job in jobs if results[path_of(job)] is None], {}
+    print(f'{len(jobs)} runs, {len(jobs) - len(pending)} of them done before; {workers} at a time')
+    spawn = multiprocessing.get_context('spawn')        # torch's threads do not survive a fork
+    pool = ProcessPoolExecutor(workers, spawn, be_a_worker)
+    try:
+        with tqdm(total=len(pending), desc='runs', unit='run', disable=None, smoothing=0) as bar:
+            while pending or running:
+                ready = [job for job in pending if all(results[path_of(other)] for other in needs(job, jobs))]
+                for job in ready[:workers - len(running)]:
+                    pending.remove(job)
+                    running[pool.submit(work, job, needs(job, jobs))] = job
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    job = running.pop(future)
+                    results[path_of(job)] = result = future.result()
+                    tqdm.write(f'{path_of(job):90} {result["seconds"]:5.0f} s   {summary(result)}')
+                    bar.update()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in list((pool._processes or {}).values()):
+            process.terminate()
+    return [results[path_of(job)] for job in jobs]
+
+
+def best_at(points, budget):
+    """The highest true reward among points of at most so much KL, and that point; nan where there is none."""
+    inside = [point for point in points if point['kl'] <= budget]
+    best = max(inside, key=lambda point: point['true_reward'], default=None)
+    return (best['true_reward'], best) if best else (math.nan, None)
+
+
+def summary(result):
+    """One line on a finished run."""
+    points = result['points']
+    if result['job']['method'] == 'data':
+        return f'{result["pairs"]:,} pairs'
+    if result['job']['method'] == 'reward_model':
+        return f'accuracy {points[-1]["accuracy"]:.3f}, calibration error {points[-1]["calibration_error"]:.3f}'
+    points = [p for p in points if p.get('method', 'best_of_n') == 'best_of_n']
+    return (f'at the end reward {points[-1]["true_reward"]:+.2f}, KL {points[-1]["kl"]:.2f}; best within '
+            + ', '.join(f'{budget}: {best_at(points, budget)[0]:+.2f}' for budget in BUDGETS))
+
+
+# -----------------------------------------------------------------------------
+# the table and the figure
+
+def mean_and_error(values):
+    """Mean over seeds, and its standard error (nan for one seed)."""
+    values = np.array(values, dtype=float)
+    return values.mean(), values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+
+
+def by_method(results):
+    """{method: {seed: all points of all its settings}}, in the order of LABELS; best-of-N gives two methods."""
+    found = {method: {} for method in LABELS}
+    for result in results:
+        if result['job']['method'] in LABELS:
+            for point in result['points']:
+                method = point.get('method', result['job']['method'])
+                found[method].setdefault(result['job']['seed'], []).append(point)
+    return {method: seeds for method, seeds in found.items() if seeds}
+
+
+def table(results, optimum):
+    """Markdown: the best reward at each KL budget, mean over seeds and its standard error, and the verdict on DPO."""
+    methods = by_method(results)
+    lines = ['| method | ' + ' | '.join(f'KL <= {budget}' for budget in BUDGETS) + ' | well-formed at 2 | at 8 | samples |',
+             '| --- | ' + ' | '.join('---:' for _ in BUDGETS) + ' | ---: | ---: | ---: |']
+    best = {}
+    for method, seeds in methods.items():
+        cells = []
+        for budget in BUDGETS:
+            best[method, budget] = [best_at(points, budget)[0] for points in seeds.values()]
+            mean, error = mean_and_error(best[method, budget])
+            cells.append('-' if math.isnan(mean) else f'{mean:+.2f}' + ('' if math.isnan(error) else f' ± {error:.2f}'))
+        for budget in (2, 8):
+            shares = [best_at(points, budget)[1] or {} for points in seeds.values()]
+            cells.append(f"{np.mean([s['well_formed'] for s in shares]):.0%}" if all('well_formed' in s for s in shares) else '-')
+        samples = max((p.get('samples', 0) for points in seeds.values() for p in points))
+        lines.append(f'| {LABELS[method]} | ' + ' | '.join(cells) + f' | {samples or "-":,} |')
+    exact = np.interp(BUDGETS, *optimum.T)
+    lines.append("| the grammar's optimum | " + ' | '.join(f'{r:+.2f}' for r in exact) + ' | 100% | 100% | |')
+    verdict = []
+    for method in ('ppo', 'ppo_gt', 'unlikelihood', 'preferred_ft', 'best_of_n'):
+        if 'dpo' in methods and method in methods:
+            gaps = [mean_and_error(np.subtract(best['dpo', budget], best[method, budget])) for budget in BUDGETS]
+            verdict.append(f'- over {LABELS[method]}: ' + ', '.join(
+                f'{gap:+.2f}' + ('' if math.isnan(error) else f' ± {error:.2f}') + f' within {budget}'
+                for budget, (gap, error) in zip(BUDGETS, gaps) if not math.isnan(gap)))
+    return '\n'.join(lines) + '\n\nDPO\'s best reward minus that of the others, nats, paired by seed, by KL budget:\n\n' + '\n'.join(verdict) + '\n'
+
+
+def figure(results, optimum, path):
+    import matplotlib
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    methods = by_method(results)
+    plot, (left, right) = plt.subplots(1, 2, figsize=(13, 5.5), constrained_layout=True)
+    reach = 16
+    for method, seeds in methods.items():
+        points = [p for found in seeds.values() for p in found if p['kl'] <= reach]
+        style = dict(color=COLOURS[method], s=14, alpha=0.55, lw=0)
+        left.scatter([p['kl'] for p in points], [p['true_reward'] for p in points], **style)
+        formed = [p for p in points if 'well_formed' in p]
+        right.scatter([p['kl'] for p in formed], [100 * p['well_formed'] for p in formed], **style)
+        # the frontier: the best reward within each KL, the mean over seeds
+        budgets = np.linspace(0.1, reach, 160)
+        frontier = np.array([[best_at(found, budget)[0] for budget in budgets] for found in seeds.values()]).mean(0)
+        furthest = min(max(p['kl'] for p in found) for found in seeds.values())
+        left.plot(budgets[budgets <= furthest], frontier[budgets <= furthest], color=COLOURS[method], lw=1.8, label=LABELS[method])
+    left.plot(*optimum[optimum[:, 0] <= reach].T, color='k', lw=1.2, ls='--', label="the optimum on the grammar, exact")
+    left.set(title='true reward against KL: points are evaluations, lines the best within a KL', xlabel='KL(policy || SFT), nats a sequence',
+             ylabel='mean true reward, nats', xlim=(0, reach))
+    right.set(title='share of samples that are still reviews of the grammar', xlabel='KL(policy || SFT), nats a sequence',
+              ylabel='well-formed, %', xlim=(0, reach), ylim=(0, 100))
+    left.legend(fontsize=9, frameon=False, loc='lower right')
+    for ax in (left, right):
+        ax.grid(alpha=0.2)
+        ax.spines[['top', 'right']].set_visible(False)
+    plot.savefig(path, dpi=110)
+
+
+# -----------------------------------------------------------------------------
+# the knobs
+
+@dataclass
+class Config:
+    name: str = 'reviews'                           # of the experiment; the runs go to out/<name>/frontier
+    reward: str = config.EMBEDDED                   # a Python file with the true reward: as in sample.py
+    seeds: In[int, 'x >= 1'] = 3                    # 1 to so many
+    prefixes: In[int, 'x >= 1'] = 2000              # distinct ones of train, 4 completions each
+    rounds: In[int, 'x >= 1'] = 24                  # of PPO, 256 samples each: about as many as the others have
+    evaluations: In[int, 'x >= 1'] = 8              # of each run
+    held_out: In[int, 'x >= 2'] = 250               # prefixes of val
+    workers: In[int, 'x >= 1'] = os.cpu_count() or 1    # runs at a time, one thread each
+    quick: bool = False                             # one seed, 1,000 prefixes, 20 rounds, 5 evaluations, fewer settings
+    search: bool = False                            # the search for FOUND instead, on seed 0 and the other prefixes of val
+    out: str = ''                                   # '' = repro/results/frontier, with -quick or -search
+
+
+def prepare(name):
+    """Make the embedded experiment's data and SFT model where they are missing, as the quickstart does."""
+    if name == 'reviews':
+        for script, there in (('prepare_prefs.py', os.path.isfile('data/reviews/meta.json')),
+                              ('sft.py', find_checkpoints('out/reviews/sft'))):
+            if not there and subprocess.run([sys.executable, os.path.join(ROOT, script), config.EMBEDDED]).returncode:
+                raise UserError(f'{script} failed')
+
+
+def main(argv=None):
+    cfg = config.load(Config, 'frontier', argv)
+    if cfg.quick and cfg.search:
+        raise UserError('quick and search are both set: keep one')
+    prepare(cfg.name)
+    task = Task(cfg.name, cfg.reward)
+    reference = task.load('')
+    prefixes, rounds, evaluations = (1000, 20, 5) if cfg.quick else (cfg.prefixes, cfg.rounds, cfg.evaluations)
+    held_out = task.prompts('val', 2 * cfg.held_out)
+    common = {'name': cfg.name, 'reward': cfg.reward, 'folder': os.path.join('out', cfg.name, 'frontier' + ('-quick' if cfg.quick else '')),
+              'prefixes': prefixes, 'rounds': rounds, 'evaluations': evaluations, 'most_of_n': 16 if cfg.quick else max(NS),
+              'held_out': [0, cfg.held_out], 'sft': fingerprint(reference)}
+    if cfg.search:
+        common['held_out'] = [cfg.held_out, len(held_out)]
+    if common['held_out'][1] - common['held_out'][0] < 2 or len(held_out) < common['held_out'][1]:
+        raise UserError(f'held_out={cfg.held_out}: data/{cfg.name} has {len(task.prompts("val", 10**9))} distinct prompts in val, '
+                        f'and {"twice " if cfg.search else ""}so many are needed')
+    jobs = []
+    for seed in [0] if cfg.search else [1] if cfg.quick else range(1, cfg.seeds + 1):
+        jobs.append({'method': 'data', 'seed': seed, 'common': common})
+        grid = {'reward_model': [{}], **(QUICK if cfg.quick else GRID)} if not cfg.search else SEARCH
+        for method, settings in grid.items():
+            jobs += [{'method': method, 'seed': seed, 'common': common, **FOUND[method], **setting} for setting in settings]
+    began = time.perf_counter()
+    results = sweep(jobs, cfg.workers)
+    print(f'the sweep took {time.perf_counter() - began:,.0f} s; its runs {sum(r["seconds"] for r in results):,.0f} s of one core')
+
+    out = cfg.out or os.path.join(ROOT, 'repro', 'results', 'frontier' + ('-quick' if cfg.quick else '-search' if cfg.search else ''))
+    os.makedirs(os.path.dirname(out) or '.', exist_ok=True)
+    if cfg.search:
+        text = search_table(results)
+    else:
+        starts = [task.text(ids).strip() + ' ' for ids in held_out[:cfg.held_out]]
+        optimum = np.concatenate([[[0, grammar_frontier(starts, [1e9])[0, 1]]], grammar_frontier(starts, np.geomspace(30, 0.08, 40))])
+        text = table(results, optimum)
+        figure(results, optimum, out + '.png')
+    with open(out + '.md', 'w') as f:
+        f.write(text)
+    with open(out + '.json', 'w') as f:
+        json.dump([{**r, 'job': {k: v for k, v in r['job'].items() if k != 'common'}} for r in results], f)
+    print(f'\n{text}\nwritten: {out}.md, .json' + ('' if cfg.search else ', .png'))
+
+
+def search_table(results):
+    """Markdown: every setting that was tried, with the best reward at each budget."""
+    lines = ['| method | setting | ' + ' | '.join(f'KL <= {budget}' for budget in BUDGETS) + ' | at the end: reward, KL, well-formed |',
+             '| --- | --- | ' + ' | '.join('---:' for _ in BUDGETS) + ' | ---: |']
+    for result in results:
+        job, last = result['job'], (result['points'] or [{}])[-1]
+        setting = ', '.join(f'{key} {job[key]:g}' for key in job if key not in ('method', 'seed', 'common'))
+        if job['method'] == 'reward_model':
+            lines.append(f'| reward model | {setting} |' + ' |' * len(BUDGETS) + f' accuracy {last["accuracy"]:.3f}, log-loss '
+                         f'{last["log_loss"]:.4f}, calibration error {last["calibration_error"]:.3f} |')
+        elif job['method'] != 'data':
+            cells = ' | '.join(f'{best_at(result["points"], budget)[0]:+.2f}' for budget in BUDGETS)
+            lines.append(f'| {LABELS[job["method"]]} | {setting} | {cells} | {last["true_reward"]:+.2f}, {last["kl"]:.1f}, {last["well_formed"]:.0%} |')
+    return '\n'.join(lines) + '\n'
+
+
+if __name__ == '__main__':
+    main()
