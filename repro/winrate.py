@@ -345,7 +345,11 @@ def ask_all(requests, answers, file, cfg):
     def ask(request):
         given = answers.setdefault(request['key'], [])
         while not done(given, cfg):
-            body = fetch(request)
+            try:
+                body = fetch(request)
+            except UserError:
+                stop.set()                      # before this thread takes the next request
+                raise
             position = parse_verdict(answer_text(body))
             line = {key: request[key] for key in ('key', 'prompt', 'sample', 'order', 'repeat')}
             line |= dict(judge=cfg.judge, position=position, body=body.decode(errors='replace'))
@@ -358,8 +362,9 @@ def ask_all(requests, answers, file, cfg):
           ThreadPoolExecutor(cfg.concurrency) as pool):
         try:
             for future in as_completed([pool.submit(ask, request) for request in requests]):
-                future.result()
-                bar.update()
+                with suppress(CancelledError):          # the one that failed comes, too
+                    future.result()
+                    bar.update()
         except (UserError, OSError) as error:
             stop.set()
             pool.shutdown(cancel_futures=True)      # what is under way is waited for, and kept
