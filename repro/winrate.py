@@ -27,7 +27,8 @@ What is reported, and as JSON in <out without .jsonl>.summary.json:
                       Equal texts are a tie that is not asked about; a pair with an unparsed answer is left out
   first position      answers that choose what stands first, of all answers: 50% without position bias
   same in both orders pairs asked about whose two answers name the same response
-  same when repeated  with --repeats=2 or more, exact repeats of a request that agree. The rest is over first answers alone
+  same when repeated  with --repeats=2 or more, pairs of equal requests with the same answer. Only this line and `first position`
+                      look at repeats
   longer one wins     decided pairs of different length, in characters, that the longer response wins: 50% without length
                       bias, unless longer ones are better
 Intervals are 95%, percentile bootstrap over prompts, samples of a prompt kept together; none for a single prompt. They hold
@@ -315,32 +316,31 @@ def ask_all(requests, answers, file, cfg):
     def fetch(request):
         """The body of the answer, bytes."""
         post = urllib.request.Request(url, json.dumps(request['body']).encode(), headers)
-        for attempt in range(1, cfg.tries + 1):
+        for attempt in range(cfg.tries):
             await_turn()
             wait = 0.0
             try:
                 with opener.open(post, timeout=cfg.timeout) as response:
                     return response.read()
             except urllib.error.HTTPError as error:
-                try:
+                body = b''
+                with suppress(OSError, http.client.HTTPException):
                     body = error.read()
-                except (OSError, http.client.HTTPException):
-                    body = b''
                 if error.code == 400 and cfg.skip_refused:
                     return body
-                says = body.decode(errors='replace').replace(api_key, '***')[:300]
-                what, wait = f'{url} answered {error.code} {says!r}', retry_after(error.headers)
+                said = body.decode(errors='replace').replace(api_key, '***')[:300]
+                what, wait = f'answered {error.code} {said!a}', retry_after(error.headers)
                 if error.code not in (408, 409, 425, 429) and error.code < 500:
-                    advice = ADVICE.get(error.code, 'check OPENAI_BASE_URL')
-                    raise UserError(f'{what} to the request with prompt {request["prompt"][-60:]!a}: {advice}') from None
+                    raise UserError(f'{url} {what} to the request with prompt {request["prompt"][-60:]!a}: '
+                                    f'{ADVICE.get(error.code, "check OPENAI_BASE_URL")}') from None
                 if wait > cfg.max_wait:
-                    raise UserError(f'{what} and asks to wait {wait:,.0f} s, longer than --max_wait={cfg.max_wait:g}') from None
+                    raise UserError(f'{url} {what} and asks to wait {wait:,.0f} s, longer than --max_wait={cfg.max_wait:g}') from None
             except (OSError, http.client.HTTPException) as error:
-                what = f'{url}: {str(getattr(error, "reason", error)) or type(error).__name__}'
-            bar.set_postfix_str(ascii(what)[1:60])
-            if attempt < cfg.tries:
-                pause(max(wait, min(cfg.max_wait, cfg.backoff * 2 ** (attempt - 1)) * random.uniform(0.5, 1.5)))
-        raise UserError(f'{what}, after {cfg.tries} tries')
+                what = f'failed with {(str(getattr(error, "reason", error)) or type(error).__name__)!a}'
+            bar.set_postfix_str(what[:60])
+            if attempt < cfg.tries - 1:
+                pause(max(wait, min(cfg.max_wait, cfg.backoff * 2**attempt) * random.uniform(0.5, 1.5)))
+        raise UserError(f'{url} {what}, after {cfg.tries} tries')
 
     def ask(request):
         given = answers.setdefault(request['key'], [])
@@ -393,8 +393,8 @@ def estimate(prompts, values, cfg):
 
 def summarise(pairs, position, cfg):
     """All that is reported. position: {(pair's index, order, repeat): 0, 1 or None}, without pairs of equal texts."""
-    def over(values):       # {pair's index: value}, or such tuples
-        items = list(values.items() if isinstance(values, dict) else values)
+    def over(items):        # (pair's index, value), ...
+        items = list(items)
         return estimate([pairs[i]['prompt'] for i, _ in items], [float(value) for _, value in items], cfg)
 
     scores, asked, longer = {}, {}, {}
@@ -413,11 +413,11 @@ def summarise(pairs, position, cfg):
     counts = Counter(scores.values())
     length = {side: dict(characters=float(np.mean([len(pairs[i][side]) for i in scores])),
                          words=float(np.mean([len(pairs[i][side].split()) for i in scores]))) for side in 'ab'}
-    return dict(prompts=len({pairs[i]['prompt'] for i in scores}), pairs=len(scores), win_rate=over(scores), wins=counts[1.0],
+    return dict(prompts=len({pairs[i]['prompt'] for i in scores}), pairs=len(scores), win_rate=over(scores.items()), wins=counts[1.0],
                 ties=counts[0.5], losses=counts[0.0], equal_texts=len(scores) - len(asked),
                 unparsed_pairs=len(pairs) - len(scores), unparsed_answers=sum(p is None for p in position.values()),
-                first_position=over([(i, p == 0) for (i, _, _), p in position.items() if p is not None]),
-                same_in_both_orders=over(asked), same_when_repeated=over(same), longer_one_wins=over(longer), length=length)
+                first_position=over((i, p == 0) for (i, _, _), p in position.items() if p is not None),
+                same_in_both_orders=over(asked.items()), same_when_repeated=over(same), longer_one_wins=over(longer.items()), length=length)
 
 
 def table(result):
@@ -467,8 +467,8 @@ def main(argv=None):
     check(cfg)
     pairs, left_out = make_pairs(cfg)
     against = f'{cfg.b} ({cfg.b_side})' if cfg.b else f'the chosen responses of data/{cfg.name}, val'
-    print(f'A: {cfg.a} ({cfg.a_side})\nB: {against}\n{len(pairs):,} pairs of {len({p["prompt"] for p in pairs}):,} prompts; no '
-          'partner: ' + ', '.join(f'{n:,} samples of {side} ({m:,} whole prompts)' for side, (n, m) in left_out.items()))
+    print(f'A: {cfg.a} ({cfg.a_side})\nB: {against}\n{len(pairs):,} pairs of {len({p["prompt"] for p in pairs}):,} prompts; '
+          + ', '.join(f'{n:,} samples of {side} have no partner ({m:,} prompts)' for side, (n, m) in left_out.items()))
 
     requests = {}       # {(pair's index, order, repeat): request}
     for (i, pair), order in itertools.product(enumerate(pairs), (0, 1)):
@@ -478,12 +478,13 @@ def main(argv=None):
                 requests[i, order, repeat] = dict(key=request_key(body, order, repeat, cfg), body=body, prompt=pair['prompt'],
                                                   sample=pair['sample'], order=order, repeat=repeat)
     answers, good = read_answers(cfg.out)
-    missing = {r['key']: r for r in requests.values() if not done(answers.get(r['key'], []), cfg)}      # equal ones once
-    print(f'judge {cfg.judge}, task {cfg.task}: {len(missing):,} requests, the answers to {len(requests) - len(missing):,} '
-          f'others are in {cfg.out} or shared', flush=True)
+    distinct = {r['key']: r for r in requests.values()}         # equal samples of a prompt share their answers
+    missing = {key: r for key, r in distinct.items() if not done(answers.get(key, []), cfg)}
+    print(f'judge {cfg.judge}, task {cfg.task}: {len(distinct):,} requests, {len(distinct) - len(missing):,} of them answered in '
+          f'{cfg.out}', flush=True)
     if cfg.dry_run:
         tokens = sum(len(message['content']) for r in missing.values() for message in r['body']['messages']) / 4
-        print(f'about {tokens:,.0f} tokens to read, by characters / 4; its answers and what has to be asked again come on top')
+        print(f'to ask: {len(missing):,}, about {tokens:,.0f} tokens (characters / 4), and the answers; the first:')
         for request in list(missing.values())[:1]:
             print(json.dumps(request['body'], indent=2))
         return

@@ -221,7 +221,7 @@ def test_samples_are_matched_by_prompt_and_number_and_the_rest_is_counted(stub, 
     result = run()
     assert result['left_out'] == dict(A=[3, 1], B=[2, 1]), 'p 0 and two of `only a`; q 1 and `only b`'
     assert (result['wins'], result['losses'], result['pairs'], result['prompts']) == (2, 2, 4, 3)
-    assert '3 samples of A (1 whole prompts), 2 samples of B (1 whole prompts)' in capsys.readouterr().out
+    assert '3 samples of A have no partner (1 prompts), 2 samples of B have no partner (1 prompts)' in capsys.readouterr().out
 
 
 def test_after_and_before_of_one_file_are_compared(stub):
@@ -355,9 +355,9 @@ def test_a_server_that_stays_broken_ends_the_run_after_bounded_tries(stub, monke
     stub.behave = lambda body, n: (500, 'oops')
     assert re.search(r"answered 500 'oops', after 3 tries \(0 new", error('--tries=3', '--concurrency=1')) and len(stub.bodies) == 3
     stub.behave = lambda body, n: slow
-    assert 'timed out, after 1 tries' in error('--tries=1', '--timeout=0.1')
+    assert "failed with 'timed out', after 1 tries" in error('--tries=1', '--timeout=0.1')
     monkeypatch.setenv('OPENAI_BASE_URL', 'http://127.0.0.1:9')
-    assert 'refused, after 2 tries' in error('--tries=2')
+    assert "refused', after 2 tries" in error('--tries=2')
 
 
 def test_pauses_grow_and_are_bounded(stub, monkeypatch):
