@@ -1,4 +1,4 @@
-"""A win rate for real text, judged by an LLM: the paper's protocol (arXiv 2305.18290, sec. 6.2, app. C.2), both orders asked.
+"""A win rate for real text, judged by an LLM: the paper's protocol (arXiv 2305.18290, app. C.2), both orders asked.
 
     python sample.py config/hh.py --num_prompts=250 --json > dpo.jsonl
     export OPENAI_API_KEY=...                   # and OPENAI_BASE_URL, for another endpoint than https://api.openai.com/v1
@@ -27,8 +27,8 @@ What is reported, and as JSON in <out without .jsonl>.summary.json:
                       Equal texts are a tie that is not asked about; a pair with an unparsed answer is left out
   first position      answers that choose what stands first, of all answers: 50% without position bias
   same in both orders pairs asked about whose two answers name the same response
-  same when repeated  with --repeats=2 or more, pairs of equal requests with the same answer. Only this line and `first position`
-                      look at repeats
+  same when repeated  with --repeats=2 or more, pairs of equal requests with the same answer. Only this line and `first
+                      position` look at repeats
   longer one wins     decided pairs of different length, in characters, that the longer response wins: 50% without length
                       bias, unless longer ones are better
 Intervals are 95%, percentile bootstrap over prompts, samples of a prompt kept together; none for a single prompt. They hold
@@ -114,7 +114,7 @@ def request_key(body, order, repeat, cfg):
 
 
 def parse_verdict(answer):
-    """0 or 1, the position that the last line of the judge's answer names, or None. Case, markdown and a dot do not matter."""
+    """0 or 1, the position that an answer's last line names, or None. Case, markdown and a dot do not matter."""
     last = re.sub(r'[*_`]', '', (answer.strip().splitlines() or [''])[-1])
     found = re.fullmatch(r'\s*better\s*:\s*([ab])\s*\.?\s*', last, re.IGNORECASE)
     return found and 'ab'.index(found[1].lower())
@@ -162,7 +162,7 @@ class Config:
 # pairs
 
 def read_samples(path, side):
-    """{(prompt, sample, n): response} of a file of `sample.py --json`; n tells prompts with the same text apart. UserErrors."""
+    """{(prompt, sample, n): response} of a file of `sample.py --json`; n tells equal prompts apart. UserErrors."""
     found, seen = {}, Counter()
     try:
         with open(path, 'rb') as f:
@@ -176,10 +176,9 @@ def read_samples(path, side):
                 continue
             key, text = (row['prompt'], row['sample']), row[side]['text']
             assert [type(value) for value in (*key, text)] == [str, int, str]
-        except ValueError as error:
-            raise UserError(f'{path} line {number}: {error.args[1]}; make it again with sample.py --json') from None
-        except (LookupError, TypeError, AssertionError):
-            raise UserError(f"{path} line {number} is no sample with '{side}': it must be made with sample.py --json") from None
+        except (ValueError, LookupError, TypeError, AssertionError) as error:
+            what = error.args[1] if isinstance(error, ValueError) else f"no sample with '{side}'"
+            raise UserError(f'{path} line {number}: {what}; make the file with sample.py --json') from None
         found[(*key, seen[key])] = text
         seen[key] += 1
     if not found:
@@ -265,11 +264,13 @@ class NoRedirect(urllib.request.HTTPRedirectHandler):
 
 def endpoint():
     """(URL to post to, key) from the environment, or a UserError."""
-    base, key = os.environ.get('OPENAI_BASE_URL') or 'https://api.openai.com/v1', os.environ.get('OPENAI_API_KEY', '').strip()
+    base = os.environ.get('OPENAI_BASE_URL') or 'https://api.openai.com/v1'
+    key = os.environ.get('OPENAI_API_KEY', '').strip()
     try:
         parts = urllib.parse.urlsplit(base)
         assert parts.scheme in ('http', 'https') and parts.hostname and parts.port != 0 and '@' not in parts.netloc
         assert base.isascii() and base.isprintable() and ' ' not in base
+        parts.hostname.encode('idna')           # as a look-up does, with a ValueError of its own
     except (ValueError, AssertionError):
         raise UserError(f'OPENAI_BASE_URL={base!r} is no address like https://api.openai.com/v1') from None
     if not key:
@@ -334,7 +335,8 @@ def ask_all(requests, answers, file, cfg):
                     raise UserError(f'{url} {what} to the request with prompt {request["prompt"][-60:]!a}: '
                                     f'{ADVICE.get(error.code, "check OPENAI_BASE_URL")}') from None
                 if wait > cfg.max_wait:
-                    raise UserError(f'{url} {what} and asks to wait {wait:,.0f} s, longer than --max_wait={cfg.max_wait:g}') from None
+                    raise UserError(f'{url} {what} and asks to wait {wait:,.0f} s, longer than '
+                                    f'--max_wait={cfg.max_wait:g}') from None
             except (OSError, http.client.HTTPException) as error:
                 what = f'failed with {(str(getattr(error, "reason", error)) or type(error).__name__)!a}'
             bar.set_postfix_str(what[:60])
@@ -367,10 +369,10 @@ def ask_all(requests, answers, file, cfg):
                     bar.update()
         except (UserError, OSError) as error:
             stop.set()
-            pool.shutdown(cancel_futures=True)      # what is under way is waited for, and kept
+            pool.shutdown()                     # what is under way is waited for, and kept
             new = sum(map(len, answers.values())) - before
             what = error.message if isinstance(error, UserError) else f'{cfg.out} cannot be written: {error.strerror}'
-            raise UserError(f'{what} ({new:,} new answers are kept in {cfg.out}; the same command goes on from there)') from None
+            raise UserError(f'{what} ({new:,} new answers are kept in {cfg.out}; the same command goes on)') from None
 
 
 # -----------------------------------------------------------------------------
@@ -413,11 +415,12 @@ def summarise(pairs, position, cfg):
     counts = Counter(scores.values())
     length = {side: dict(characters=float(np.mean([len(pairs[i][side]) for i in scores])),
                          words=float(np.mean([len(pairs[i][side].split()) for i in scores]))) for side in 'ab'}
-    return dict(prompts=len({pairs[i]['prompt'] for i in scores}), pairs=len(scores), win_rate=over(scores.items()), wins=counts[1.0],
-                ties=counts[0.5], losses=counts[0.0], equal_texts=len(scores) - len(asked),
+    return dict(prompts=len({pairs[i]['prompt'] for i in scores}), pairs=len(scores), win_rate=over(scores.items()),
+                wins=counts[1.0], ties=counts[0.5], losses=counts[0.0], equal_texts=len(scores) - len(asked),
                 unparsed_pairs=len(pairs) - len(scores), unparsed_answers=sum(p is None for p in position.values()),
                 first_position=over((i, p == 0) for (i, _, _), p in position.items() if p is not None),
-                same_in_both_orders=over(asked.items()), same_when_repeated=over(same), longer_one_wins=over(longer.items()), length=length)
+                same_in_both_orders=over(asked.items()), same_when_repeated=over(same),
+                longer_one_wins=over(longer.items()), length=length)
 
 
 def table(result):
@@ -431,7 +434,7 @@ def table(result):
     rows = [row('win rate of A', r['win_rate'], 'pairs'),
             ('wins, ties, losses', f'{r["wins"]:,}, {r["ties"]:,}, {r["losses"]:,}', '',
              f'{r["equal_texts"]:,} of the ties: equal texts' if r['equal_texts'] else ''),
-            ('unparsed', f'{r["unparsed_answers"]:,}', '', f'answers, in {r["unparsed_pairs"]:,} pairs left out of the win rate'),
+            ('unparsed', f'{r["unparsed_answers"]:,}', '', f'answers; {r["unparsed_pairs"]:,} pairs are left out'),
             row('first position', r['first_position'], 'answers'),
             row('same in both orders', r['same_in_both_orders'], 'pairs'),
             row('same when repeated', r['same_when_repeated'], 'repeats'),
@@ -475,13 +478,13 @@ def main(argv=None):
         if pair['a'] != pair['b']:
             body = judge_request(pair, order, cfg)
             for repeat in range(cfg.repeats):
-                requests[i, order, repeat] = dict(key=request_key(body, order, repeat, cfg), body=body, prompt=pair['prompt'],
-                                                  sample=pair['sample'], order=order, repeat=repeat)
+                requests[i, order, repeat] = dict(key=request_key(body, order, repeat, cfg), body=body, order=order,
+                                                  repeat=repeat, prompt=pair['prompt'], sample=pair['sample'])
     answers, good = read_answers(cfg.out)
     distinct = {r['key']: r for r in requests.values()}         # equal samples of a prompt share their answers
     missing = {key: r for key, r in distinct.items() if not done(answers.get(key, []), cfg)}
-    print(f'judge {cfg.judge}, task {cfg.task}: {len(distinct):,} requests, {len(distinct) - len(missing):,} of them answered in '
-          f'{cfg.out}', flush=True)
+    print(f'judge {cfg.judge}, task {cfg.task}: {len(distinct):,} requests, {len(distinct) - len(missing):,} of them '
+          f'answered in {cfg.out}', flush=True)
     if cfg.dry_run:
         tokens = sum(len(message['content']) for r in missing.values() for message in r['body']['messages']) / 4
         print(f'to ask: {len(missing):,}, about {tokens:,.0f} tokens (characters / 4), and the answers; the first:')
@@ -501,8 +504,12 @@ def main(argv=None):
     result = summarise(pairs, position, cfg)
     print('\n' + table(result))
     knobs = {key: value for key, value in dataclasses.asdict(cfg).items() if key != 'dry_run'}
-    with open(f'{cfg.out.removesuffix(".jsonl")}.summary.json', 'w') as f:
-        json.dump(dict(a=f'{cfg.a} ({cfg.a_side})', b=against, left_out=left_out, **result, knobs=knobs), f, indent=1)
+    path = f'{cfg.out.removesuffix(".jsonl")}.summary.json'
+    try:
+        with open(path, 'w') as f:
+            json.dump(dict(a=f'{cfg.a} ({cfg.a_side})', b=against, left_out=left_out, **result, knobs=knobs), f, indent=1)
+    except OSError as error:
+        raise UserError(f'{path} cannot be written: {error.strerror}') from None
 
 
 if __name__ == '__main__':
