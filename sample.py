@@ -125,6 +125,15 @@ def read_prompts(path):
     return prompts
 
 
+def text_of(tokenizer, ids):
+    """The text of a list of ids, end tokens left out; a character that was cut becomes U+FFFD."""
+    pieces = []
+    for token in ids:
+        with suppress(KeyError):        # an id that the tokenizer skips, as cl100k_base does
+            pieces.append(tokenizer.decode_single_token_bytes(token) if token != tokenizer.eot_token else b'')
+    return b''.join(pieces).decode(errors='replace')
+
+
 def val_prompts(groups, n):
     """The first n distinct prompts of a split in an order that depends on nothing else: lists of ids."""
     found = {}
@@ -319,16 +328,9 @@ def main(argv=None):
     groups = list(zip(prompts, *responses))
     ratios = response_logps(after, groups, device, autocast) - response_logps(before, groups, device, autocast)  # (N, 2)
 
-    def text_of(ids):
-        pieces = []
-        for token in ids:
-            with suppress(KeyError):        # an id that the tokenizer skips, as cl100k_base does
-                pieces.append(tokenizer.decode_single_token_bytes(token) if token != tokenizer.eot_token else b'')
-        return b''.join(pieces).decode(errors='replace')        # a cut character becomes U+FFFD
-
-    prompt_texts, measures, texts = [text_of(ids) for ids in prompts], {}, {}
+    prompt_texts, measures, texts = [text_of(tokenizer, ids) for ids in prompts], {}, {}
     for side, made, ratio in zip(('before', 'after'), responses, ratios.t().tolist()):
-        texts[side] = [text_of(ids) for ids in made]
+        texts[side] = [text_of(tokenizer, ids) for ids in made]
         measures[side] = dict(tokens=[len(ids) for ids in made], ended=[ids[-1] == tokenizer.eot_token for ids in made],
                               implicit_reward=[beta * r for r in ratio])
         measures[side] |= ({'kl': ratio} if side == 'after' else {}) | score(prompt_texts, texts[side])

@@ -34,12 +34,13 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 import config                                                                               # noqa: E402
 from config import In, UserError, reviews                                                   # noqa: E402
-from model import find_checkpoints, fingerprint, load_model, save_checkpoint                # noqa: E402
+from best_of_n import best_of_n, bound                                                       # noqa: E402
+from model import find_checkpoints, fingerprint, save_checkpoint                            # noqa: E402
 from offline import dpo_losses, policy_logps, preferred_ft_losses, train, unlikelihood_losses       # noqa: E402
 from ppo import Config as PPOConfig, ppo                                                    # noqa: E402
 from reward_model import RewardModel, all_rewards, bradley_terry_losses, judge, response_rewards    # noqa: E402
 from rollout import Task                                                                    # noqa: E402
-from sample import Sampled, response_logps                                                  # noqa: E402
+from sample import Sampled, response_logps, text_of                                                  # noqa: E402
 
 GRID = {        # the paper's settings
     'dpo': [{'beta': beta} for beta in (0.05, 0.1, 1.0, 5.0)],
@@ -155,7 +156,6 @@ def work(job, needed):
     held_out = task.prompts('val', last)[first:]
     cpu = torch.device('cpu')
     os.makedirs(path_of(job), exist_ok=True)
-    data = rewards_of = None
     for other in needed:
         if other['method'] == 'data':
             data = torch.load(path_of(other) + '.pt')
@@ -164,11 +164,11 @@ def work(job, needed):
         else:
             reward_model = RewardModel.from_checkpoint(path_of(other))[0].eval()
 
-            def rewards_of(prompts, responses):
-                return all_rewards(reward_model, Sampled(list(zip(prompts, responses))))[:, 0]
-
     def true_reward(prompts, responses):
         return task.score(prompts, responses)['true_reward']
+
+    def learned_reward(prompts, responses):
+        return all_rewards(reward_model, Sampled(list(zip(prompts, responses))))[:, 0]
 
     def run_offline(model, losses_of):
         """The model after each so many steps; settings from the job."""
@@ -201,13 +201,12 @@ def work(job, needed):
         most = common['most_of_n']
         repeated = [p for p in held_out for _ in range(most)]
         responses = task.draw(reference, repeated, seed + 500)
-        true, said = (score(repeated, responses).reshape(len(held_out), most) for score in (true_reward, rewards_of))
+        true, said = (score(repeated, responses).reshape(len(held_out), most) for score in (true_reward, learned_reward))
         for chooser, values in (('best_of_n', true), ('best_of_n_learned', said)):
             for n in (n for n in NS if n <= most):
-                blocks = values.reshape(len(held_out), -1, n).argmax(-1)[:, :, None]        # disjoint blocks of n
-                best = np.take_along_axis(true.reshape(len(held_out), -1, n), blocks, -1)[:, :, 0].mean(1)
-                result['points'].append({'method': chooser, 'n': n, 'kl': math.log(n) - (n - 1) / n, 'true_reward': best.mean(),
-                                         'true_reward/error': best.std(ddof=1) / math.sqrt(len(best))})
+                best = best_of_n(values, true, n)
+                result['points'].append({'method': chooser, 'n': n, 'kl': bound(n), 'true_reward': best.mean(),
+                                         'samples': n * len(held_out), 'true_reward/error': best.std(ddof=1) / math.sqrt(len(best))})
     else:
         policy = task.load('')
 
@@ -218,7 +217,7 @@ def work(job, needed):
         if job['method'] in ('ppo', 'ppo_gt'):
             knobs = {key: value for key, value in job.items() if key in PPOConfig.__dataclass_fields__}
             cfg = PPOConfig(**{**knobs, 'steps': common['rounds'], 'batch_size': ROLLOUTS})
-            for step, found in ppo(policy, reference, task, true_reward if job['method'] == 'ppo_gt' else rewards_of, prompts, cfg):
+            for step, found in ppo(policy, reference, task, true_reward if job['method'] == 'ppo_gt' else learned_reward, prompts, cfg):
                 if step % max(1, cfg.steps // common['evaluations']) == 0 or step == cfg.steps:
                     look(step, found['samples'])
         else:
@@ -327,8 +326,8 @@ def table(results, optimum):
         for budget in (2, 8):
             shares = [best_at(points, budget)[1] or {} for points in seeds.values()]
             cells.append(f"{np.mean([s['well_formed'] for s in shares]):.0%}" if all('well_formed' in s for s in shares) else '-')
-        samples = max((p.get('samples', 0) for points in seeds.values() for p in points))
-        lines.append(f'| {LABELS[method]} | ' + ' | '.join(cells) + f' | {samples or "-":,} |')
+        samples = max(p.get('samples', 0) for points in seeds.values() for p in points)
+        lines.append(f'| {LABELS[method]} | ' + ' | '.join(cells) + f' | {samples:,} |')
     exact = np.interp(BUDGETS, *optimum.T)
     lines.append("| the grammar's optimum | " + ' | '.join(f'{r:+.2f}' for r in exact) + ' | 100% | 100% | |')
     verdict = []
@@ -430,7 +429,7 @@ def main(argv=None):
     if cfg.search:
         text = search_table(results)
     else:
-        starts = [task.text(ids).strip() + ' ' for ids in held_out[:cfg.held_out]]
+        starts = [text_of(task.tokenizer, ids) + ' ' for ids in held_out[:cfg.held_out]]
         optimum = np.concatenate([[[0, grammar_frontier(starts, [1e9])[0, 1]]], grammar_frontier(starts, np.geomspace(30, 0.08, 40))])
         text = table(results, optimum)
         figure(results, optimum, out + '.png')

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import config                                                                               # noqa: E402
-from config import In, Literal, UserError                                                   # noqa: E402
+from config import In, Literal                                                              # noqa: E402
 from model import GPT, CheckpointError, GPTConfig, find_checkpoints, open_run, packed_mask, read_checkpoint, save_checkpoint    # noqa: E402
 from offline import first_is_better, train                                                  # noqa: E402
 from prepare_prefs import packed_batches, plan_rows, row_limit                              # noqa: E402

@@ -9,14 +9,12 @@ import sys
 from contextlib import nullcontext
 
 import numpy as np
-import torch
-from tqdm import tqdm
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from config import UserError                                                    # noqa: E402
 from model import CheckpointError, find_checkpoints, load_model                 # noqa: E402
 from prepare_prefs import Groups, load_tokenizer                                # noqa: E402
-from sample import Sampled, read_reward, response_logps, val_prompts            # noqa: E402
+from sample import read_reward, response_logps, text_of, val_prompts            # noqa: E402
 
 
 class Task:
@@ -43,14 +41,9 @@ class Task:
         self.train.check_model(model.config, record.get('vocabulary'), init_from)
         return model.eval()
 
-    def text(self, ids):
-        """The text of a list of ids, the end token left out."""
-        pieces = [self.tokenizer.decode_single_token_bytes(i) for i in ids if i != self.tokenizer.eot_token]
-        return b''.join(pieces).decode(errors='replace')
-
     def score(self, prompts, responses):
         """The reward file's results, lists of ids in: {'true_reward': (n,), and its metrics}, float arrays."""
-        found = self.rewards([self.text(p) for p in prompts], [self.text(r) for r in responses])
+        found = self.rewards(*([text_of(self.tokenizer, ids) for ids in side] for side in (prompts, responses)))
         return {name: np.array(values, dtype=np.float64) for name, values in found.items()}
 
     def draw(self, model, prompts, seed, temperature=1.0, max_new_tokens=64, batch_size=512, bar=None):
@@ -88,12 +81,3 @@ class Task:
             means = values.reshape(-1, num_samples).mean(1)
             result[name], result[name + '/error'] = float(means.mean()), float(means.std(ddof=1) / math.sqrt(len(means)))
         return result
-
-
-def sampled_groups(task, model, prompts, K, seed):
-    """K responses of the model to each prompt, as groups: a Sampled, and its true rewards (N, K)."""
-    repeated = [p for p in prompts for _ in range(K)]
-    with tqdm(total=len(repeated), desc='responses', disable=None) as bar:
-        responses = task.draw(model, repeated, seed, bar=bar)
-    rewards = task.score(repeated, responses)['true_reward'].reshape(-1, K)
-    return Sampled([[p, *responses[i * K:(i + 1) * K]] for i, p in enumerate(prompts)]), rewards

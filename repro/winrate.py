@@ -64,6 +64,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import config                                                   # noqa: E402
 from config import In, Literal, UserError                       # noqa: E402
 from prepare_prefs import Groups, load_tokenizer, parse_line    # noqa: E402
+from sample import text_of                                      # noqa: E402
 
 # -----------------------------------------------------------------------------
 # what the judge reads. The mark is a hash of the texts, so that no text can close its own block
@@ -191,18 +192,11 @@ def read_chosen(name, wanted):
     groups = Groups(os.path.join('data', name), 'val', k=1)
     tokenizer = load_tokenizer(groups.folder, groups.meta['tokenizer'])
 
-    def text_of(ids):
-        pieces = []
-        for token in ids.tolist():
-            with suppress(KeyError):        # an id that the tokenizer skips
-                pieces.append(tokenizer.decode_single_token_bytes(token) if token != tokenizer.eot_token else b'')
-        return b''.join(pieces).decode(errors='replace')
-
     found = {}
     for i in range(len(groups)):
         prompt, chosen = groups[i]
-        if (text := text_of(prompt)) in wanted:
-            found.setdefault(text, text_of(chosen))
+        if (text := text_of(tokenizer, prompt.tolist())) in wanted:
+            found.setdefault(text, text_of(tokenizer, chosen.tolist()))
     return found
 
 

@@ -1,0 +1,82 @@
+"""Best-of-N, the baseline without training: draw N responses from the SFT model, keep the one of highest reward.
+
+    python repro/best_of_n.py config/reviews.py --reward=config/reviews.py                               # by the true reward
+    python repro/best_of_n.py config/reviews.py --reward=out/reviews/reward_model --true_reward=config/reviews.py
+
+For each N up to --n: the mean reward that chose, the mean true reward where one is named, and log N - (N-1)/N, the KL from
+the SFT model if no two responses had equal rewards; with ties it is less. One drawing serves all N, cut into blocks of N.
+"""
+import json
+import math
+import os
+import sys
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import config                                                   # noqa: E402
+from config import In, Literal, UserError                       # noqa: E402
+from ppo import read_score                                      # noqa: E402
+from rollout import Task                                        # noqa: E402
+from sample import text_of                                      # noqa: E402
+
+
+def best_of_n(chooser, values, n):
+    """For rewards (P, M) of M responses to each of P prompts, M a multiple of n: `values` (P, M) of the response that
+    `chooser` (P, M) rates highest in each block of n, the mean over a prompt's blocks: (P,)."""
+    blocks = chooser.reshape(len(chooser), -1, n)
+    best = blocks.argmax(-1)[:, :, None]
+    return np.take_along_axis(values.reshape(blocks.shape), best, -1)[:, :, 0].mean(1)
+
+
+def bound(n):
+    """log n - (n - 1) / n, nats."""
+    return math.log(n) - (n - 1) / n
+
+
+@dataclass
+class Config:
+    name: str = 'reviews'                           # of the experiment: prompts of data/<name>, val
+    init_from: str = ''                             # '' = out/<name>/sft, or as in dpo.py
+    reward: str = ''                                # what chooses: a Python file, or a folder of reward_model.py
+    true_reward: str = ''                           # a Python file to judge what was chosen; '' = the one above, if it is one
+    n: In[int, 'x >= 1 and x & (x - 1) == 0'] = 64  # responses a prompt, a power of two
+    num_prompts: In[int, 'x >= 2'] = 100            # of val
+    temperature: In[float, 'x > 0'] = 1.0
+    max_new_tokens: In[int, 'x >= 1'] = 64          # of a response
+    json: bool = False                              # the chosen responses for the largest n, a JSON line each, on stdout
+    seed: In[int, 'x >= 0'] = 1337
+    device: Literal['auto', 'cpu', 'cuda'] = 'auto' # auto = cuda where there is one, else cpu
+
+
+def main(argv=None):
+    cfg = config.load(Config, 'best_of_n', argv)
+    if not cfg.reward:
+        raise UserError('reward is not set: a Python file with reward(prompts, responses), or a folder of repro/reward_model.py')
+    device = torch.device(cfg.device if cfg.device != 'auto' else 'cuda' if torch.cuda.is_available() else 'cpu')
+    true_file = cfg.true_reward or (cfg.reward if cfg.reward.endswith('.py') else '')
+    judge = Task(cfg.name, true_file)
+    task = Task(cfg.name, cfg.reward if cfg.reward.endswith('.py') else '')
+    score = read_score(task, cfg.reward, device)
+    model, prompts = task.load(cfg.init_from).to(device), task.prompts('val', cfg.num_prompts)
+    repeated = [p for p in prompts for _ in range(cfg.n)]
+    with tqdm(total=len(repeated), desc='responses', disable=None) as bar:
+        responses = task.draw(model, repeated, cfg.seed, cfg.temperature, cfg.max_new_tokens, bar=bar)
+    chooser = np.asarray(score(repeated, responses)).reshape(len(prompts), -1)
+    true = judge.score(repeated, responses)['true_reward'].reshape(len(prompts), -1) if true_file else None
+    if cfg.json:
+        for i, best in enumerate(chooser.argmax(1)):
+            text = text_of(task.tokenizer, responses[i * cfg.n + best])
+            print(json.dumps({'prompt': text_of(task.tokenizer, prompts[i]), 'sample': 0, 'after': {'text': text, 'reward': chooser[i, best]}}))
+        return
+    print(f'{len(prompts):,} prompts\n{"N":>5}{"KL at most":>12}{"reward":>18}' + f'{"true reward":>18}' * bool(true_file))
+    for n in (2**k for k in range(cfg.n.bit_length())):
+        cells = [best_of_n(chooser, values, n) for values in (chooser, true) if values is not None]
+        print(f'{n:>5}{bound(n):>12.3f}' + ''.join(f'{c.mean():+11.3f} ±{c.std(ddof=1) / math.sqrt(len(c)):.3f}' for c in cells))
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,257 @@
+"""The baselines and the sweep of repro/: their arithmetic against independent computations, and the scripts as a user runs them."""
+import importlib
+import json
+import math
+import os
+import random
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import ROOT, random_groups, read_log, run_stage, small_gpt
+
+sys.path.insert(0, str(ROOT / 'repro'))
+import frontier                                             # noqa: E402
+import offline                                              # noqa: E402
+import ppo                                                  # noqa: E402
+import reward_model                                         # noqa: E402
+from best_of_n import best_of_n                             # noqa: E402
+from config import UserError, reviews                                  # noqa: E402
+from dpo import dpo_loss                                    # noqa: E402
+from prepare_prefs import pack                              # noqa: E402
+from sample import Sampled                                  # noqa: E402
+
+CPU = torch.device('cpu')
+
+
+def lists(groups):
+    return [[[int(t) for t in piece] for piece in group] for group in groups]
+
+
+# -----------------------------------------------------------------------------
+# offline.py: K responses, all their pairs
+
+def test_losses_of_all_pairs_of_four_responses_equal_pair_by_pair():
+    rng = np.random.default_rng(0)
+    groups = Sampled(lists(random_groups(5, 4, rng)))
+    policy, reference, batch = small_gpt(0), small_gpt(1), pack(groups, range(5))
+    rewards = rng.integers(0, 3, (5, 4))                        # with ties
+    better = torch.tensor(rewards[:, :, None] > rewards[:, None, :])
+    with torch.no_grad():
+        ref = offline.policy_logps(reference, batch)
+    logps = offline.policy_logps(policy, batch)
+    all_pairs = {'dpo': offline.dpo_losses(logps, ref, 0.3), 'unlikelihood': offline.unlikelihood_losses(logps, 0.2),
+                 'preferred_ft': offline.preferred_ft_losses(logps), 'unweighted': offline.unweighted_losses(logps, 0.3)}
+    for name, losses in all_pairs.items():
+        expected = []
+        for g in range(5):
+            for i in range(4):
+                for j in range(4):
+                    if rewards[g, i] > rewards[g, j]:
+                        w, l = logps[g, i], logps[g, j]
+                        expected.append({'dpo': dpo_loss(w[None], l[None], ref[g, i][None], ref[g, j][None], 0.3)[0][0],
+                                         'unlikelihood': -w + 0.2 * l, 'preferred_ft': -w, 'unweighted': -0.3 * (w - l)}[name])
+        torch.testing.assert_close((losses * better).sum(), torch.stack(expected).sum(), rtol=1e-5, atol=1e-5)
+
+
+def test_unweighted_gradient_is_that_of_dpo_without_its_weight():
+    policy, ref, beta = torch.randn(6, 2, dtype=torch.float64, requires_grad=True), torch.randn(6, 2, dtype=torch.float64), 0.7
+    pair = slice(None), 0, 1
+    dpo, = torch.autograd.grad(offline.dpo_losses(policy, ref, beta)[pair].sum(), policy)
+    unweighted, = torch.autograd.grad(offline.unweighted_losses(policy, beta)[pair].sum(), policy)
+    h = (policy - ref)[:, 0] - (policy - ref)[:, 1]
+    weight = torch.sigmoid(-beta * h).detach()[:, None]
+    torch.testing.assert_close(dpo, unweighted * weight, rtol=1e-6, atol=1e-7)     # dpo_loss is float32 inside
+
+
+def test_training_takes_the_gradient_of_the_mean_over_the_pairs_of_a_batch():
+    """One step in rows of a few tokens against autograd on all pairs at once: with AdamW's first step, sign by sign."""
+    groups = Sampled(lists(random_groups(6, 3, np.random.default_rng(1))))
+    rewards = np.random.default_rng(2).integers(0, 3, (6, 3))
+    better = rewards[:, :, None] > rewards[:, None, :]
+    models = small_gpt(3), small_gpt(3)
+    (step, loss, norm), = offline.train(models[0], lambda b: offline.unlikelihood_losses(offline.policy_logps(models[0], b), 0.5),
+                                        groups, better, 1, 6, 1e-3, 1, 0)
+    losses = offline.unlikelihood_losses(offline.policy_logps(models[1], pack(groups, range(6))), 0.5)
+    expected = (losses * torch.tensor(better)).sum() / better.sum()
+    expected.backward()
+    assert loss == pytest.approx(expected.item(), rel=1e-5)
+    gradients = torch.cat([p.grad.flatten() for p in models[1].parameters()])
+    assert norm == pytest.approx(gradients.norm().item(), rel=1e-4)
+    moves = torch.cat([(p - q).detach().flatten() for p, q in zip(*(m.parameters() for m in models))])
+    sure = gradients.abs() > 1e-4 * norm
+    assert sure.sum() > 1000 and (moves.sign() == -gradients.sign())[sure].all()
+
+
+# -----------------------------------------------------------------------------
+# reward_model.py
+
+def test_packed_rewards_equal_one_response_at_a_time():
+    groups = lists(random_groups(6, 3, np.random.default_rng(4)))
+    model = reward_model.RewardModel.from_policy(small_gpt(2))
+    torch.nn.init.normal_(model.reward.weight)
+    found = reward_model.all_rewards(model, Sampled(groups))
+    for i, (prompt, *responses) in enumerate(groups):
+        for k, response in enumerate(responses):
+            tokens = torch.tensor([prompt + response])
+            T = tokens.shape[1]
+            with torch.no_grad():
+                state = model(tokens, torch.arange(T)[None], torch.ones(1, 1, T, T, dtype=torch.bool).tril())[0, -1]
+            assert found[i, k] == pytest.approx((state @ model.reward.weight[0]).item(), abs=1e-4)
+
+
+def test_accuracy_and_calibration_by_hand():
+    margins = np.array([0.1, -0.1, 3.0, 3.2, 3.05, -3.1, 0.0])
+    found = reward_model.judge(margins)
+    assert found['accuracy'] == pytest.approx((4 + 0.5) / 7)
+    assert found['log_loss'] == pytest.approx(np.mean([math.log(1 + math.exp(-m)) for m in margins]))
+    low, high = ([x for x in margins if (abs(x) < 1) == small] for small in (True, False))
+    gaps = [abs(np.mean([1 / (1 + math.exp(-abs(x))) for x in xs]) - np.mean([0.5 if x == 0 else x > 0 for x in xs])) * len(xs)
+            for xs in (low, high)]
+    assert found['calibration_error'] == pytest.approx(sum(gaps) / 7)
+    low, high = reward_model.interval(50, 100)
+    assert (low, high) == (pytest.approx(0.4038, abs=1e-4), pytest.approx(0.5962, abs=1e-4))       # Wilson's, tabled
+
+
+# -----------------------------------------------------------------------------
+# ppo.py
+
+def test_advantages_are_the_double_sum_of_the_paper():
+    g = torch.Generator().manual_seed(0)
+    lengths, lam = [4, 1, 6], 0.9
+    mask = torch.arange(6) < torch.tensor(lengths)[:, None]
+    rewards, values = (torch.randn(3, 6, generator=g, dtype=torch.float64) * mask for _ in range(2))
+    advantages, returns = ppo.advantages_and_returns(rewards, values, mask, lam)
+    for i, n in enumerate(lengths):
+        r, v = rewards[i, :n].tolist(), values[i, :n].tolist() + [0.0]
+        for t in range(n):
+            expected = sum(lam ** (k - t) * (r[k] + v[k + 1] - v[k]) for k in range(t, n))
+            assert advantages[i, t].item() == pytest.approx(expected, abs=1e-12)
+            assert returns[i, t].item() == pytest.approx(expected + v[t], abs=1e-12)
+    assert (advantages[~mask] == 0).all() and (returns[~mask] == 0).all()
+    monte_carlo, _ = ppo.advantages_and_returns(rewards, values, mask, 1.0)
+    assert monte_carlo[0, 0].item() == pytest.approx(rewards[0, :4].sum().item() - values[0, 0].item(), abs=1e-12)
+
+
+def test_clipped_losses_case_by_case():
+    logps = torch.log(torch.tensor([1.5, 1.5, 0.5, 0.5, 1.1])).requires_grad_()
+    advantages = torch.tensor([1.0, -1.0, 1.0, -1.0, 2.0])
+    values = torch.tensor([1.0, 0.1, -1.0, 0.0, 0.5], requires_grad=True)
+    zeros, returns = torch.zeros(5), torch.tensor([2.0, 2.0, 2.0, 2.0, 0.0])
+    policy_losses, value_losses = ppo.clipped_losses(logps, zeros, advantages, values, zeros, returns, 0.2)
+    torch.testing.assert_close(policy_losses, torch.tensor([-1.2, 1.5, -0.5, 0.8, -2.2]))
+    torch.testing.assert_close(value_losses, 0.5 * torch.tensor([1.8, 1.9, 3.0, 2.0, 0.5]) ** 2)
+    policy_losses.sum().backward()
+    assert (logps.grad != 0).tolist() == [False, True, True, False, True]       # what is clipped pulls no further
+    value_losses.sum().backward()
+    assert (values.grad != 0).tolist() == [False, True, True, True, True]
+
+
+def test_tokens_side_by_side_are_those_of_each_rollout():
+    groups = lists(random_groups(7, 1, np.random.default_rng(5)))
+    model, mask = small_gpt(1), torch.zeros(7, 21, dtype=torch.bool)
+    for row, (_, response) in zip(mask, groups):
+        row[:len(response)] = True
+    found = ppo.side_by_side(ppo.action_logps, model, Sampled(groups), mask)
+    for i, (prompt, response) in enumerate(groups):
+        tokens = torch.tensor([prompt + response])
+        T = tokens.shape[1]
+        with torch.no_grad():
+            states = model(tokens, torch.arange(T)[None], torch.ones(1, 1, T, T, dtype=torch.bool).tril())[0]
+        logps = (states @ model.wte.weight.t()).log_softmax(-1)
+        expected = [logps[len(prompt) - 1 + t, token].item() for t, token in enumerate(response)]
+        np.testing.assert_allclose(found[i, :len(response)], expected, atol=1e-4)
+        assert (found[i, len(response):] == 0).all()
+
+
+# -----------------------------------------------------------------------------
+# best_of_n.py and the grammar's frontier
+
+def test_best_of_n_blocks():
+    chooser, values = np.array([[1.0, 3.0, 2.0, 0.0]]), np.array([[10.0, 20.0, 30.0, 40.0]])
+    assert [best_of_n(chooser, values, n).tolist() for n in (1, 2, 4)] == [[25.0], [25.0], [20.0]]
+
+
+def test_the_grammars_frontier_is_that_of_its_own_samples_reweighted():
+    """Importance weights exp(r / beta) on the grammar's samples; within 5 standard errors, by the delta method."""
+    rng, start = random.Random(0), 'The Paper Clock is a superb '
+    rewards = np.array(reviews.reward([''] * 20000, [reviews.review(rng, start)[0] for _ in range(20000)]))
+    for beta in (4.0, 1.5):
+        (kl, reward), = frontier.grammar_frontier([start], [beta])
+        weights = np.exp(rewards / beta)
+        weights /= weights.mean()
+        estimate = (weights * rewards).mean()
+        error = (weights * (rewards - estimate)).std() / math.sqrt(len(rewards))
+        assert abs(reward - estimate) < 5 * error and error < 0.05
+        log_z = math.log(np.exp(rewards / beta).mean())
+        assert kl == pytest.approx(estimate / beta - log_z, abs=5 * error / beta + 5 * weights.std() / math.sqrt(len(rewards)))
+
+
+# -----------------------------------------------------------------------------
+# the scripts
+
+REWARD = 'def reward(prompts, responses):\n    return [sum(c < "a" for c in r) / 4 - len(r) / 8 for r in responses]\n'
+
+
+def test_the_pipeline_that_dpo_replaces_runs_and_learns(experiment):
+    (experiment / 'reward.py').write_text(REWARD)
+    out = run_stage('repro/reward_model.py', '--name=tiny', '--batch_size=8', '--epochs=3', '--learning_rate=3e-3').stdout
+    log = read_log('out/tiny/reward_model')
+    assert log[-1]['loss'] < 0.6 and '10 validation pairs: accuracy' in out           # ln 2 at the start
+    assert reward_model.RewardModel.from_checkpoint('out/tiny/reward_model')[0].reward.weight.norm() > 0
+    run_stage('repro/ppo.py', '--name=tiny', '--reward=reward.py', '--steps=16', '--batch_size=48', '--target_kl=20',
+              '--learning_rate=3e-3', '--max_new_tokens=12', '--eval_interval=16', '--eval_prompts=10')
+    log = read_log('out/tiny/ppo')
+    scores = [row['score'] for row in log if 'score' in row]
+    assert np.mean(scores[-3:]) > np.mean(scores[:3]) + 0.5
+    assert log[0] == {'step': 0, 'eval/score': log[0]['eval/score'], 'eval/kl': 0.0} and log[-1]['eval/kl'] > 0.1
+    out = run_stage('sample.py', '--name=tiny', '--after=out/tiny/ppo', '--num_prompts=2', '--max_new_tokens=5').stdout
+    assert 'AFTER' in out
+    run_stage('repro/ppo.py', '--name=tiny', '--reward=out/tiny/reward_model', '--steps=1', '--batch_size=8', '--eval_prompts=4')
+    out = run_stage('repro/best_of_n.py', '--name=tiny', '--reward=out/tiny/reward_model', '--true_reward=reward.py', '--n=4',
+                    '--num_prompts=5').stdout
+    assert len(out.splitlines()) == 5 and 'true reward' in out
+    run_stage('repro/offline.py', '--name=tiny', '--method=unlikelihood', '--max_steps=2', '--batch_size=8')
+    assert read_log('out/tiny/unlikelihood')[-1]['step'] == 2
+
+
+def test_a_sweep_goes_on_where_it_stopped(experiment, monkeypatch, capsys):
+    (experiment / 'reward.py').write_text(REWARD)
+    monkeypatch.setattr(frontier, 'GRID', {'dpo': [{'beta': 0.1}], 'ppo': [{'target_kl': 3.0}], 'best_of_n': [{}]})
+    monkeypatch.setattr(frontier, 'NS', (1, 2, 4))
+    args = ['--name=tiny', '--reward=reward.py', '--seeds=1', '--prefixes=16', '--rounds=1', '--held_out=4', '--evaluations=2',
+            '--workers=2', '--out=sweep']
+    frontier.main(args)
+    assert '5 runs, 0 of them done before' in capsys.readouterr().out
+    results = json.load(open('sweep.json'))
+    assert [r['job']['method'] for r in results] == ['data', 'reward_model', 'dpo', 'ppo', 'best_of_n']
+    assert all(math.isfinite(p['kl']) for r in results[2:] for p in r['points']) and os.path.getsize('sweep.png') > 10_000
+    os.remove(next(f'out/tiny/frontier/seed-1/{f}' for f in os.listdir('out/tiny/frontier/seed-1') if f.startswith('dpo') and f.endswith('.json')))
+    frontier.main(args)
+    assert '5 runs, 4 of them done before' in capsys.readouterr().out
+    again = json.load(open('sweep.json'))
+    assert again[2]['points'] == results[2]['points']       # the same numbers, run again
+
+
+@pytest.mark.parametrize('script, args, message', [
+    ('ppo', ['--name=tiny'], 'reward is not set'),
+    ('ppo', ['--name=tiny', '--reward=nowhere'], 'nowhere holds no checkpoint: run repro/reward_model.py first'),
+    ('ppo', ['--name=tiny', '--reward=out/tiny/sft'], 'is no reward model'),
+    ('best_of_n', ['--name=tiny', '--reward=nowhere.py'], 'reward file nowhere.py does not exist'),
+    ('offline', ['--name=tiny', '--init_from=nowhere'], 'nowhere holds no checkpoint'),
+    ('frontier', ['--name=tiny', '--held_out=50'], 'distinct prompts in val'),
+    ('temperature', ['--name=tiny'], 'run repro/frontier.py first'),
+    ('accuracy', ['--name=tiny'], 'run dpo.py and repro/reward_model.py'),
+    ('gradient', ['--name=other'], 'data/other/meta.json does not exist'),
+])
+def test_a_mistake_ends_in_one_line(experiment, script, args, message):
+    with pytest.raises(UserError) as error:
+        importlib.import_module(script).main(args)
+    assert message in error.value.message
+
+
+def test_a_script_says_a_mistake_without_a_traceback(experiment):
+    done = run_stage('repro/ppo.py', '--name=tiny', '--reward=nowhere', check=False)
+    assert done.returncode == 1 and done.stderr.strip().splitlines() == ['error: nowhere holds no checkpoint: run repro/reward_model.py first']
