@@ -58,7 +58,8 @@ class World:
 
     def __init__(self, prompts, vocab, length, width, seed):
         torch.manual_seed(seed)
-        self.prompts = torch.stack([torch.randperm(vocab)[:2] for _ in range(prompts)])                 # (P, 2)
+        drawn = torch.randperm(vocab**2)[:prompts]                      # different ones: a policy cannot tell equal ones apart
+        self.prompts = torch.stack([drawn // vocab, drawn % vocab], dim=1)                              # (P, 2)
         self.completions = torch.tensor(list(itertools.product(range(vocab), repeat=length)))           # (M, length)
         self.reference = GPT(GPTConfig(2 + length, vocab, n_layer=2, n_head=2, n_embd=width)).double().requires_grad_(False)
         for p in self.reference.parameters():
