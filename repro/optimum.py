@@ -27,6 +27,7 @@ import itertools
 import json
 import math
 import os
+import statistics
 import sys
 import time
 
@@ -44,6 +45,7 @@ BETAS = 0.1, 0.3, 1.0, 3.0
 BETA = 1.0                              # of the sampled runs: DPO on n pairs, REINFORCE, PPO
 BEST_OF = 1, 2, 4, 8, 16, 32, 64, 128
 GAPS = 0.05, 0.01                       # J* - J, nats: what counts as close
+RATES = dict(DPO=1e-3, REINFORCE=1e-3, PPO=1e-3)            # of Adam, linear to 0 over the run
 CLIP, EPOCHS, BATCH = 0.2, 4, 250       # PPO's clip and epochs a batch; completions a batch, REINFORCE's too
 FULL = dict(prompts=4, vocab=5, length=4, width=32, adam=300, lbfgs=200, pairs=(100, 300, 1000, 3000, 10000, 30000, 100000),
             steps=300, samples=100_000, seeds=3)
@@ -105,12 +107,23 @@ def optimum(rho, reward, beta):
 
 def mean_kl(p, q):
     """E_x KL(p||q), nats; p, q: log-probs (P, M)."""
-    terms = p.exp() * (p - q)
-    return terms.nan_to_num().sum(-1).mean().item()             # 0 log 0 is 0: best-of-N
+    return (p.exp() * (p.clamp(min=-1e300) - q)).sum(-1).mean().item()          # 0 log 0 is 0: best-of-N
 
 
 def mean_reward(p, reward):
+    """E_x E_y r(x, y), y from log-probs p (P, M)."""
     return (p.exp() * reward).sum(-1).mean().item()
+
+
+def frontier(rho, reward, kl):
+    """The largest mean reward at a mean KL to rho of `kl`: that of pi*_beta, its beta found by bisection. A policy with
+    E_x KL(pi||rho) = kl is below by at most beta KL(pi||pi*_beta), any beta: the frontier is under its tangents."""
+    low, high = 1e-3, 1e6
+    for _ in range(100):
+        beta = math.sqrt(low * high)
+        star, _ = optimum(rho, reward, beta)
+        low, high = (beta, high) if mean_kl(star, rho) > kl else (low, beta)
+    return mean_reward(star, reward)
 
 
 def best_of(rho, reward, n):
@@ -216,7 +229,7 @@ def climb(world, beta, method, seed, samples, learning_rate):
         old = logps.detach()
         y = torch.multinomial(old.exp()[x], 1, generator=generator)[:, 0]
         returns = reward[x, y] - beta * (old - rho)[x, y]                       # (BATCH,) the KL penalty is in the reward
-        means = torch.zeros(P).index_add(0, x, returns) / x.bincount(minlength=P)
+        means = torch.zeros(P).index_add(0, x, returns) / x.bincount()
         baseline = means if baseline is None else baseline
         advantage = returns - baseline[x]
         baseline = 0.9 * baseline + 0.1 * means
@@ -232,3 +245,186 @@ def climb(world, beta, method, seed, samples, learning_rate):
             logps = world.logps(policy)
         curve.append(((batch + 1) * BATCH, beta * mean_kl(logps.detach().double(), star)))
     return curve, logps.detach().double()
+
+
+# -----------------------------------------------------------------------------
+# the report
+
+def recovered(logps, rho, reward, beta):
+    """beta log(pi/rho) beside r, each less its mean under rho for a prompt: correlation and RMS error under rho, largest
+    error, and both tables (P, M)."""
+    weight = rho.exp()
+    implicit, r = (x - (weight * x).sum(-1, keepdim=True) for x in (beta * (logps - rho), reward))
+    correlation = (weight * implicit * r).sum() / ((weight * implicit**2).sum() * (weight * r**2).sum()).sqrt()
+    error = implicit - r
+    rms = ((weight * error**2).sum(-1).mean()).sqrt()
+    return correlation.item(), rms.item(), error.abs().max().item(), implicit, r
+
+
+def first_within(curve, gap):
+    """Samples from which on J* - J stays within `gap`; None where it does not."""
+    outside = [i for i, (_, g) in enumerate(curve) if g > gap]
+    after = outside[-1] + 1 if outside else 0
+    return curve[after][0] if after < len(curve) else None
+
+
+def measure(size, seed):
+    """Run all of it. -> the report, a dict of numbers, and the (P, M) tables that the figure scatters, by beta."""
+    began = time.perf_counter()
+    world = World(size['prompts'], size['vocab'], size['length'], size['width'], seed)
+    rho, reward = world.rho, world.reward
+
+    def row(logps, **more):
+        kl, r = mean_kl(logps, rho), mean_reward(logps, reward)
+        return more | dict(kl=kl, reward=r, below_frontier=frontier(rho, reward, kl) - r)
+
+    stars = {beta: optimum(rho, reward, beta) for beta in BETAS}
+    report = dict(seed=seed, size=size, completions=rho.shape[1], parameters=world.reference.num_params(),
+                  perplexity=(-(rho.exp() * rho).sum(-1)).exp().tolist(), reference=row(rho), expected=[], sampled=[], rl=[])
+    report['frontier'] = [row(optimum(rho, reward, beta)[0], beta=beta) for beta in torch.logspace(-1.3, 1.5, 80).tolist()]
+    report['best_of'] = [row(best_of(rho, reward, n), n=n, formula=math.log(n) - (n - 1) / n) for n in BEST_OF]
+    scatter = {}
+    for beta, (star, best) in stars.items():
+        logps, excess = fit_expected(world, reward, beta, size['adam'], size['lbfgs'])
+        correlation, rms, largest, *scatter[beta] = recovered(logps, rho, reward, beta)
+        report['expected'].append(row(logps, beta=beta, kl_optimum=mean_kl(logps, star), kl_start=mean_kl(rho, star),
+                                      gap=best - mean_reward(logps, reward) + beta * mean_kl(logps, rho), excess_loss=excess,
+                                      correlation=correlation, rms_error=rms, largest_error=largest))
+        if beta == BETA:
+            f = 3 * torch.randn(len(rho), 1, dtype=rho.dtype, generator=torch.Generator().manual_seed(seed))
+            shifted, _ = fit_expected(world, reward + f, beta, size['adam'], size['lbfgs'])
+            report['shift'] = dict(f=f.flatten().tolist(), difference=(shifted - logps).abs().max().item(),
+                                   optimum=(optimum(rho, reward + f, beta)[0] - star).abs().max().item(),
+                                   labels=(label_weights(rho, reward + f) - label_weights(rho, reward)).abs().max().item())
+    star, best = stars[BETA]
+    seeds = range(seed + 1, seed + 1 + size['seeds'])
+    for n, s in tqdm(list(itertools.product(size['pairs'], seeds)), desc='DPO on n pairs', leave=False):
+        logps = fit_pairs(world, BETA, n, s, size['steps'], RATES['DPO'])
+        report['sampled'].append(row(logps, n=n, seed=s, kl_optimum=mean_kl(logps, star)))
+    for method, s in tqdm(list(itertools.product(('REINFORCE', 'PPO'), seeds)), desc='RL', leave=False):
+        curve, logps = climb(world, BETA, method, s, size['samples'], RATES[method])
+        report['rl'].append(row(logps, method=method, seed=s, kl_optimum=mean_kl(logps, star), curve=curve,
+                                within={f'{gap:g}': first_within(curve, gap) for gap in GAPS}))
+    means = [(n, statistics.mean(r['kl_optimum'] for r in report['sampled'] if r['n'] == n)) for n in size['pairs']]
+    (n1, kl1), (n2, kl2) = means[-3 if len(means) > 3 else -2], means[-1]
+    report['slope'] = dict(of=(n1, n2), slope=math.log(kl2 / kl1) / math.log(n2 / n1))
+    report['pairs_within'] = {f'{gap:g}': next((n for n, kl in means if BETA * kl <= gap), None) for gap in GAPS}
+    report['seconds'] = time.perf_counter() - began
+    return report, scatter
+
+
+def text(report):
+    """The report as Markdown."""
+    size, shift, slope = report['size'], report['shift'], report['slope']
+    heading = (f'{size["prompts"]} prompts, {report["completions"]} completions each; the reference, {report["parameters"]:,} parameters, '
+               f'has a perplexity of {min(report["perplexity"]):.0f} to {max(report["perplexity"]):.0f} completions. Nats, means over '
+               f'prompts. Seed {report["seed"]}, {report["seconds"]:.0f} seconds on one CPU core.')
+    expected = [{'beta': f'{r["beta"]:g}', 'KL(ref, pi*) before': f'{r["kl_start"]:.3f}', 'KL(pi, pi*)': f'{r["kl_optimum"]:.4f}',
+                 'J* - J': f'{r["gap"]:.5f}', 'loss above minimum': f'{r["excess_loss"]:.1e}', 'KL(pi, ref)': f'{r["kl"]:.3f}',
+                 'reward': f'{r["reward"]:.3f}', 'below frontier': f'{r["below_frontier"]:.5f}'} for r in report['expected']]
+    implicit = [{'beta': f'{r["beta"]:g}', 'correlation with r': f'{r["correlation"]:.5f}', 'RMS error under rho': f'{r["rms_error"]:.4f}',
+                 'largest error': f'{r["largest_error"]:.3f}'} for r in report['expected']]
+    best = [{'N': f'{r["n"]}', 'exact KL': f'{r["kl"]:.4f}', 'log N - (N-1)/N': f'{r["formula"]:.4f}', 'reward': f'{r["reward"]:.3f}',
+             'below frontier': f'{r["below_frontier"]:.4f}'} for r in report['best_of']]
+    sampled = []
+    for n in size['pairs']:
+        kls = [r['kl_optimum'] for r in report['sampled'] if r['n'] == n]
+        sampled.append({'pairs': f'{n:,}', 'KL(pi, pi*), mean': f'{statistics.mean(kls):.4f}', 'lowest': f'{min(kls):.4f}',
+                        'highest': f'{max(kls):.4f}'})
+    count = lambda n: 'not reached' if n is None else f'{n:,}'                                      # noqa: E731
+    rl = [{'method, seed': f'{r["method"]}, {r["seed"]}', **{f'within {gap} of J*': count(n) for gap, n in r['within'].items()},
+           'J* - J at the end': f'{BETA * r["kl_optimum"]:.5f}'} for r in report['rl']]
+    rl.append({'method, seed': 'DPO, pairs (first n above)', **{f'within {gap} of J*': count(n) for gap, n in report['pairs_within'].items()},
+               'J* - J at the end': f'{BETA * float(sampled[-1]["KL(pi, pi*), mean"]):.5f}'})
+    return '\n\n'.join([
+        heading, '## DPO on the expected loss', table(expected), '## The implicit reward, beta log(pi/ref), less its mean for a prompt',
+        table(implicit), f'f(x) added to the reward, {", ".join(f"{f:+.2f}" for f in shift["f"])} for the prompts, beta {BETA:g}: the labels\' '
+        f'probabilities change by at most {shift["labels"]:.0e}, log pi* by {shift["optimum"]:.0e}, the trained policy\'s log-probs by {shift["difference"]:.0e}.',
+        '## Best-of-N, exactly', table(best), f'## DPO on n sampled pairs, beta {BETA:g}, {size["seeds"]} seeds', table(sampled),
+        f'Slope of log KL on log n from {slope["of"][0]:,} to {slope["of"][1]:,} pairs: {slope["slope"]:.2f}.',
+        f'## Samples needed, beta {BETA:g}: completions drawn and scored by the true reward; for DPO, labelled pairs', table(rl)]) + '\n'
+
+
+def draw(report, scatter, path):
+    """Frontier, implicit reward, DPO against the number of pairs, everyone against the number of samples."""
+    import matplotlib
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    size = report['size']
+    blue, red, yellow, green = '#4c78a8', '#d1495b', '#e0a100', '#3a8f6f'
+    figure, axes = plt.subplots(2, 2, figsize=(12.5, 9.4), constrained_layout=True)
+    ax = axes[0, 0]
+    points = lambda rows: ([r['kl'] for r in rows], [r['reward'] for r in rows])                    # noqa: E731
+    ax.plot(*points(report['frontier']), color='0.55', lw=1.5, label='$\\pi^*_\\beta$, exact', zorder=1)
+    ax.plot(*points(report['best_of']), color=yellow, marker='s', ms=4, lw=0.8, ls=':', label='best of N = 1, 2, 4, ..., 128, exact')
+    ax.plot(*points(report['expected']), 'o', color=blue, ms=8, label='DPO, expected loss')
+    for r in report['expected']:
+        ax.annotate(f'$\\beta$ = {r["beta"]:g}', (r['kl'], r['reward']), (6, -13), textcoords='offset points', fontsize=9, color=blue)
+    for method, marker, colour in (('REINFORCE', '^', green), ('PPO', 'v', red)):
+        ax.plot(*points([r for r in report['rl'] if r['method'] == method]), marker, color=colour, ms=11, mfc='none',
+                label=f'{method}, true reward, $\\beta$ = {BETA:g}')
+    ax.set_xlim(-0.1, 1.1 * max(r['kl'] for r in report['expected']))
+    ax.set(title='KL and reward: all on the frontier but best-of-N, just below', xlabel='KL(policy || reference), nats', ylabel='mean true reward')
+    ax = axes[0, 1]
+    for beta, colour in ((BETAS[0], yellow), (BETA, blue)):
+        implicit, r = scatter[beta]
+        ax.plot(r.flatten(), implicit.flatten(), '.', ms=3, color=colour, alpha=0.6, label=f'DPO, expected loss, $\\beta$ = {beta:g}', rasterized=True)
+    ends = [scatter[BETA][1].min(), scatter[BETA][1].max()]
+    ax.plot(ends, ends, color='0.3', lw=0.8, label='equal')
+    ax.set(title='DPO recovers the reward up to f(x)', xlabel='true reward less its mean for the prompt',
+           ylabel='$\\beta$ log(policy / reference), less its mean')
+    ax = axes[1, 0]
+    for r in report['sampled']:
+        ax.plot(r['n'], r['kl_optimum'], '.', color=blue, alpha=0.5)
+    means, low, high = ([f([r['kl_optimum'] for r in report['sampled'] if r['n'] == n]) for n in size['pairs']]
+                        for f in (statistics.mean, min, max))
+    ax.errorbar(size['pairs'], means, [[m - x for m, x in zip(means, low)], [x - m for m, x in zip(means, high)]], color=blue, capsize=3,
+                marker='o', ms=5, lw=1.2, label=f'DPO, mean and range of {size["seeds"]} seed{"s" * (size["seeds"] > 1)}')
+    ends = size['pairs'][-2:]
+    ax.plot(ends, [1.5 * means[-2] * ends[0] / n for n in ends], color='0.3', lw=0.8, ls='--', label='slope -1')
+    start = next(r['kl_start'] for r in report['expected'] if r['beta'] == BETA)
+    ax.axhline(start, color='0.6', lw=0.8, ls=':', label='the reference')
+    ax.set(title=f'DPO on n sampled pairs, $\\beta$ = {BETA:g}', xlabel='pairs', ylabel='KL(policy || $\\pi^*$), nats', xscale='log', yscale='log')
+    ax = axes[1, 1]
+    for method, colour in (('REINFORCE', green), ('PPO', red)):
+        curves = [r['curve'] for r in report['rl'] if r['method'] == method]
+        x, gaps = [n for n, _ in curves[0]], [[g for _, g in batch] for batch in zip(*curves)]
+        ax.plot(x, [statistics.mean(g) for g in gaps], color=colour, lw=1.3, label=f'{method}: completions, true reward')
+        ax.fill_between(x, [min(g) for g in gaps], [max(g) for g in gaps], color=colour, alpha=0.2, lw=0)
+    ax.plot(size['pairs'], [BETA * m for m in means], color=blue, marker='o', ms=5, lw=1.2, label='DPO: labelled pairs, one run a dot')
+    for gap in GAPS:
+        ax.axhline(gap, color='0.6', lw=0.8, ls=':')
+    ax.set(title=f'To the same optimum, $\\beta$ = {BETA:g}', xlabel='samples drawn', ylabel='J* - J, nats', xscale='log', yscale='log')
+    for ax in axes.flat:
+        ax.legend(fontsize=9, frameon=False)
+        ax.grid(alpha=0.2)
+        ax.spines[['top', 'right']].set_visible(False)
+    figure.savefig(path, dpi=110)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.error = lambda message: sys.exit(f'error: {message} (--help lists the options)')
+    add = parser.add_argument
+    add('--quick', action='store_true', help='a smaller world, fewer steps, one seed; writes only where --out is given')
+    add('--seed', type=int, default=1337, help='of the world; runs on samples take the next ones')
+    add('--out', default='', help='writes OUT.json, OUT.md and OUT.png; default: repro/results/optimum')
+    options = parser.parse_args(argv)
+    if not 0 <= options.seed < 2**31:
+        parser.error(f'seed={options.seed} must be from 0 to 2**31 - 1')
+    if not os.path.isdir(os.path.dirname(options.out) or '.'):
+        parser.error(f'out={options.out}: no such folder')
+    out = options.out or ('' if options.quick else os.path.join(ROOT, 'repro', 'results', 'optimum'))
+    torch.set_num_threads(1)            # matrices are small, and sums in one order repeat to the last bit
+    report, scatter = measure(QUICK if options.quick else FULL, options.seed)
+    print(text(report), end='')
+    if out:
+        with open(f'{out}.json', 'w') as f:
+            json.dump(report, f, indent=1)
+        with open(f'{out}.md', 'w') as f:
+            f.write(text(report))
+        draw(report, scatter, f'{out}.png')
+
+
+if __name__ == '__main__':
+    main()
