@@ -48,12 +48,17 @@ GAPS = 0.05, 0.01                       # J* - J, nats: what counts as close
 RATES = dict(DPO=3e-4, REINFORCE=1e-3, PPO=1e-3)            # of Adam, linear to 0 over the run; of sampled runs
 CLIP, EPOCHS, BATCH = 0.2, 4, 250       # PPO's clip and epochs a batch; completions a batch, REINFORCE's too
 FULL = dict(prompts=4, vocab=5, length=4, width=32, adam=300, lbfgs=200, pairs=(100, 300, 1000, 3000, 10000, 30000, 100000),
-            steps=300, samples=100_000, seeds=3)
+            steps=300, samples=100_000, seeds=5)
 QUICK = dict(prompts=2, vocab=3, length=3, width=16, adam=150, lbfgs=100, pairs=(100, 1000, 10000), steps=100, samples=10_000, seeds=1)
 
 
 # -----------------------------------------------------------------------------
 # the world: all completions, their rewards, the reference
+
+def grid(x):
+    """x in steps of 2**-40: there r + f(x) is exact, and float64's rounding is no part of what f(x) changes."""
+    return (x * 2**40).round() / 2**40
+
 
 class World:
     """reference: a frozen GPT, float64; rho: (P, M) its log-probs; reward: (P, M), std 1 over all completions."""
@@ -83,7 +88,7 @@ class World:
         pair = torch.randn(length - 1, vocab, vocab, dtype=torch.float64)
         y = self.completions
         reward = sum(token[:, t, y[:, t]] for t in range(length)) + sum(pair[t, y[:, t], y[:, t + 1]] for t in range(length - 1))
-        self.reward = reward / reward.std()
+        self.reward = grid(reward / reward.std())
 
     def logps(self, policy):
         """Log-probabilities of all completions, in the order of `completions`: (P, M), differentiable."""
@@ -281,7 +286,8 @@ def measure(size, seed):
     stars = {beta: optimum(rho, reward, beta) for beta in BETAS}
     report = dict(seed=seed, size=size, completions=rho.shape[1], parameters=world.reference.num_params(),
                   perplexity=(-(rho.exp() * rho).sum(-1)).exp().tolist(), reference=row(rho), expected=[], sampled=[], rl=[])
-    report['frontier'] = [row(optimum(rho, reward, beta)[0], beta=beta) for beta in torch.logspace(-1.3, 1.5, 80).tolist()]
+    report['frontier'] = [dict(beta=beta, kl=mean_kl(star, rho), reward=mean_reward(star, reward)) for beta in
+                          torch.logspace(-1.3, 1.5, 80).tolist() for star, _ in [optimum(rho, reward, beta)]]
     report['best_of'] = [row(best_of(rho, reward, n), n=n, formula=math.log(n) - (n - 1) / n) for n in BEST_OF]
     scatter = {}
     for beta, (star, best) in stars.items():
@@ -291,7 +297,7 @@ def measure(size, seed):
                                       gap=best - mean_reward(logps, reward) + beta * mean_kl(logps, rho), excess_loss=excess,
                                       correlation=correlation, rms_error=rms, largest_error=largest))
         if beta == BETA:
-            f = 3 * torch.randn(len(rho), 1, dtype=rho.dtype, generator=torch.Generator().manual_seed(seed))
+            f = grid(3 * torch.randn(len(rho), 1, dtype=rho.dtype, generator=torch.Generator().manual_seed(seed + 1)))
             shifted, _ = fit_expected(world, reward + f, beta, size['adam'], size['lbfgs'])
             report['shift'] = dict(f=f.flatten().tolist(), difference=(shifted - logps).abs().max().item(),
                                    optimum=(optimum(rho, reward + f, beta)[0] - star).abs().max().item(),
@@ -324,7 +330,7 @@ def text(report):
                  'reward': f'{r["reward"]:.3f}', 'below frontier': f'{r["below_frontier"]:.5f}'} for r in report['expected']]
     implicit = [{'beta': f'{r["beta"]:g}', 'correlation with r': f'{r["correlation"]:.5f}', 'RMS error under rho': f'{r["rms_error"]:.4f}',
                  'largest error': f'{r["largest_error"]:.3f}'} for r in report['expected']]
-    best = [{'N': f'{r["n"]}', 'exact KL': f'{r["kl"]:.4f}', 'log N - (N-1)/N': f'{r["formula"]:.4f}', 'reward': f'{r["reward"]:.3f}',
+    best = [{'N': f'{r["n"]}', 'exact KL': f'{abs(r["kl"]):.4f}', 'log N - (N-1)/N': f'{r["formula"]:.4f}', 'reward': f'{r["reward"]:.3f}',
              'below frontier': f'{r["below_frontier"]:.4f}'} for r in report['best_of']]
     sampled = []
     for n in size['pairs']:
@@ -339,7 +345,7 @@ def text(report):
     return '\n\n'.join([
         heading, '## DPO on the expected loss', table(expected), '## The implicit reward, beta log(pi/ref), less its mean for a prompt',
         table(implicit), f'f(x) added to the reward, {", ".join(f"{f:+.2f}" for f in shift["f"])} for the prompts, beta {BETA:g}: the labels\' '
-        f'probabilities change by at most {shift["labels"]:.0e}, log pi* by {shift["optimum"]:.0e}, the trained policy\'s log-probs by {shift["difference"]:.0e}.',
+        f'probabilities change by at most {shift["labels"]:.0e}, log pi* by {shift["optimum"]:.0e}, log-probs after training by {shift["difference"]:.0e}.',
         '## Best-of-N, exactly', table(best), f'## DPO on n sampled pairs, beta {BETA:g}, {size["seeds"]} seeds', table(sampled),
         f'Slope of log KL on log n from {slope["of"][0]:,} to {slope["of"][1]:,} pairs: {slope["slope"]:.2f}.',
         f'## Samples needed, beta {BETA:g}: completions drawn and scored by the true reward; for DPO, labelled pairs', table(rl)]) + '\n'
@@ -359,14 +365,15 @@ def draw(report, scatter, path):
     ax.plot(*points(report['best_of']), color=yellow, marker='s', ms=4, lw=0.8, ls=':', label='best of N = 1, 2, 4, ..., 128, exact')
     ax.plot(*points(report['expected']), 'o', color=blue, ms=8, label='DPO, expected loss')
     for r in report['expected']:
-        ax.annotate(f'$\\beta$ = {r["beta"]:g}', (r['kl'], r['reward']), (6, -13), textcoords='offset points', fontsize=9, color=blue)
+        above = dict(xytext=(-7, 7), ha='right') if r['beta'] < 1 else dict(xytext=(6, -13))
+        ax.annotate(f'$\\beta$ = {r["beta"]:g}', (r['kl'], r['reward']), textcoords='offset points', fontsize=9, color=blue, **above)
     for method, marker, colour in (('REINFORCE', '^', green), ('PPO', 'v', red)):
         ax.plot(*points([r for r in report['rl'] if r['method'] == method]), marker, color=colour, ms=11, mfc='none',
                 label=f'{method}, true reward, $\\beta$ = {BETA:g}')
     ax.set_xlim(-0.1, 1.1 * max(r['kl'] for r in report['expected']))
     ax.set(title='The frontier of KL and reward, exact', xlabel='KL(policy || reference), nats', ylabel='mean true reward')
     ax = axes[0, 1]
-    for beta, colour in ((BETAS[0], yellow), (BETA, blue)):
+    for beta, colour in ((BETA, blue), (BETAS[0], yellow)):
         implicit, r = scatter[beta]
         ax.plot(r.flatten(), implicit.flatten(), '.', ms=3, color=colour, alpha=0.6, label=f'DPO, expected loss, $\\beta$ = {beta:g}', rasterized=True)
     ends = [scatter[BETA][1].min(), scatter[BETA][1].max()]
@@ -396,7 +403,7 @@ def draw(report, scatter, path):
         ax.axhline(gap, color='0.6', lw=0.8, ls=':')
     ax.set(title=f'To the same optimum, $\\beta$ = {BETA:g}', xlabel='samples drawn', ylabel='J* - J, nats', xscale='log', yscale='log')
     for ax in axes.flat:
-        ax.legend(fontsize=9, frameon=False)
+        ax.legend(fontsize=9, frameon=False, markerscale=4 if ax is axes[0, 1] else 1)
         ax.grid(alpha=0.2)
         ax.spines[['top', 'right']].set_visible(False)
     figure.savefig(path, dpi=110)
