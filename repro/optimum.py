@@ -175,9 +175,9 @@ def fit_expected(world, reward, beta, adam, lbfgs, learning_rate=1e-2):
     optimizer.step(closure)
     bar.close()
     with torch.no_grad():
-        logps = world.logps(policy)
-        return logps, (expected_loss(logps, world.rho, weight, beta) - expected_loss(optimum(world.rho, reward, beta)[0],
-                                                                                    world.rho, weight, beta)).item()
+        logps, (star, _) = world.logps(policy), optimum(world.rho, reward, beta)
+        loss, minimum = (expected_loss(x, world.rho, weight, beta).item() for x in (logps, star))
+    return logps, loss - minimum
 
 
 def sample_pairs(rho, reward, n, generator):
@@ -311,17 +311,22 @@ def measure(size, seed):
         curve, logps = climb(world, BETA, method, s, size['samples'], RATES[method])
         report['rl'].append(row(logps, method=method, seed=s, kl_optimum=mean_kl(logps, star), curve=curve,
                                 within={f'{gap:g}': first_within(curve, gap) for gap in GAPS}))
-    means = [(n, statistics.mean(r['kl_optimum'] for r in report['sampled'] if r['n'] == n)) for n in size['pairs']]
-    (n1, kl1), (n2, kl2) = means[-3 if len(means) > 3 else -2], means[-1]
-    report['slope'] = dict(of=(n1, n2), slope=math.log(kl2 / kl1) / math.log(n2 / n1))
-    report['pairs_within'] = {f'{gap:g}': next((n for n, kl in means if BETA * kl <= gap), None) for gap in GAPS}
+    kls = {n: [r['kl_optimum'] for r in report['sampled'] if r['n'] == n] for n in size['pairs']}
+    report['pairs'] = [dict(n=n, mean=statistics.mean(kl), lowest=min(kl), highest=max(kl)) for n, kl in kls.items()]
+    first, last = report['pairs'][-3], report['pairs'][-1]
+    report['slope'] = math.log(last['mean'] / first['mean']) / math.log(last['n'] / first['n'])
+    report['pairs_within'] = {f'{gap:g}': next((p['n'] for p in report['pairs'] if BETA * p['mean'] <= gap), None) for gap in GAPS}
     report['seconds'] = time.process_time() - began
     return report, scatter
 
 
 def text(report):
     """The report as Markdown."""
-    size, shift, slope = report['size'], report['shift'], report['slope']
+    size, shift, pairs = report['size'], report['shift'], report['pairs']
+
+    def count(n):
+        return 'not reached' if n is None else f'{n:,}'
+
     heading = (f'{size["prompts"]} prompts, {report["completions"]} completions each; the reference, {report["parameters"]:,} parameters, '
                f'has a perplexity of {min(report["perplexity"]):.0f} to {max(report["perplexity"]):.0f} completions. Nats, means over '
                f'prompts. Seed {report["seed"]}, {report["seconds"]:.0f} seconds of one CPU core.')
@@ -332,22 +337,20 @@ def text(report):
                  'largest error': f'{r["largest_error"]:.3f}'} for r in report['expected']]
     best = [{'N': f'{r["n"]}', 'exact KL': f'{abs(r["kl"]):.4f}', 'log N - (N-1)/N': f'{r["formula"]:.4f}', 'reward': f'{r["reward"]:.3f}',
              'below frontier': f'{r["below_frontier"]:.4f}'} for r in report['best_of']]
-    sampled = []
-    for n in size['pairs']:
-        kls = [r['kl_optimum'] for r in report['sampled'] if r['n'] == n]
-        sampled.append({'pairs': f'{n:,}', 'KL(pi, pi*), mean': f'{statistics.mean(kls):.4f}', 'lowest': f'{min(kls):.4f}',
-                        'highest': f'{max(kls):.4f}'})
-    count = lambda n: 'not reached' if n is None else f'{n:,}'                                      # noqa: E731
+    sampled = [{'pairs': f'{p["n"]:,}', 'KL(pi, pi*), mean': f'{p["mean"]:.4f}', 'lowest': f'{p["lowest"]:.4f}',
+                'highest': f'{p["highest"]:.4f}'} for p in pairs]
     rl = [{'method, seed': f'{r["method"]}, {r["seed"]}', **{f'within {gap} of J*': count(n) for gap, n in r['within'].items()},
            'J* - J at the end': f'{BETA * r["kl_optimum"]:.5f}'} for r in report['rl']]
-    rl.append({'method, seed': 'DPO, pairs (first n above)', **{f'within {gap} of J*': count(n) for gap, n in report['pairs_within'].items()},
-               'J* - J at the end': f'{BETA * float(sampled[-1]["KL(pi, pi*), mean"]):.5f}'})
+    rl.append({'method, seed': 'DPO, pairs (first n above)',
+               **{f'within {gap} of J*': count(n) for gap, n in report['pairs_within'].items()},
+               'J* - J at the end': f'{BETA * pairs[-1]["mean"]:.5f}'})
     return '\n\n'.join([
         heading, '## DPO on the expected loss', table(expected), '## The implicit reward, beta log(pi/ref), less its mean for a prompt',
-        table(implicit), f'f(x) added to the reward, {", ".join(f"{f:+.2f}" for f in shift["f"])} for the prompts, beta {BETA:g}: the labels\' '
-        f'probabilities change by at most {shift["labels"]:.0e}, log pi* by {shift["optimum"]:.0e}, log-probs after training by {shift["difference"]:.0e}.',
-        '## Best-of-N, exactly', table(best), f'## DPO on n sampled pairs, beta {BETA:g}, {size["seeds"]} seeds', table(sampled),
-        f'Slope of log KL on log n from {slope["of"][0]:,} to {slope["of"][1]:,} pairs: {slope["slope"]:.2f}.',
+        table(implicit), f'f(x) added to the reward, {", ".join(f"{f:+.2f}" for f in shift["f"])} for the prompts, beta {BETA:g}: '
+        f'probabilities of labels change by at most {shift["labels"]:.0e}, log pi* by {shift["optimum"]:.0e}, log-probs after '
+        f'training by {shift["difference"]:.0e}.',
+        '## Best-of-N, exactly', table(best), f'## DPO on n sampled pairs, beta {BETA:g}, seeds: {size["seeds"]}', table(sampled),
+        f'Slope of log KL on log n from {pairs[-3]["n"]:,} to {pairs[-1]["n"]:,} pairs: {report["slope"]:.2f}.',
         f'## Samples needed, beta {BETA:g}: completions drawn and scored by the true reward; for DPO, labelled pairs', table(rl)]) + '\n'
 
 
@@ -356,11 +359,14 @@ def draw(report, scatter, path):
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
-    size = report['size']
+    pairs, seeds = report['pairs'], report['size']['seeds']
     blue, red, yellow, green = '#4c78a8', '#d1495b', '#e0a100', '#3a8f6f'
+
+    def points(rows):
+        return [r['kl'] for r in rows], [r['reward'] for r in rows]
+
     figure, axes = plt.subplots(2, 2, figsize=(12.5, 9.4), constrained_layout=True)
     ax = axes[0, 0]
-    points = lambda rows: ([r['kl'] for r in rows], [r['reward'] for r in rows])                    # noqa: E731
     ax.plot(*points(report['frontier']), color='0.55', lw=1.5, label='$\\pi^*_\\beta$, exact', zorder=1)
     ax.plot(*points(report['best_of']), color=yellow, marker='s', ms=4, lw=0.8, ls=':', label='best of N = 1, 2, 4, ..., 128, exact')
     ax.plot(*points(report['expected']), 'o', color=blue, ms=8, label='DPO, expected loss')
@@ -375,30 +381,28 @@ def draw(report, scatter, path):
     ax = axes[0, 1]
     for beta, colour in ((BETA, blue), (BETAS[0], yellow)):
         implicit, r = scatter[beta]
-        ax.plot(r.flatten(), implicit.flatten(), '.', ms=3, color=colour, alpha=0.6, label=f'DPO, expected loss, $\\beta$ = {beta:g}', rasterized=True)
+        ax.plot(r.flatten(), implicit.flatten(), '.', ms=3, color=colour, alpha=0.6, label=f'DPO, expected loss, $\\beta$ = {beta:g}')
     ends = [scatter[BETA][1].min(), scatter[BETA][1].max()]
     ax.plot(ends, ends, color='0.3', lw=0.8, label='equal')
     ax.set(title='DPO recovers the reward up to f(x)', xlabel='true reward less its mean for the prompt',
            ylabel='$\\beta$ log(policy / reference), less its mean')
     ax = axes[1, 0]
-    for r in report['sampled']:
-        ax.plot(r['n'], r['kl_optimum'], '.', color=blue, alpha=0.5)
-    means, low, high = ([f([r['kl_optimum'] for r in report['sampled'] if r['n'] == n]) for n in size['pairs']]
-                        for f in (statistics.mean, min, max))
-    ax.errorbar(size['pairs'], means, [[m - x for m, x in zip(means, low)], [x - m for m, x in zip(means, high)]], color=blue, capsize=3,
-                marker='o', ms=5, lw=1.2, label=f'DPO, mean and range of {size["seeds"]} seed{"s" * (size["seeds"] > 1)}')
-    ends = size['pairs'][-2:]
-    ax.plot(ends, [1.5 * means[-2] * ends[0] / n for n in ends], color='0.3', lw=0.8, ls='--', label='slope -1')
+    ax.plot([r['n'] for r in report['sampled']], [r['kl_optimum'] for r in report['sampled']], '.', color=blue, alpha=0.5)
+    n, means = [p['n'] for p in pairs], [p['mean'] for p in pairs]
+    ax.errorbar(n, means, [[p['mean'] - p['lowest'] for p in pairs], [p['highest'] - p['mean'] for p in pairs]], color=blue,
+                capsize=3, marker='o', ms=5, lw=1.2, label=f'DPO, mean and range of {seeds} seed{"s" * (seeds > 1)}')
+    ax.plot(n[-2:], [1.5 * means[-2], 1.5 * means[-2] * n[-2] / n[-1]], color='0.3', lw=0.8, ls='--', label='slope -1')
     start = next(r['kl_start'] for r in report['expected'] if r['beta'] == BETA)
     ax.axhline(start, color='0.6', lw=0.8, ls=':', label='the reference')
-    ax.set(title=f'DPO on n sampled pairs, $\\beta$ = {BETA:g}', xlabel='pairs', ylabel='KL(policy || $\\pi^*$), nats', xscale='log', yscale='log')
+    ax.set(title=f'DPO on n sampled pairs, $\\beta$ = {BETA:g}', xlabel='pairs', ylabel='KL(policy || $\\pi^*$), nats',
+           xscale='log', yscale='log')
     ax = axes[1, 1]
     for method, colour in (('REINFORCE', green), ('PPO', red)):
         curves = [r['curve'] for r in report['rl'] if r['method'] == method]
-        x, gaps = [n for n, _ in curves[0]], [[g for _, g in batch] for batch in zip(*curves)]
+        x, gaps = [drawn for drawn, _ in curves[0]], [[g for _, g in batch] for batch in zip(*curves)]
         ax.plot(x, [statistics.mean(g) for g in gaps], color=colour, lw=1.3, label=f'{method}: completions, true reward')
         ax.fill_between(x, [min(g) for g in gaps], [max(g) for g in gaps], color=colour, alpha=0.2, lw=0)
-    ax.plot(size['pairs'], [BETA * m for m in means], color=blue, marker='o', ms=5, lw=1.2, label='DPO: labelled pairs, one run a dot')
+    ax.plot(n, [BETA * m for m in means], color=blue, marker='o', ms=5, lw=1.2, label='DPO: labelled pairs, one run a dot')
     for gap in GAPS:
         ax.axhline(gap, color='0.6', lw=0.8, ls=':')
     ax.set(title=f'To the same optimum, $\\beta$ = {BETA:g}', xlabel='samples drawn', ylabel='J* - J, nats', xscale='log', yscale='log')

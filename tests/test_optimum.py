@@ -144,7 +144,7 @@ def test_more_pairs_and_more_samples_come_closer_to_the_optimum(world):
 
 
 def test_a_run_writes_tables_figures_and_no_paths_and_a_wrong_flag_one_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(optimum, 'QUICK', dict(optimum.QUICK, adam=20, lbfgs=10, pairs=(100, 1000), steps=5, samples=1000))
+    monkeypatch.setattr(optimum, 'QUICK', dict(optimum.QUICK, adam=20, lbfgs=10, pairs=(100, 300, 1000), steps=5, samples=1000))
     optimum.main(['--quick', f'--out={tmp_path / "run"}'])
     report = json.loads((tmp_path / 'run.json').read_text())
     assert (tmp_path / 'run.md').read_text() == capsys.readouterr().out and (tmp_path / 'run.png').stat().st_size > 10000
