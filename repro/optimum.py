@@ -1,6 +1,6 @@
 """The optimum, exactly: DPO, best-of-N, REINFORCE and PPO where every completion can be listed.
 
-    python repro/optimum.py                                 # one CPU core; writes repro/results/optimum.json, .md and .png
+    python repro/optimum.py                                 # 6 minutes on one CPU core; writes repro/results/optimum.json, .md and .png
     python repro/optimum.py --quick --out=optimum           # a smaller world, in seconds
 
 P prompts of two tokens, a vocabulary of V, completions of a fixed length: M = V**length of them. The reference rho is a
