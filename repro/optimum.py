@@ -1,6 +1,6 @@
 """The optimum, exactly: DPO, best-of-N, REINFORCE and PPO where every completion can be listed.
 
-    python repro/optimum.py                                 # 6 minutes on one CPU core; writes repro/results/optimum.json, .md and .png
+    python repro/optimum.py                                 # 6 minutes on one CPU core; writes repro/results/optimum.*
     python repro/optimum.py --quick --out=optimum           # a smaller world, in seconds
 
 P prompts of two tokens, a vocabulary of V, completions of a fixed length: M = V**length of them. The reference rho is a
@@ -19,7 +19,8 @@ Policies are the same GPT and start at the reference. In nats throughout; an ave
   PPO        the same reward and baseline, clipped, several epochs a batch. A completion is one action, its ratio is that
              of the whole completion, and there is no value network: not the token-level PPO of RLHF codes
 The distance to the optimum: with J = E[r] - beta KL(pi||rho) and J* = beta E_x[log Z], J* - J(pi) = beta KL(pi||pi*).
-The learning rate of each method's sampled runs is the best of 3e-4, 1e-3 and 3e-3 in this world, one or two short runs each.
+Each method's learning rate for sampled runs was chosen by hand among 3e-4, 1e-3 and 3e-3, in this same world, from one or
+two short runs each: what they need is a rough comparison.
 """
 import argparse
 import copy
