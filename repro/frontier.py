@@ -21,6 +21,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from contextlib import nullcontext
@@ -42,39 +43,42 @@ from reward_model import RewardModel, all_rewards, bradley_terry_losses, judge, 
 from rollout import Task                                                                    # noqa: E402
 from sample import Sampled, response_logps, text_of                                                  # noqa: E402
 
-GRID = {        # the paper's settings
-    'dpo': [{'beta': beta} for beta in (0.05, 0.1, 1.0, 5.0)],
-    'ppo': [{'target_kl': kl} for kl in (3.0, 6.0, 9.0, 12.0)],
-    'ppo_gt': [{'target_kl': kl} for kl in (3.0, 6.0, 9.0, 12.0)],
+TARGETS = [{'target_kl': kl, 'kl_coef': coef} for kl, coef in ((3.0, 2.0), (6.0, 1.0), (9.0, 0.5), (12.0, 0.25))]
+GRID = {        # the paper's settings; where PPO's KL controller starts, and DPO's rate by beta, were found by --search
+    'dpo': [{'beta': beta, 'learning_rate': lr} for beta, lr in ((0.05, 3e-4), (0.1, 3e-4), (1.0, 1.2e-3), (5.0, 1.2e-3))],
+    'ppo': TARGETS,
+    'ppo_gt': TARGETS,
     'unlikelihood': [{'alpha': alpha} for alpha in (0.05, 0.1, 0.5, 1.0)],
     'preferred_ft': [{}],
     'best_of_n': [{}],
 }
-QUICK = {'dpo': [{'beta': 0.1}, {'beta': 1.0}], 'ppo': [{'target_kl': 6.0}], 'ppo_gt': [{'target_kl': 6.0}],
+QUICK = {'dpo': GRID['dpo'][1:3], 'ppo': TARGETS[1:2], 'ppo_gt': TARGETS[1:2],
          'unlikelihood': [{'alpha': 0.1}], 'preferred_ft': [{}], 'best_of_n': [{}]}
 FOUND = {       # by --search, repro/results/frontier-search.md
     'reward_model': {'learning_rate': 2e-3, 'epochs': 2},
-    'dpo': {'learning_rate': 6e-4, 'epochs': 2},
-    'ppo': {'learning_rate': 3e-4, 'kl_coef': 0.1, 'gae_lambda': 0.95, 'ppo_epochs': 2},
-    'ppo_gt': {'learning_rate': 3e-4, 'kl_coef': 0.1, 'gae_lambda': 0.95, 'ppo_epochs': 2},
-    'unlikelihood': {'learning_rate': 1e-4, 'epochs': 2},
-    'preferred_ft': {'learning_rate': 3e-4, 'epochs': 2},
+    'dpo': {'epochs': 2},
+    'ppo': {'learning_rate': 6e-4, 'gae_lambda': 0.95, 'ppo_epochs': 1, 'minibatches': 8},
+    'ppo_gt': {'learning_rate': 6e-4, 'gae_lambda': 0.95, 'ppo_epochs': 1, 'minibatches': 8},
+    'unlikelihood': {'learning_rate': 3e-4, 'epochs': 2},
+    'preferred_ft': {'learning_rate': 1e-3, 'epochs': 2},
     'best_of_n': {},
 }
+TWICE, ONCE = {'ppo_epochs': 2, 'minibatches': 4}, {'ppo_epochs': 1, 'minibatches': 8}       # as many steps
 SEARCH = {      # what is tried instead of FOUND, at one setting of the grid or two
-    'ppo_gt': [{'target_kl': 6.0, **knobs} for knobs in (
-        {}, {'learning_rate': 1e-4}, {'learning_rate': 6e-4}, {'kl_coef': 0.3}, {'kl_coef': 1.0}, {'gae_lambda': 1.0},
-        {'ppo_epochs': 4}, {'learning_rate': 6e-4, 'kl_coef': 0.3})],
-    'dpo': [{'beta': 0.1, 'learning_rate': lr} for lr in (1e-4, 3e-4, 6e-4, 1.2e-3)]
-           + [{'beta': 1.0, 'learning_rate': lr} for lr in (3e-4, 6e-4, 1.2e-3)],
-    'unlikelihood': [{'alpha': 0.1, 'learning_rate': lr} for lr in (3e-5, 1e-4, 3e-4, 6e-4)],
+    'ppo_gt': [{'target_kl': 6.0, 'learning_rate': lr, 'kl_coef': coef, 'gae_lambda': lam, **passes}
+               for lr, coef, lam, passes in ((3e-4, 0.1, 0.95, TWICE), (1e-4, 0.1, 0.95, TWICE), (6e-4, 0.1, 0.95, TWICE),
+                                             (3e-4, 0.3, 0.95, TWICE), (3e-4, 1.0, 0.95, TWICE), (3e-4, 0.1, 1.0, TWICE),
+                                             (6e-4, 1.0, 0.95, TWICE), (1e-3, 1.0, 0.95, TWICE), (6e-4, 2.0, 0.95, TWICE),
+                                             (6e-4, 1.0, 0.95, ONCE))],
+    'dpo': [{'beta': 0.1, 'learning_rate': lr} for lr in (3e-4, 6e-4, 1.2e-3)] + [{'beta': 1.0, 'learning_rate': lr} for lr in (6e-4, 1.2e-3)],
+    'unlikelihood': [{'alpha': 0.1, 'learning_rate': lr} for lr in (3e-5, 1e-4, 3e-4)],
     'preferred_ft': [{'learning_rate': lr} for lr in (1e-4, 3e-4, 1e-3)],
-    'reward_model': [{'learning_rate': lr, 'epochs': n} for lr, n in ((1e-3, 2), (2e-3, 2), (4e-3, 2), (2e-3, 4))],
+    'reward_model': [{'learning_rate': lr, 'epochs': n} for lr, n in ((1e-3, 2), (2e-3, 2), (4e-3, 2))],
 }
 K, BATCH, WARMUP = 4, 8, 20        # completions a prefix, as the paper; prefixes a step; steps
 ROLLOUTS = 256                      # PPO's samples a round
 SAMPLES = 2                         # of each held-out prefix, at every evaluation
-NS = (1, 2, 4, 8, 16, 32, 64, 128)
+NS = (1, 2, 4, 8, 16, 32, 64)
 BUDGETS = (1, 2, 4, 8)              # nats
 LABELS = {'dpo': 'DPO', 'ppo': 'PPO, learned reward', 'ppo_gt': 'PPO-GT, true reward', 'unlikelihood': 'unlikelihood',
           'preferred_ft': 'preferred-FT', 'best_of_n': 'best of N, true reward', 'best_of_n_learned': 'best of N, learned reward'}
@@ -170,11 +174,15 @@ def work(job, needed):
     def learned_reward(prompts, responses):
         return all_rewards(reward_model, Sampled(list(zip(prompts, responses))))[:, 0]
 
+    def looks(steps):
+        """The steps after which to evaluate, evenly spaced."""
+        return set(np.linspace(0, steps, min(steps, common['evaluations']) + 1).round().astype(int)[1:].tolist())
+
     def run_offline(model, losses_of):
         """The model after each so many steps; settings from the job."""
         steps = job['epochs'] * math.ceil(len(groups.lengths) / BATCH)
         for step, _, _ in train(model, losses_of, groups, better, steps, BATCH, job['learning_rate'], WARMUP, seed):
-            if step % max(1, steps // common['evaluations']) == 0 or step == steps:
+            if step in looks(steps):
                 yield step
 
     result = {'job': job, 'points': []}
@@ -218,7 +226,7 @@ def work(job, needed):
             knobs = {key: value for key, value in job.items() if key in PPOConfig.__dataclass_fields__}
             cfg = PPOConfig(**{**knobs, 'steps': common['rounds'], 'batch_size': ROLLOUTS})
             for step, found in ppo(policy, reference, task, true_reward if job['method'] == 'ppo_gt' else learned_reward, prompts, cfg):
-                if step % max(1, cfg.steps // common['evaluations']) == 0 or step == cfg.steps:
+                if step in looks(cfg.steps):
                     look(step, found['samples'])
         else:
             ref_logps = data['ref_logps']
@@ -239,8 +247,16 @@ def work(job, needed):
 
 
 def be_a_worker():
-    signal.signal(signal.SIGINT, signal.SIG_IGN)        # the parent ends the sweep
+    """Leave the bars and Ctrl-C to the parent, and end when it does, however it does."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ['TQDM_DISABLE'] = '1'
+    parent = os.getppid()
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def sweep(jobs, workers):
@@ -252,9 +268,9 @@ def sweep(jobs, workers):
     pending, running = [job for job in jobs if results[path_of(job)] is None], {}
     print(f'{len(jobs)} runs, {len(jobs) - len(pending)} of them done before; {workers} at a time')
     spawn = multiprocessing.get_context('spawn')        # torch's threads do not survive a fork
-    pool = ProcessPoolExecutor(workers, spawn, be_a_worker)
-    try:
-        with tqdm(total=len(pending), desc='runs', unit='run', disable=None, smoothing=0) as bar:
+    with (ProcessPoolExecutor(workers, spawn, be_a_worker) as pool,
+          tqdm(total=len(pending), desc='runs', unit='run', disable=None, smoothing=0) as bar):
+        try:
             while pending or running:
                 ready = [job for job in pending if all(results[path_of(other)] for other in needs(job, jobs))]
                 for job in ready[:workers - len(running)]:
@@ -265,10 +281,13 @@ def sweep(jobs, workers):
                     results[path_of(job)] = result = future.result()
                     tqdm.write(f'{path_of(job):90} {result["seconds"]:5.0f} s   {summary(result)}')
                     bar.update()
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-        for process in list((pool._processes or {}).values()):
-            process.terminate()
+        except BaseException as error:
+            for process in multiprocessing.active_children():
+                process.terminate()
+            if isinstance(error, KeyboardInterrupt):
+                done = sum(result is not None for result in results.values())
+                raise UserError(f'stopped with {done} of {len(jobs)} runs done; the same command goes on') from None
+            raise
     return [results[path_of(job)] for job in jobs]
 
 
@@ -378,12 +397,12 @@ class Config:
     name: str = 'reviews'                           # of the experiment; the runs go to out/<name>/frontier
     reward: str = config.EMBEDDED                   # a Python file with the true reward: as in sample.py
     seeds: In[int, 'x >= 1'] = 3                    # 1 to so many
-    prefixes: In[int, 'x >= 1'] = 2000              # distinct ones of train, 4 completions each
-    rounds: In[int, 'x >= 1'] = 24                  # of PPO, 256 samples each: about as many as the others have
-    evaluations: In[int, 'x >= 1'] = 8              # of each run
+    prefixes: In[int, 'x >= 1'] = 1500              # distinct ones of train, 4 completions each
+    rounds: In[int, 'x >= 1'] = 20                  # of PPO, 256 samples each: 5,120, where the others have 6,000
+    evaluations: In[int, 'x >= 1'] = 6              # of each run
     held_out: In[int, 'x >= 2'] = 250               # prefixes of val
     workers: In[int, 'x >= 1'] = os.cpu_count() or 1    # runs at a time, one thread each
-    quick: bool = False                             # one seed, 1,000 prefixes, 20 rounds, 5 evaluations, fewer settings
+    quick: bool = False                             # one seed, 600 prefixes, 12 rounds, 3 evaluations, fewer settings
     search: bool = False                            # the search for FOUND instead, on seed 0 and the other prefixes of val
     out: str = ''                                   # '' = repro/results/frontier, with -quick or -search
 
@@ -404,7 +423,7 @@ def main(argv=None):
     prepare(cfg.name)
     task = Task(cfg.name, cfg.reward)
     reference = task.load('')
-    prefixes, rounds, evaluations = (1000, 20, 5) if cfg.quick else (cfg.prefixes, cfg.rounds, cfg.evaluations)
+    prefixes, rounds, evaluations = (600, 12, 3) if cfg.quick else (cfg.prefixes, cfg.rounds, cfg.evaluations)
     held_out = task.prompts('val', 2 * cfg.held_out)
     common = {'name': cfg.name, 'reward': cfg.reward, 'folder': os.path.join('out', cfg.name, 'frontier' + ('-quick' if cfg.quick else '')),
               'prefixes': prefixes, 'rounds': rounds, 'evaluations': evaluations, 'most_of_n': 16 if cfg.quick else max(NS),

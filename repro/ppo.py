@@ -25,7 +25,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import config                                                                               # noqa: E402
 from config import In, Literal, UserError                                                   # noqa: E402
 from model import CheckpointError, open_run, packed_mask, save_checkpoint, token_logps      # noqa: E402
-from prepare_prefs import packed_batches, plan_rows, row_limit, step_groups                 # noqa: E402
+from prepare_prefs import epoch_order, packed_batches, plan_rows, row_limit                 # noqa: E402
 from reward_model import RewardModel, all_rewards                                           # noqa: E402
 from rollout import Task                                                                    # noqa: E402
 from sample import Sampled                                                                  # noqa: E402
@@ -98,7 +98,8 @@ def ppo(policy, reference, task, score, prompts, cfg):
         for group, learning_rate in zip(optimizer.param_groups, (cfg.learning_rate, cfg.value_learning_rate)):
             group['lr'] = learning_rate * min(1, step / cfg.warmup_steps)
         # rollouts, each prompt once an epoch, and what the policy that made them thinks of each token
-        some = [prompts[i] for i in step_groups(len(prompts), cfg.batch_size, step - 1, cfg.seed)]
+        epochs = (divmod(k, len(prompts)) for k in range((step - 1) * cfg.batch_size, step * cfg.batch_size))
+        some = [prompts[epoch_order(len(prompts), cfg.seed, epoch)[i]] for epoch, i in epochs]
         policy.eval()
         responses = task.draw(policy, some, cfg.seed * 1_000 + step, max_new_tokens=cfg.max_new_tokens)
         groups, n = Sampled(list(zip(some, responses))), len(some)
@@ -163,14 +164,15 @@ class Config:
     init_from: str = ''                             # policy and reference: '' = out/<name>/sft, or as in dpo.py
     reward: str = ''                                # a Python file with reward(prompts, responses), or a folder of reward_model.py
     target_kl: In[float, 'x > 0'] = 6.0             # of sequences, nats: where the controller holds the policy
-    steps: In[int, 'x >= 1'] = 60                   # rounds of sampling and learning
+    steps: In[int, 'x >= 1'] = 24                   # rounds of sampling and learning
     batch_size: In[int, 'x >= 2'] = 256             # samples a round, each of another prompt
-    ppo_epochs: In[int, 'x >= 1'] = 2               # passes over a round's samples
-    minibatches: In[int, 'x >= 1'] = 4              # optimizer steps a pass
-    learning_rate: In[float, 'x > 0'] = 3e-4        # searched on the reviews: repro/LOG.md
+    ppo_epochs: In[int, 'x >= 1'] = 1               # passes over a round's samples; 2 cost more and gave no more
+    minibatches: In[int, 'x >= 1'] = 8              # optimizer steps a pass
+    learning_rate: In[float, 'x > 0'] = 6e-4        # searched on the reviews: repro/results/frontier-search.md
     value_learning_rate: In[float, 'x > 0'] = 2e-3  # of the value model
     warmup_steps: In[int, 'x >= 1'] = 4             # rounds, linear, then constant
-    kl_coef: In[float, 'x >= 0'] = 0.1              # of the penalty at the start, in deviations of the score a nat
+    kl_coef: In[float, 'x >= 0'] = 1.0              # of the penalty at the start, in deviations of the score a nat; in a short
+                                                    # run it matters more than the target: too low, and the KL is ill spent
     kl_gain: In[float, 'x >= 0'] = 0.5              # of the controller: times at most 1 -+ 0.2 kl_gain a round; 0 = fixed coef
     clip: In[float, 'x > 0'] = 0.2                  # of the probability ratio and of the value's move
     gae_lambda: In[float, '0 <= x <= 1'] = 0.95     # bias (0) against variance (1) of the advantages; there is no discount
