@@ -19,6 +19,7 @@ import signal
 import sys
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -84,11 +85,13 @@ def main(argv=None):
     reference, prompts = task.load('').requires_grad_(False), task.prompts('val', cfg.held_out)
     steps = cfg.epochs * math.ceil(len(task.train) / cfg.batch_size)
 
+    looks = set(np.linspace(0, steps, min(steps, cfg.evaluations) + 1).round().astype(int)[1:].tolist())
+
     def look(step, policy):
         chosen, rejected = mean_logps(policy, task.val)
         found = task.evaluate(policy, reference, prompts, 1, cfg.seed)
         tqdm.write(f'{method:10} {step:>5,}/{steps:,} | logps chosen {chosen:8.2f} rejected {rejected:8.2f} | reward '
-                   f'{found["true_reward"]:+6.2f} | KL {found["kl"]:6.2f} | well-formed {found.get("well_formed", math.nan):6.1%} '
+                   f'{found["true_reward"]:+6.2f} | KL {found["kl"]:6.2f} | well-formed {found["well_formed"]:6.1%} '
                    f'| {found["tokens"]:.0f} tokens')
         runs[method].append({'step': step, 'chosen': chosen, 'rejected': rejected, **found})
 
@@ -106,7 +109,7 @@ def main(argv=None):
         look(0, policy)
         for step, _, _ in tqdm(train(policy, losses_of, task.train, first_is_better(task.train), steps, cfg.batch_size,
                                      cfg.learning_rate, cfg.warmup_steps, cfg.seed), total=steps, desc=method, disable=None):
-            if step % max(1, steps // cfg.evaluations) == 0 or step == steps:
+            if step in looks:
                 look(step, policy)
     os.makedirs(os.path.dirname(cfg.out) or '.', exist_ok=True)
     with open(cfg.out + '.json', 'w') as f:

@@ -33,7 +33,8 @@ from reward_model import RewardModel, all_rewards                               
 from rollout import Task                                                                    # noqa: E402
 from sample import Sampled                                                                  # noqa: E402
 
-POLICIES = {'dpo': ('DPO, beta 0.1', 'dpo-beta=0.1', 'C0'), 'ppo': ('PPO, learned reward, target KL 6', 'ppo-*target_kl=6', 'C3'),
+BETA = 1.0          # of DPO: the setting of frontier.py whose policies end furthest out with their text intact
+POLICIES = {'dpo': ('DPO, beta 1', 'dpo-beta=1-', 'C0'), 'ppo': ('PPO, learned reward, target KL 6', 'ppo-*target_kl=6', 'C3'),
             'ppo_gt': ('PPO-GT, true reward, target KL 6', 'ppo_gt-*target_kl=6', 'C1'), 'preferred_ft': ('preferred-FT', 'preferred_ft', 'C2')}
 TEMPERATURES = (0.0, 0.25, 0.5, 0.75, 1.0)
 OVER_STEPS = (0.25, 0.7, 1.0)       # temperatures of the second figure
@@ -75,14 +76,17 @@ def work(kind, where, temperature, cfg):
         groups, rewards, policy = Sampled(data['groups']), data['rewards'], task.load('')
         better, steps = rewards[:, :, None] > rewards[:, None, :], FOUND['dpo']['epochs'] * -(-len(rewards) // BATCH)
 
+        setting = next(setting for setting in GRID['dpo'] if setting['beta'] == BETA)
+        looks = set(np.linspace(0, steps, min(steps, 12) + 1).round().astype(int).tolist())
+
         def losses_of(batch):
-            return dpo_losses(policy_logps(policy, batch), data['ref_logps'][batch.ids], 0.1)
+            return dpo_losses(policy_logps(policy, batch), data['ref_logps'][batch.ids], setting['beta'])
 
         def look():
             return [wins(task, prompts, task.draw(policy.eval(), prompts, 1, t), reference_rewards).mean(1) for t in OVER_STEPS]
         found = {0: look()}
-        for step, _, _ in train(policy.train(), losses_of, groups, better, steps, BATCH, FOUND['dpo']['learning_rate'], WARMUP, 1):
-            if step % max(1, steps // 12) == 0 or step == steps:
+        for step, _, _ in train(policy.train(), losses_of, groups, better, steps, BATCH, setting['learning_rate'], WARMUP, 1):
+            if step in looks:
                 found[step] = look()
                 policy.train()
         return found
@@ -114,7 +118,7 @@ def figure(curves, over_steps, path):
         right.plot(list(over_steps), mean, marker='o', ms=3, color=f'C{j}', label=f'temperature {temperature:g}')
         right.fill_between(list(over_steps), mean - half, mean + half, color=f'C{j}', alpha=0.12, lw=0)
     left.set(title='win rate against the preferred completions of the data', xlabel='sampling temperature', xticks=TEMPERATURES)
-    right.set(title='DPO, beta 0.1: win rate over training', xlabel='step')
+    right.set(title=f'DPO, beta {BETA:g}: win rate over training', xlabel='step')
     left.legend(fontsize=8, frameon=False, ncols=2, loc='lower center')
     right.legend(fontsize=9, frameon=False)
     for ax in (left, right):
@@ -132,7 +136,7 @@ def figure(curves, over_steps, path):
 class Config:
     name: str = 'reviews'                           # of the experiment: reads out/<name>/frontier
     reward: str = config.EMBEDDED                   # a Python file with the true reward: as in sample.py
-    held_out: In[int, 'x >= 2'] = 250               # prefixes of val
+    held_out: In[int, 'x >= 2'] = 150               # prefixes of val
     samples: In[int, 'x >= 1'] = 2                  # of each prefix, policy and temperature
     workers: In[int, 'x >= 1'] = os.cpu_count() or 1    # processes, one thread each
     out: str = os.path.join(ROOT, 'repro', 'results', 'temperature')

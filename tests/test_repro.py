@@ -13,6 +13,7 @@ import torch
 from conftest import ROOT, random_groups, read_log, run_stage, small_gpt
 
 sys.path.insert(0, str(ROOT / 'repro'))
+import dpo                                                  # noqa: E402
 import frontier                                             # noqa: E402
 import offline                                              # noqa: E402
 import ppo                                                  # noqa: E402
@@ -202,7 +203,7 @@ def test_the_pipeline_that_dpo_replaces_runs_and_learns(experiment):
     assert log[-1]['loss'] < 0.6 and '10 validation pairs: accuracy' in out           # ln 2 at the start
     assert reward_model.RewardModel.from_checkpoint('out/tiny/reward_model')[0].reward.weight.norm() > 0
     run_stage('repro/ppo.py', '--name=tiny', '--reward=reward.py', '--steps=16', '--batch_size=48', '--target_kl=20',
-              '--learning_rate=3e-3', '--max_new_tokens=12', '--eval_interval=16', '--eval_prompts=10')
+              '--learning_rate=3e-3', '--kl_coef=0.05', '--max_new_tokens=12', '--eval_interval=16', '--eval_prompts=10')
     log = read_log('out/tiny/ppo')
     scores = [row['score'] for row in log if 'score' in row]
     assert np.mean(scores[-3:]) > np.mean(scores[:3]) + 0.5
@@ -213,26 +214,46 @@ def test_the_pipeline_that_dpo_replaces_runs_and_learns(experiment):
     out = run_stage('repro/best_of_n.py', '--name=tiny', '--reward=out/tiny/reward_model', '--true_reward=reward.py', '--n=4',
                     '--num_prompts=5').stdout
     assert len(out.splitlines()) == 5 and 'true reward' in out
-    run_stage('repro/offline.py', '--name=tiny', '--method=unlikelihood', '--max_steps=2', '--batch_size=8')
+    offline.main(['--name=tiny', '--method=unlikelihood', '--max_steps=2', '--batch_size=8'])
     assert read_log('out/tiny/unlikelihood')[-1]['step'] == 2
+
+
+def test_the_figures_are_drawn_from_what_the_runs_logged(experiment):
+    (experiment / 'reward.py').write_text(REWARD + 'def metrics(prompts, responses):\n    return {"well_formed": [True] * len(prompts)}\n')
+    reward_model.main(['--name=tiny', '--batch_size=16'])
+    dpo.main(['--name=tiny', '--batch_size=16', '--compile=False'])
+    importlib.import_module('accuracy').main(['--name=tiny', '--out=accuracy'])
+    table = (experiment / 'accuracy.md').read_text()
+    last = {stage: read_log(f'out/tiny/{stage}')[-1] for stage in ('dpo', 'reward_model')}
+    assert f"| {last['dpo']['eval/rewards/accuracies']:.3f} |" in table and f"| {last['reward_model']['eval/accuracy']:.3f} |" in table
+    importlib.import_module('gradient').main(['--name=tiny', '--reward=reward.py', '--batch_size=24', '--evaluations=2', '--held_out=4', '--out=gradient'])
+    runs = json.load(open('gradient.json'))
+    assert [p['step'] for p in runs['dpo']] == [p['step'] for p in runs['unweighted']] == [0, 1, 2]
+    assert runs['dpo'][0]['chosen'] == runs['unweighted'][0]['chosen'] != runs['dpo'][2]['chosen']
+    assert min(os.path.getsize(f) for f in ('accuracy.png', 'gradient.png')) > 10_000
 
 
 def test_a_sweep_goes_on_where_it_stopped(experiment, monkeypatch, capsys):
     (experiment / 'reward.py').write_text(REWARD)
-    monkeypatch.setattr(frontier, 'GRID', {'dpo': [{'beta': 0.1}], 'ppo': [{'target_kl': 3.0}], 'best_of_n': [{}]})
+    few = {'ppo': [{'target_kl': 6.0}], 'ppo_gt': [{'target_kl': 6.0}], 'preferred_ft': [{}], 'best_of_n': [{}]}
+    monkeypatch.setattr(frontier, 'GRID', {'dpo': [{'beta': 1.0, 'learning_rate': 1e-3}], **few})
     monkeypatch.setattr(frontier, 'NS', (1, 2, 4))
     args = ['--name=tiny', '--reward=reward.py', '--seeds=1', '--prefixes=16', '--rounds=1', '--held_out=4', '--evaluations=2',
             '--workers=2', '--out=sweep']
     frontier.main(args)
-    assert '5 runs, 0 of them done before' in capsys.readouterr().out
+    assert '7 runs, 0 of them done before' in capsys.readouterr().out
     results = json.load(open('sweep.json'))
-    assert [r['job']['method'] for r in results] == ['data', 'reward_model', 'dpo', 'ppo', 'best_of_n']
+    assert [r['job']['method'] for r in results] == ['data', 'reward_model', 'dpo', 'ppo', 'ppo_gt', 'preferred_ft', 'best_of_n']
     assert all(math.isfinite(p['kl']) for r in results[2:] for p in r['points']) and os.path.getsize('sweep.png') > 10_000
     os.remove(next(f'out/tiny/frontier/seed-1/{f}' for f in os.listdir('out/tiny/frontier/seed-1') if f.startswith('dpo') and f.endswith('.json')))
     frontier.main(args)
-    assert '5 runs, 4 of them done before' in capsys.readouterr().out
+    assert '7 runs, 6 of them done before' in capsys.readouterr().out
     again = json.load(open('sweep.json'))
     assert again[2]['points'] == results[2]['points']       # the same numbers, run again
+    importlib.import_module('temperature').main(['--name=tiny', '--reward=reward.py', '--held_out=2', '--samples=1', '--workers=2', '--out=heat'])
+    curves = json.load(open('heat.json'))['curves']
+    assert set(curves) >= {'SFT', 'best of 128', 'DPO, beta 1'} and all(0 <= mean <= 1 for points in curves.values() for mean, _ in points)
+    assert curves['best of 1'][0] == curves['SFT'][0]       # both greedy
 
 
 @pytest.mark.parametrize('script, args, message', [
