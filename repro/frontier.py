@@ -45,7 +45,7 @@ from sample import Sampled, response_logps, text_of                             
 
 TARGETS = [{'target_kl': kl, 'kl_coef': coef} for kl, coef in ((3.0, 2.0), (6.0, 1.0), (9.0, 0.5), (12.0, 0.25))]
 GRID = {        # the paper's settings; where PPO's KL controller starts, and DPO's rate by beta, were found by --search
-    'dpo': [{'beta': beta, 'learning_rate': lr} for beta, lr in ((0.05, 3e-4), (0.1, 3e-4), (1.0, 1.2e-3), (5.0, 1.2e-3))],
+    'dpo': [{'beta': beta, 'learning_rate': lr} for beta, lr in ((0.05, 3e-4), (0.1, 3e-4), (1.0, 6e-4), (1.0, 1.2e-3), (5.0, 6e-4))],
     'ppo': TARGETS,
     'ppo_gt': TARGETS,
     'unlikelihood': [{'alpha': alpha} for alpha in (0.05, 0.1, 0.5, 1.0)],
@@ -89,7 +89,7 @@ COLOURS = dict(zip(LABELS, ('C0', 'C3', 'C1', 'C5', 'C2', 'C4', 'C6')))
 # the optimum: the grammar's own frontier, exactly
 
 def grammar_log_z(start, lam):
-    """log E exp(lam * reward) over the grammar's reviews that begin with `start`; lam and result: float64 tensors, ().
+    """log E exp(lam * reward) over the grammar's reviews that begin with `start`; lam: (n,) float64 -> (n,).
 
     Given the polarity z the sentences are independent, and so are the slots of a form: products of small sums.
     """
@@ -101,7 +101,7 @@ def grammar_log_z(start, lam):
             for options, *probabilities in choices:
                 p = torch.tensor(probabilities[0 if z == 1 else 1], dtype=torch.float64)
                 reward = torch.tensor(reviews.reward([''] * len(options), options), dtype=torch.float64)
-                weight = weight * (p * torch.exp(lam * reward)).sum() / p.sum()
+                weight = weight * (p * torch.exp(lam[:, None] * reward)).sum(1) / p.sum()
             tilted = tilted + weight
         return sum(weights), tilted
 
@@ -116,13 +116,11 @@ def grammar_log_z(start, lam):
 def grammar_frontier(starts, betas):
     """(KL, mean reward) of pi* = grammar * exp(reward / beta) for each beta, means over the prefixes: (n, 2).
     With l = 1 / beta: reward = d log Z / dl and KL = l * reward - log Z, pi* being an exponential family in l."""
-    points = []
-    for beta in betas:
-        lam = torch.tensor(1 / beta, dtype=torch.float64, requires_grad=True)
-        log_z = sum(grammar_log_z(start, lam) for start in starts) / len(starts)
-        reward, = torch.autograd.grad(log_z, lam)
-        points.append(((lam * reward - log_z).item(), reward.item()))
-    return np.array(points)
+    lam = 1 / torch.tensor(betas, dtype=torch.float64)
+    lam.requires_grad_()
+    log_z = sum(grammar_log_z(start, lam) for start in starts) / len(starts)        # (n,)
+    reward, = torch.autograd.grad(log_z.sum(), lam)
+    return torch.stack([lam * reward - log_z, reward], 1).detach().numpy()
 
 
 # -----------------------------------------------------------------------------
@@ -214,7 +212,7 @@ def work(job, needed):
             for n in (n for n in NS if n <= most):
                 best = best_of_n(values, true, n)
                 result['points'].append({'method': chooser, 'n': n, 'kl': bound(n), 'true_reward': best.mean(),
-                                         'samples': n * len(held_out), 'true_reward/error': best.std(ddof=1) / math.sqrt(len(best))})
+                                         'true_reward/error': best.std(ddof=1) / math.sqrt(len(best))})
     else:
         policy = task.load('')
 
@@ -345,8 +343,8 @@ def table(results, optimum):
         for budget in (2, 8):
             shares = [best_at(points, budget)[1] or {} for points in seeds.values()]
             cells.append(f"{np.mean([s['well_formed'] for s in shares]):.0%}" if all('well_formed' in s for s in shares) else '-')
-        samples = max(p.get('samples', 0) for points in seeds.values() for p in points)
-        lines.append(f'| {LABELS[method]} | ' + ' | '.join(cells) + f' | {samples:,} |')
+        samples = 0 if method.startswith('best_of_n') else max(p.get('samples', 0) for points in seeds.values() for p in points)
+        lines.append(f'| {LABELS[method]} | ' + ' | '.join(cells) + (f' | {samples:,} |' if samples else ' | - |'))
     exact = np.interp(BUDGETS, *optimum.T)
     lines.append("| the grammar's optimum | " + ' | '.join(f'{r:+.2f}' for r in exact) + ' | 100% | 100% | |')
     verdict = []
@@ -365,13 +363,17 @@ def figure(results, optimum, path):
     import matplotlib.pyplot as plt
     methods = by_method(results)
     plot, (left, right) = plt.subplots(1, 2, figsize=(13, 5.5), constrained_layout=True)
-    reach = 16
+    reach = 12
     for method, seeds in methods.items():
         points = [p for found in seeds.values() for p in found if p['kl'] <= reach]
         style = dict(color=COLOURS[method], s=14, alpha=0.55, lw=0)
         left.scatter([p['kl'] for p in points], [p['true_reward'] for p in points], **style)
         formed = [p for p in points if 'well_formed' in p]
         right.scatter([p['kl'] for p in formed], [100 * p['well_formed'] for p in formed], **style)
+        if method.startswith('best_of_n'):      # a curve by itself
+            left.plot([p['kl'] for p in points[:len(points) // len(seeds)]], np.mean([[p['true_reward'] for p in found] for found in seeds.values()], 0),
+                      color=COLOURS[method], lw=1.8, label=LABELS[method])
+            continue
         # the frontier: the best reward within each KL, the mean over seeds
         budgets = np.linspace(0.1, reach, 160)
         frontier = np.array([[best_at(found, budget)[0] for budget in budgets] for found in seeds.values()]).mean(0)
@@ -381,7 +383,7 @@ def figure(results, optimum, path):
     left.set(title='true reward against KL: points are evaluations, lines the best within a KL', xlabel='KL(policy || SFT), nats a sequence',
              ylabel='mean true reward, nats', xlim=(0, reach))
     right.set(title='share of samples that are still reviews of the grammar', xlabel='KL(policy || SFT), nats a sequence',
-              ylabel='well-formed, %', xlim=(0, reach), ylim=(0, 100))
+              ylabel='well-formed, %', xlim=(0, reach), ylim=(40, 100))
     left.legend(fontsize=9, frameon=False, loc='lower right')
     for ax in (left, right):
         ax.grid(alpha=0.2)
@@ -449,7 +451,7 @@ def main(argv=None):
         text = search_table(results)
     else:
         starts = [text_of(task.tokenizer, ids) + ' ' for ids in held_out[:cfg.held_out]]
-        optimum = np.concatenate([[[0, grammar_frontier(starts, [1e9])[0, 1]]], grammar_frontier(starts, np.geomspace(30, 0.08, 40))])
+        optimum = grammar_frontier(starts, [1e9, *np.geomspace(30, 0.08, 40)])
         text = table(results, optimum)
         figure(results, optimum, out + '.png')
     with open(out + '.md', 'w') as f:

@@ -34,7 +34,7 @@ from rollout import Task                                                        
 from sample import Sampled                                                                  # noqa: E402
 
 BETA = 1.0          # of DPO: the setting of frontier.py whose policies end furthest out with their text intact
-POLICIES = {'dpo': ('DPO, beta 1', 'dpo-beta=1-', 'C0'), 'ppo': ('PPO, learned reward, target KL 6', 'ppo-*target_kl=6', 'C3'),
+POLICIES = {'dpo': ('DPO, beta 1', 'dpo-beta=1-*=0.0006', 'C0'), 'ppo': ('PPO, learned reward, target KL 6', 'ppo-*target_kl=6', 'C3'),
             'ppo_gt': ('PPO-GT, true reward, target KL 6', 'ppo_gt-*target_kl=6', 'C1'), 'preferred_ft': ('preferred-FT', 'preferred_ft', 'C2')}
 TEMPERATURES = (0.0, 0.25, 0.5, 0.75, 1.0)
 OVER_STEPS = (0.25, 0.7, 1.0)       # temperatures of the second figure
