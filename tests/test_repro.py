@@ -236,7 +236,7 @@ def test_the_figures_are_drawn_from_what_the_runs_logged(experiment):
 def test_a_sweep_goes_on_where_it_stopped(experiment, monkeypatch, capsys):
     (experiment / 'reward.py').write_text(REWARD)
     few = {'ppo': [{'target_kl': 6.0}], 'ppo_gt': [{'target_kl': 6.0}], 'preferred_ft': [{}], 'best_of_n': [{}]}
-    monkeypatch.setattr(frontier, 'GRID', {'dpo': [{'beta': 1.0, 'learning_rate': 1e-3}], **few})
+    monkeypatch.setattr(frontier, 'GRID', {'dpo': [{'beta': 1.0, 'learning_rate': 6e-4}], **few})
     monkeypatch.setattr(frontier, 'NS', (1, 2, 4))
     args = ['--name=tiny', '--reward=reward.py', '--seeds=1', '--prefixes=16', '--rounds=1', '--held_out=4', '--evaluations=2',
             '--workers=2', '--out=sweep']
