@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import config                                                   # noqa: E402
-from config import In, Literal, UserError                       # noqa: E402
+from config import In, Literal                                  # noqa: E402
 from ppo import read_score                                      # noqa: E402
 from rollout import Task                                        # noqa: E402
 from sample import text_of                                      # noqa: E402
@@ -54,8 +54,6 @@ class Config:
 
 def main(argv=None):
     cfg = config.load(Config, 'best_of_n', argv)
-    if not cfg.reward:
-        raise UserError('reward is not set: a Python file with reward(prompts, responses), or a folder of repro/reward_model.py')
     device = torch.device(cfg.device if cfg.device != 'auto' else 'cuda' if torch.cuda.is_available() else 'cpu')
     true_file = cfg.true_reward or (cfg.reward if cfg.reward.endswith('.py') else '')
     judge = Task(cfg.name, true_file)

@@ -1,7 +1,7 @@
 """The paper's figure 2 (left) with a ground truth: mean true reward against KL from the reference, method by method.
 
     python repro/frontier.py                # prepares the reviews and their SFT model where they are missing, then sweeps
-    python repro/frontier.py --quick        # one seed, fewer settings, half the data
+    python repro/frontier.py --quick        # one seed, fewer settings, less data
     python repro/frontier.py --search       # how the learning rates and PPO's knobs were chosen
 
 As in arXiv 2305.18290, section 6.1: 4 completions of each prefix from the SFT model, all their pairs labelled by the true
@@ -37,7 +37,7 @@ import config                                                                   
 from config import In, UserError, reviews                                                   # noqa: E402
 from best_of_n import best_of_n, bound                                                       # noqa: E402
 from model import find_checkpoints, fingerprint, save_checkpoint                            # noqa: E402
-from offline import dpo_losses, policy_logps, preferred_ft_losses, train, unlikelihood_losses       # noqa: E402
+from offline import dpo_losses, even_steps, policy_logps, preferred_ft_losses, train, unlikelihood_losses       # noqa: E402
 from ppo import Config as PPOConfig, ppo                                                    # noqa: E402
 from reward_model import RewardModel, all_rewards, bradley_terry_losses, judge, response_rewards    # noqa: E402
 from rollout import Task                                                                    # noqa: E402
@@ -172,15 +172,12 @@ def work(job, needed):
     def learned_reward(prompts, responses):
         return all_rewards(reward_model, Sampled(list(zip(prompts, responses))))[:, 0]
 
-    def looks(steps):
-        """The steps after which to evaluate, evenly spaced."""
-        return set(np.linspace(0, steps, min(steps, common['evaluations']) + 1).round().astype(int)[1:].tolist())
-
     def run_offline(model, losses_of):
         """The model after each so many steps; settings from the job."""
         steps = job['epochs'] * math.ceil(len(groups.lengths) / BATCH)
+        looks = even_steps(steps, common['evaluations'])
         for step, _, _ in train(model, losses_of, groups, better, steps, BATCH, job['learning_rate'], WARMUP, seed):
-            if step in looks(steps):
+            if step in looks:
                 yield step
 
     result = {'job': job, 'points': []}
@@ -224,7 +221,7 @@ def work(job, needed):
             knobs = {key: value for key, value in job.items() if key in PPOConfig.__dataclass_fields__}
             cfg = PPOConfig(**{**knobs, 'steps': common['rounds'], 'batch_size': ROLLOUTS})
             for step, found in ppo(policy, reference, task, true_reward if job['method'] == 'ppo_gt' else learned_reward, prompts, cfg):
-                if step in looks(cfg.steps):
+                if step in even_steps(cfg.steps, common['evaluations']):
                     look(step, found['samples'])
         else:
             ref_logps = data['ref_logps']

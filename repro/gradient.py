@@ -19,7 +19,6 @@ import signal
 import sys
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -27,7 +26,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 import config                                                                               # noqa: E402
 from config import In                                                                       # noqa: E402
-from offline import dpo_losses, first_is_better, mean_logps, policy_logps, train, unweighted_losses     # noqa: E402
+from offline import dpo_losses, even_steps, first_is_better, mean_logps, policy_logps, train, unweighted_losses     # noqa: E402
 from rollout import Task                                                                    # noqa: E402
 
 
@@ -85,7 +84,7 @@ def main(argv=None):
     reference, prompts = task.load('').requires_grad_(False), task.prompts('val', cfg.held_out)
     steps = cfg.epochs * math.ceil(len(task.train) / cfg.batch_size)
 
-    looks = set(np.linspace(0, steps, min(steps, cfg.evaluations) + 1).round().astype(int)[1:].tolist())
+    looks = even_steps(steps, cfg.evaluations)
 
     def look(step, policy):
         chosen, rejected = mean_logps(policy, task.val)

@@ -49,6 +49,16 @@ def dpo_losses(logps, ref_logps, beta):
     return dpo_loss(logps[:, :, None], logps[:, None, :], ref_logps[:, :, None], ref_logps[:, None, :], beta)[0]
 
 
+def rows_of(groups, ids, device):
+    """The packed batches of the groups `ids`."""
+    return packed_batches(groups, plan_rows(ids, groups.lengths[ids], 1, row_limit([groups], 0, device.type))[0], device)
+
+
+def even_steps(steps, count):
+    """`count` steps, fewer where there are fewer, evenly spaced up to the last: a set of int."""
+    return set(np.linspace(0, steps, min(steps, count) + 1).round().astype(int)[1:].tolist())
+
+
 def policy_logps(policy, batch):
     """dpo.py's log-probs of a packed batch's responses: (G, K)."""
     return response_logps(policy, policy.wte.weight, batch, packed_mask(batch.group, batch.part, batch.cuts))
@@ -62,7 +72,6 @@ def train(model, losses_of, groups, better, steps, batch_size, learning_rate, wa
     """
     device = next(model.parameters()).device
     better = torch.as_tensor(better, device=device)
-    row_tokens = row_limit([groups], 0, device.type)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
     for step in range(1, steps + 1):
         done = (step - warmup_steps) / (steps + 1 - warmup_steps)
@@ -71,7 +80,7 @@ def train(model, losses_of, groups, better, steps, batch_size, learning_rate, wa
         pairs, total = better[ids].sum(), 0.0
         if not pairs:           # all ties
             continue
-        for batch in packed_batches(groups, plan_rows(ids, groups.lengths[ids], 1, row_tokens)[0], device):
+        for batch in rows_of(groups, ids, device):
             loss = (losses_of(batch) * better[batch.ids]).sum() / pairs
             loss.backward()
             total += loss.item()
@@ -113,9 +122,7 @@ class Config:
 @torch.no_grad()
 def mean_logps(policy, groups):
     """Mean log-probability of chosen and rejected responses: (2,), nats."""
-    device = policy.wte.weight.device
-    ids, row_tokens = np.arange(len(groups)), row_limit([groups], 0, device.type)
-    batches = packed_batches(groups, plan_rows(ids, groups.lengths, 1, row_tokens)[0], device)
+    batches = rows_of(groups, np.arange(len(groups)), policy.wte.weight.device)
     return sum(policy_logps(policy, batch).double().sum(0) for batch in batches).cpu().numpy() / len(groups)
 
 

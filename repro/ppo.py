@@ -25,7 +25,8 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import config                                                                               # noqa: E402
 from config import In, Literal, UserError                                                   # noqa: E402
 from model import CheckpointError, open_run, packed_mask, save_checkpoint, token_logps      # noqa: E402
-from prepare_prefs import epoch_order, packed_batches, plan_rows, row_limit                 # noqa: E402
+from offline import rows_of                                                                 # noqa: E402
+from prepare_prefs import epoch_order                                                       # noqa: E402
 from reward_model import RewardModel, all_rewards                                           # noqa: E402
 from rollout import Task                                                                    # noqa: E402
 from sample import Sampled                                                                  # noqa: E402
@@ -65,11 +66,6 @@ def state_values(value_model, batch):
     """The value of the state before every response token: (S,). value_model: a RewardModel, its head read as a value."""
     states = value_model(batch.tokens, batch.positions, packed_mask(batch.group, batch.part, batch.cuts), batch.predictor)
     return value_model.reward(states)[:len(batch.response), 0]
-
-
-def rows_of(groups, ids, device):
-    """The packed batches of the groups `ids`."""
-    return packed_batches(groups, plan_rows(ids, groups.lengths[ids], 1, row_limit([groups], 0, device.type))[0], device)
 
 
 @torch.no_grad()
@@ -144,6 +140,8 @@ def ppo(policy, reference, task, score, prompts, cfg):
 
 def read_score(task, path, device):
     """What --reward names as a function (prompts, responses), lists of ids, -> (n,): a Python file, or a reward model."""
+    if not path:
+        raise UserError('reward is not set: a Python file with reward(prompts, responses), or a folder of repro/reward_model.py')
     if path.endswith('.py'):
         return lambda prompts, responses: task.score(prompts, responses)['true_reward']
     try:
@@ -186,8 +184,6 @@ class Config:
 
 def main(argv=None):
     cfg = config.load(Config, 'ppo', argv)
-    if not cfg.reward:
-        raise UserError('reward is not set: a Python file with reward(prompts, responses), or a folder of repro/reward_model.py')
     if cfg.minibatches > cfg.batch_size:
         raise UserError(f'minibatches={cfg.minibatches} are more than batch_size={cfg.batch_size}')
     device = torch.device(cfg.device if cfg.device != 'auto' else 'cuda' if torch.cuda.is_available() else 'cpu')

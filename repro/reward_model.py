@@ -25,8 +25,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import config                                                                               # noqa: E402
 from config import In, Literal                                                              # noqa: E402
 from model import GPT, CheckpointError, GPTConfig, find_checkpoints, open_run, packed_mask, read_checkpoint, save_checkpoint    # noqa: E402
-from offline import first_is_better, train                                                  # noqa: E402
-from prepare_prefs import packed_batches, plan_rows, row_limit                              # noqa: E402
+from offline import first_is_better, rows_of, train                                         # noqa: E402
 from rollout import Task                                                                    # noqa: E402
 
 
@@ -75,9 +74,8 @@ def bradley_terry_losses(rewards):
 @torch.no_grad()
 def all_rewards(model, groups):
     """The reward of every response of `groups`: (N, K) float64."""
-    device = model.wte.weight.device
-    ids, rewards = np.arange(len(groups.lengths)), np.zeros((len(groups.lengths), groups.K))
-    for batch in packed_batches(groups, plan_rows(ids, groups.lengths, 1, row_limit([groups], 0, device.type))[0], device):
+    rewards = np.zeros((len(groups.lengths), groups.K))
+    for batch in rows_of(groups, np.arange(len(rewards)), model.wte.weight.device):
         rewards[batch.ids] = response_rewards(model, batch).double().cpu().numpy()
     return rewards
 

@@ -29,9 +29,9 @@ class Task:
         """The first n distinct prompts of a split in a fixed shuffled order, fewer where it has fewer: lists of ids."""
         return val_prompts(self.train if split == 'train' else self.val, n)
 
-    def load(self, init_from, default='sft'):
-        """A policy, on the CPU, in eval mode. init_from: as in dpo.py; '' is out/<name>/<default>."""
-        init_from = init_from or os.path.join('out', os.path.basename(self.folder), default)
+    def load(self, init_from):
+        """A policy, on the CPU, in eval mode. init_from: as in dpo.py; '' is out/<name>/sft."""
+        init_from = init_from or os.path.join('out', os.path.basename(self.folder), 'sft')
         if not find_checkpoints(init_from) and not os.path.isdir(init_from):
             raise UserError(f'{init_from} holds no checkpoint: run sft.py with this config first, or name another')
         try:

@@ -28,7 +28,7 @@ import config                                                                   
 from config import In, UserError                                                            # noqa: E402
 from best_of_n import best_of_n                                                             # noqa: E402
 from frontier import BATCH, FOUND, GRID, WARMUP, be_a_worker                                # noqa: E402
-from offline import dpo_losses, policy_logps, train                                         # noqa: E402
+from offline import dpo_losses, even_steps, policy_logps, train                             # noqa: E402
 from reward_model import RewardModel, all_rewards                                           # noqa: E402
 from rollout import Task                                                                    # noqa: E402
 from sample import Sampled                                                                  # noqa: E402
@@ -61,11 +61,10 @@ def work(kind, where, temperature, cfg):
     task = Task(cfg['name'], cfg['reward'])
     prompts = task.prompts('val', cfg['held_out'])
     reference_rewards = reference_completions(task, prompts)
-    sft = task.load('')
     if kind == 'best_of_n':
         most = max(NS) if temperature else 1        # at 0 all samples are one
         repeated = [p for p in prompts for _ in range(most)]
-        responses = task.draw(sft, repeated, 1, temperature)
+        responses = task.draw(task.load(''), repeated, 1, temperature)
         said = all_rewards(RewardModel.from_checkpoint(where)[0].eval(), Sampled(list(zip(repeated, responses))))
         won, found = wins(task, repeated, responses, reference_rewards), {}
         for n in NS:
@@ -77,7 +76,7 @@ def work(kind, where, temperature, cfg):
         better, steps = rewards[:, :, None] > rewards[:, None, :], FOUND['dpo']['epochs'] * -(-len(rewards) // BATCH)
 
         setting = next(setting for setting in GRID['dpo'] if setting['beta'] == BETA)
-        looks = set(np.linspace(0, steps, min(steps, 12) + 1).round().astype(int).tolist())
+        looks = even_steps(steps, 12)
 
         def losses_of(batch):
             return dpo_losses(policy_logps(policy, batch), data['ref_logps'][batch.ids], setting['beta'])
