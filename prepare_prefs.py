@@ -39,6 +39,7 @@ import heapq
 import io
 import itertools
 import json
+import math
 import os
 import re
 import runpy
@@ -617,6 +618,15 @@ def prompt_ids(tokenizer, prompt, template):
     return [tokenizer.eot_token] * (bos or not ids) + ids
 
 
+def text_of(tokenizer, ids):
+    """The text of a list of ids, end tokens left out; a character that was cut becomes U+FFFD."""
+    pieces = []
+    for token in ids:
+        with contextlib.suppress(KeyError):        # an id that the tokenizer skips, as cl100k_base does
+            pieces.append(tokenizer.decode_single_token_bytes(token) if token != tokenizer.eot_token else b'')
+    return b''.join(pieces).decode(errors='replace')
+
+
 def sha256_file(path):
     """The SHA-256 of a file's content, hex."""
     digest = hashlib.sha256()
@@ -689,6 +699,17 @@ class Groups:
                             f'{model_config.block_size} positions: prepare with --max_length={model_config.block_size} or less')
 
 
+class Sampled:
+    """A list of [prompt, response_1, ..., response_K], lists of ids, in the form that is packed."""
+    def __init__(self, groups):
+        self.K = len(groups[0]) - 1
+        self.tokens = np.array([token for group in groups for piece in group for token in piece])
+        ends = np.cumsum([0] + [len(piece) for group in groups for piece in group])
+        width = self.K + 1
+        self.index = np.hstack([ends[:-1].reshape(-1, width), ends[width::width, None]])      # (N, K+2)
+        self.lengths = self.index[:, -1] - self.index[:, 0]
+
+
 def read_meta(folder):
     """data/<name>/meta.json as a dict, or a UserError that says how to make it."""
     path = os.path.join(folder, 'meta.json')
@@ -702,6 +723,38 @@ def read_meta(folder):
         raise UserError(f'{path} does not exist: run prepare_prefs.py with this config first') from None
     except (ValueError, KeyError, TypeError, AssertionError) as error:
         raise UserError(f'{path} cannot be read ({type(error).__name__}: {error}): run prepare_prefs.py again') from None
+
+
+def read_reward(path):
+    """The functions of a reward file as one: (prompts, responses) -> {name: list of float or bool}. UserErrors."""
+    if not os.path.isfile(path):
+        raise UserError(f'reward file {path} does not exist')
+    try:
+        with contextlib.redirect_stdout(sys.stderr):       # what it prints must not mix with ours
+            found = runpy.run_path(path)
+    except Exception as error:
+        raise UserError(f'reward file {path}: {type(error).__name__}: {error}') from None
+    if not callable(found.get('reward')):
+        raise UserError(f'reward file {path} defines no function reward(prompts, responses)')
+
+    def score(prompts, responses):
+        try:
+            with contextlib.redirect_stdout(sys.stderr):
+                given = {'true_reward': found['reward'](list(prompts), list(responses))}
+                if 'metrics' in found:
+                    given |= found['metrics'](list(prompts), list(responses))
+            scores = {str(name): [bool(v) if isinstance(v, (bool, np.bool_)) else float(v) for v in values]
+                      for name, values in given.items()}
+        except Exception as error:
+            raise UserError(f'reward file {path}: {type(error).__name__}: {error}') from None
+        for name, values in scores.items():
+            if len(values) != len(responses):
+                raise UserError(f'reward file {path}: {name} has {len(values)} results for {len(responses)} responses')
+            bad = next((i for i, v in enumerate(values) if not math.isfinite(v)), None)
+            if bad is not None:
+                raise UserError(f'reward file {path}: {name} of response {bad + 1} is {values[bad]}: {responses[bad]!r:.60}')
+        return scores
+    return score
 
 
 # -----------------------------------------------------------------------------

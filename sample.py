@@ -15,12 +15,11 @@ import json
 import math
 import os
 import re
-import runpy
 import shutil
 import signal
 import sys
 import unicodedata
-from contextlib import nullcontext, redirect_stdout, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,18 +29,8 @@ from tqdm import tqdm
 import config
 from config import In, Literal, UserError
 from model import CheckpointError, find_checkpoints, fingerprint, load_model, packed_mask, token_logps
-from prepare_prefs import Groups, load_tokenizer, packed_batches, plan_rows, prompt_ids, row_limit
-
-
-class Sampled:
-    """A list of [prompt, response_1, ..., response_K], lists of ids, in the form that is packed."""
-    def __init__(self, groups):
-        self.K = len(groups[0]) - 1
-        self.tokens = np.array([token for group in groups for piece in group for token in piece])
-        ends = np.cumsum([0] + [len(piece) for group in groups for piece in group])
-        width = self.K + 1
-        self.index = np.hstack([ends[:-1].reshape(-1, width), ends[width::width, None]])      # (N, K+2)
-        self.lengths = self.index[:, -1] - self.index[:, 0]
+from prepare_prefs import (Groups, Sampled, load_tokenizer, packed_batches, plan_rows, prompt_ids, read_reward, row_limit,
+                           text_of)
 
 
 @torch.no_grad()
@@ -100,7 +89,7 @@ class Config:
 
 
 # -----------------------------------------------------------------------------
-# prompts, models and rewards from files
+# prompts and models from files
 
 def read_prompts(path):
     """The prompts of a text file, one a line, or of a .jsonl with `prompt`; blank lines are skipped. UserErrors."""
@@ -123,15 +112,6 @@ def read_prompts(path):
         except (ValueError, KeyError, TypeError, AssertionError, RecursionError):
             raise UserError(f'prompts_file {path} line {number} is not an object with a string "prompt"') from None
     return prompts
-
-
-def text_of(tokenizer, ids):
-    """The text of a list of ids, end tokens left out; a character that was cut becomes U+FFFD."""
-    pieces = []
-    for token in ids:
-        with suppress(KeyError):        # an id that the tokenizer skips, as cl100k_base does
-            pieces.append(tokenizer.decode_single_token_bytes(token) if token != tokenizer.eot_token else b'')
-    return b''.join(pieces).decode(errors='replace')
 
 
 def val_prompts(groups, n):
@@ -157,38 +137,6 @@ def load(init_from, default, groups, device):
         raise UserError(error) from None
     groups.check_model(model.config, record.get('vocabulary'), where)
     return model.to(device).eval(), record
-
-
-def read_reward(path):
-    """The functions of a reward file as one: (prompts, responses) -> {name: list of float or bool}. UserErrors."""
-    if not os.path.isfile(path):
-        raise UserError(f'reward file {path} does not exist')
-    try:
-        with redirect_stdout(sys.stderr):       # what it prints must not mix with ours
-            found = runpy.run_path(path)
-    except Exception as error:
-        raise UserError(f'reward file {path}: {type(error).__name__}: {error}') from None
-    if not callable(found.get('reward')):
-        raise UserError(f'reward file {path} defines no function reward(prompts, responses)')
-
-    def score(prompts, responses):
-        try:
-            with redirect_stdout(sys.stderr):
-                given = {'true_reward': found['reward'](list(prompts), list(responses))}
-                if 'metrics' in found:
-                    given |= found['metrics'](list(prompts), list(responses))
-            scores = {str(name): [bool(v) if isinstance(v, (bool, np.bool_)) else float(v) for v in values]
-                      for name, values in given.items()}
-        except Exception as error:
-            raise UserError(f'reward file {path}: {type(error).__name__}: {error}') from None
-        for name, values in scores.items():
-            if len(values) != len(responses):
-                raise UserError(f'reward file {path}: {name} has {len(values)} results for {len(responses)} responses')
-            bad = next((i for i, v in enumerate(values) if not math.isfinite(v)), None)
-            if bad is not None:
-                raise UserError(f'reward file {path}: {name} of response {bad + 1} is {values[bad]}: {responses[bad]!r:.60}')
-        return scores
-    return score
 
 
 # -----------------------------------------------------------------------------

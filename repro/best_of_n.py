@@ -21,7 +21,7 @@ import config                                                   # noqa: E402
 from config import In, Literal                                  # noqa: E402
 from ppo import read_score                                      # noqa: E402
 from rollout import Task                                        # noqa: E402
-from sample import text_of                                      # noqa: E402
+from prepare_prefs import text_of                                      # noqa: E402
 
 
 def best_of_n(chooser, values, n):

@@ -41,7 +41,8 @@ from offline import dpo_losses, even_steps, policy_logps, preferred_ft_losses, t
 from ppo import Config as PPOConfig, ppo                                                    # noqa: E402
 from reward_model import RewardModel, all_rewards, bradley_terry_losses, judge, response_rewards    # noqa: E402
 from rollout import Task                                                                    # noqa: E402
-from sample import Sampled, response_logps, text_of                                                  # noqa: E402
+from prepare_prefs import Sampled, text_of                                                   # noqa: E402
+from sample import response_logps                                                           # noqa: E402
 
 TARGETS = [{'target_kl': kl, 'kl_coef': coef} for kl, coef in ((3.0, 2.0), (6.0, 1.0), (9.0, 0.5), (12.0, 0.25))]
 GRID = {        # the paper's settings; where PPO's KL controller starts, and DPO's rate by beta, were found by --search

@@ -26,10 +26,9 @@ import config                                                                   
 from config import In, Literal, UserError                                                   # noqa: E402
 from model import CheckpointError, open_run, packed_mask, save_checkpoint, token_logps      # noqa: E402
 from offline import rows_of                                                                 # noqa: E402
-from prepare_prefs import epoch_order                                                       # noqa: E402
+from prepare_prefs import Sampled, epoch_order                                              # noqa: E402
 from reward_model import RewardModel, all_rewards                                           # noqa: E402
 from rollout import Task                                                                    # noqa: E402
-from sample import Sampled                                                                  # noqa: E402
 
 
 def advantages_and_returns(rewards, values, mask, lam):

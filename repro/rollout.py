@@ -13,8 +13,8 @@ import numpy as np
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from config import UserError                                                    # noqa: E402
 from model import CheckpointError, find_checkpoints, load_model                 # noqa: E402
-from prepare_prefs import Groups, load_tokenizer                                # noqa: E402
-from sample import read_reward, response_logps, text_of, val_prompts            # noqa: E402
+from prepare_prefs import Groups, load_tokenizer, read_reward, text_of          # noqa: E402
+from sample import response_logps, val_prompts                                  # noqa: E402
 
 
 class Task:

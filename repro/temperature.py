@@ -31,7 +31,7 @@ from frontier import BATCH, FOUND, GRID, WARMUP, be_a_worker                    
 from offline import dpo_losses, even_steps, policy_logps, train                             # noqa: E402
 from reward_model import RewardModel, all_rewards                                           # noqa: E402
 from rollout import Task                                                                    # noqa: E402
-from sample import Sampled                                                                  # noqa: E402
+from prepare_prefs import Sampled                                                           # noqa: E402
 
 BETA = 1.0          # of DPO: the setting of frontier.py whose policies end furthest out with their text intact
 POLICIES = {'dpo': ('DPO, beta 1', 'dpo-beta=1-*=0.0006', 'C0'), 'ppo': ('PPO, learned reward, target KL 6', 'ppo-*target_kl=6', 'C3'),

@@ -63,8 +63,7 @@ from tqdm import tqdm
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import config                                                   # noqa: E402
 from config import In, Literal, UserError                       # noqa: E402
-from prepare_prefs import Groups, load_tokenizer, parse_line    # noqa: E402
-from sample import text_of                                      # noqa: E402
+from prepare_prefs import Groups, load_tokenizer, parse_line, text_of   # noqa: E402
 
 # -----------------------------------------------------------------------------
 # what the judge reads. The mark is a hash of the texts, so that no text can close its own block

@@ -21,8 +21,7 @@ import reward_model                                         # noqa: E402
 from best_of_n import best_of_n                             # noqa: E402
 from config import UserError, reviews                                  # noqa: E402
 from dpo import dpo_loss                                    # noqa: E402
-from prepare_prefs import pack                              # noqa: E402
-from sample import Sampled                                  # noqa: E402
+from prepare_prefs import Sampled, pack                     # noqa: E402
 
 CPU = torch.device('cpu')
 
