@@ -471,8 +471,8 @@ def check(cfg):
     """UserError where knobs do not fit one another or name what is not there, before anything is read."""
     for key in READING if cfg.policy else DRAWING:
         if key in cfg.origin:
-            why = 'with policy it is as in the source' if cfg.policy else 'it is for drawing pairs from a policy'
-            raise UserError(f'{key} ({cfg.origin[key]}) is not used here: {why}')
+            why = 'with policy, where the source decides' if cfg.policy else 'without policy'
+            raise UserError(f'{cfg.origin[key]}: {key}={getattr(cfg, key)} is of no use {why}: leave it out')
     if cfg.policy:
         return check_drawing(cfg)
     if int(os.environ.get('WORLD_SIZE', 1)) > 1:

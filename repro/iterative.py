@@ -83,12 +83,13 @@ def work(job, _):
                 if way == 'offline':
                     name, begin, n = f'rounds-1-to-{r}', sft_folder, r * steps
                     write_groups(f'data/{name}', source, so_far)
-                on_sigterm = signal.getsignal(signal.SIGTERM)
+                handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
                 dpo.main([f'--name={name}', f'--init_from={begin}', f'--ref_from={sft_folder if way == "fixed" else begin}',
                           f'--beta={common["beta"]}', f'--batch_size={common["batch_size"]}', f'--max_steps={n}',
                           '--optimizer=adamw', f'--learning_rate={common["learning_rate"]}', '--schedule=linear', '--warmup_steps=10',
                           '--eval_interval=0', f'--seed={1000 * seed + r}', '--device=cpu'])
-                signal.signal(signal.SIGTERM, on_sigterm)       # dpo.py has set its own
+                for number, handler in handlers.items():        # dpo.py has set its own
+                    signal.signal(number, handler)
             policy = os.path.abspath(f'out/{name}/dpo')
             points.append({'round': r, 'pairs': len(so_far['train']), 'steps': r * steps,
                            **task.evaluate(load_model(policy)[0], sft, held_out, SAMPLES, seed + 500)})
@@ -129,7 +130,8 @@ def table(results):
         for r in range(len(m['round'])):
             if r > 0 or way == 'fixed':         # round 0 is the same for all
                 lines.append(f'| {LABELS[way] if r else "SFT"} | {r} | {m["pairs"][r].mean():,.0f} | {m["steps"][r].mean():,.0f} | '
-                             f'{cell(m["true_reward"][r])} | {cell(m["kl"][r], "{:.2f}")} | {m["well_formed"][r].mean():.1%} | '
+                             f'{cell(m["true_reward"][r])} | {cell(m["kl"][r], "{:.2f}")} | '
+                             + (f'{m["well_formed"][r].mean():.1%} | ' if 'well_formed' in m else '- | ') +
                              f'{m["tokens"][r].mean():.1f} |')
     offline = found['offline']
     verdict = [f'- {LABELS[way]}: ' + ', '.join(f'{cell(m["true_reward"][r] - offline["true_reward"][r])} and '
