@@ -197,9 +197,9 @@ def parse_line(line):
         raise ValueError('not_json', f'not JSON ({error})') from None
 
 # -----------------------------------------------------------------------------
-# sources: {'train': (label, rows, read), 'val': the same}, or 'train' alone. rows() yields (number, row)
-# whenever called; read(row) gives (texts, label); the first label ('pairs.jsonl line') is for messages, '' where
-# a bad row is dropped by rule and is not the user's mistake
+# sources: {'train': (where, rows, read), 'val': the same}, or 'train' alone. rows() yields (number, row)
+# whenever called; read(row) gives (texts, label); where ('pairs.jsonl line') is for messages, '' where a bad row
+# is dropped by rule and is not the user's mistake
 
 def from_lines(path, read):
     def rows():
@@ -208,8 +208,8 @@ def from_lines(path, read):
     return f'{path} line', rows, lambda line: read(parse_line(line))
 
 
-def from_items(items, label, read):
-    return label, functools.partial(enumerate, items, 1), read
+def from_items(items, where, read):
+    return where, functools.partial(enumerate, items, 1), read
 
 
 def from_python(path, function, seed, read):
@@ -267,10 +267,10 @@ def load_dataset(source, data_dir, cache_dir=None):
 def from_dataset(found, source):
     """The splits of a datasets.DatasetDict: rows of explicit columns, or of whole dialogues."""
     sources = {}
+    needed = {read_pair: {'chosen', 'rejected'}, read_ranking: {'prompt'}, read_unpaired: {'prompt', 'completion', 'label'}}
     for split, table in found.items():
         columns = set(table.column_names)
         read = reader_of(columns)
-        needed = {read_pair: {'chosen', 'rejected'}, read_ranking: {'prompt'}, read_unpaired: {'prompt', 'completion', 'label'}}
         if not needed[read] <= columns:
             raise UserError(f"source '{source}' has columns {', '.join(table.column_names)}; it needs chosen and rejected, and "
                             'prompt unless they are whole dialogues; or prompt and responses; or prompt, completion and label')
@@ -291,17 +291,17 @@ def of_one_kind(splits):
     """The splits of a source, where read(row) gives the object itself, with that one of KINDS in its place which the
     first object of each split asks for."""
     kinds = {}
-    for label, rows, read in splits.values():
+    for where, rows, read in splits.values():
         for _, row in rows():
             with contextlib.suppress(ValueError):           # a bad line is survey's to report
                 if isinstance(row := read(row), dict):
-                    kinds[label.rpartition(' ')[0]] = reader_of(row)
+                    kinds[where.rpartition(' ')[0]] = reader_of(row)
                     break
     if len(set(kinds.values())) > 1:
         raise UserError(', '.join(f'{where} holds {KINDS[kind]}' for where, kind in kinds.items()) +
                         ': both must be of one kind (their first lines tell)')
     kind = next(iter(kinds.values()), read_pair)
-    return {split: (label, rows, lambda row, read=read: kind(read(row))) for split, (label, rows, read) in splits.items()}
+    return {split: (where, rows, lambda row, read=read: kind(read(row))) for split, (where, rows, read) in splits.items()}
 
 
 def open_preferences(cfg, hub, aside):
@@ -788,7 +788,7 @@ class Groups:
         if labelled and k:
             index, self.labels = index[self.labels], self.labels[self.labels]
             if not len(index):
-                raise UserError(f'{folder} {split} holds no desirable example, and only those are learned from here')
+                raise UserError(f'{folder} {split} holds no desirable example to learn from: prepare with more of them')
         self.index = index[:, :self.K + 2]                          # (N, K+2): prompt, responses, end
         self.lengths = self.index[:, -1] - self.index[:, 0]         # (N,) tokens of each group
         name = self.meta['tokenizer']       # the tokenizer's identity: models trained on another one do not fit
