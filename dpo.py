@@ -3,6 +3,7 @@
     python dpo.py config/reviews.py                                          # a laptop, the embedded experiment
     torchrun --standalone --nproc_per_node=8 dpo.py config/hh.py --beta=0.2  # eight GPUs
     python dpo.py config/hh.py --resume                                      # go on where a run was stopped
+    python dpo.py config/reviews.py --loss=ipo --beta=0.5                    # a relative of DPO
 
 Reads data/<name>/ (prepare_prefs.py) and the weights of `init_from`, by default out/<name>/sft; writes checkpoints
 and log.jsonl to out/<name>/dpo. Departures from the authors' code: prompt and responses share one packed row, so
@@ -228,20 +229,15 @@ def batch_stats(losses, rewards, logps, labels=None, z=None):
     Of a ranking, all but the first count as rejected, and accuracy is the share of its pairs that are in order; of single
     responses, labelled (G,) bool, the share on the right side of z.
     """
-    first, second = torch.triu_indices(logps.shape[1], logps.shape[1], 1, device=logps.device)
-    logps = logps.detach()
+    logps, ones = logps.detach(), torch.ones_like(losses)
     if labels is None:
-        margins = rewards[:, first] - rewards[:, second]
-        rows = [losses.detach(), rewards[:, 0], rewards[:, 1:].mean(1), None, logps[:, 0], logps[:, 1:].mean(1)]
-        ones = torch.ones_like(losses)
-        counts = [ones] * 6
+        i, j = torch.triu_indices(logps.shape[1], logps.shape[1], 1, device=logps.device)
+        margins, chosen, rejected, others = rewards[:, i] - rewards[:, j], ones, ones, slice(1, None)
     else:
-        margins = torch.where(labels[:, None], rewards - z, z - rewards)
-        good, all_of = labels.float(), torch.ones_like(losses)
-        rows = [losses.detach(), rewards[:, 0], rewards[:, 0], None, logps[:, 0], logps[:, 0]]
-        counts = [all_of, good, 1 - good, all_of, good, 1 - good]
-    rows[3] = ((margins > 0).float() + 0.5 * (margins == 0).float()).mean(1)        # a tie counts one half
-    rows, counts = torch.stack(rows), torch.stack(counts)
+        margins, chosen, rejected, others = torch.where(labels[:, None], rewards - z, z - rewards), labels.float(), 1 - labels.float(), slice(1)
+    accuracies = ((margins > 0).float() + 0.5 * (margins == 0).float()).mean(1)     # a tie counts one half
+    rows = torch.stack([losses.detach(), rewards[:, 0], rewards[:, others].mean(1), accuracies, logps[:, 0], logps[:, others].mean(1)])
+    counts = torch.stack([ones, chosen, rejected, ones, chosen, rejected])
     return torch.stack([(rows * counts).sum(1), counts.sum(1)])
 
 
@@ -256,12 +252,10 @@ def means(sums):
 def main(argv=None):
     cfg = config.load(Config, 'dpo', argv)
     stage, needs_reference = 'dpo', cfg.loss not in NO_REFERENCE
-    for knob in ('label_smoothing', 'gamma', 'desirable_weight', 'undesirable_weight'):
-        if knob in cfg.origin and knob not in LOSSES[cfg.loss][1]:
-            raise UserError(f'{cfg.origin[knob]}: {knob}={getattr(cfg, knob):g} is of no use to loss={cfg.loss}: leave it out')
-    for knob in ('precompute_ref', 'ref_from'):
-        if getattr(cfg, knob) and not needs_reference:
-            raise UserError(f'{cfg.origin[knob]}: {knob}={getattr(cfg, knob)} is of no use to loss={cfg.loss}, which has no reference: leave it out')
+    own = LOSSES[cfg.loss][1].keys() | ({'precompute_ref', 'ref_from'} if needs_reference else set())
+    for knob in ('label_smoothing', 'gamma', 'desirable_weight', 'undesirable_weight', 'precompute_ref', 'ref_from'):
+        if knob not in own and getattr(cfg, knob) != Config.__dataclass_fields__[knob].default:
+            raise UserError(f'{cfg.origin[knob]}: {knob}={getattr(cfg, knob)!r} is of no use to loss={cfg.loss}: leave it out')
     if cfg.precompute_ref and cfg.loss == 'kto':
         raise UserError('precompute_ref cannot serve loss=kto, whose z asks the reference about other pairs at every step')
 
