@@ -340,7 +340,7 @@ def main(argv=None):
         train.check_model(reference.config, record.get('vocabulary'), cfg.ref_from)
         reference.to(device)
         ref_fingerprint = fingerprint(reference)
-        init_fingerprint = f'{init_fingerprint} with reference {ref_fingerprint}'      # resuming needs both
+        init_fingerprint = f'{init_fingerprint} with reference {ref_fingerprint}'      # resuming needs both, sampling the last
     elif needs_reference:
         reference = copy.deepcopy(policy)
     if needs_reference:
@@ -455,8 +455,7 @@ def main(argv=None):
             if rank == 0:
                 save_checkpoint(out_dir, step, policy, dict(
                     stage=stage, config=asdict(cfg), optimizer=optimizer.state_dict(), vocabulary=train.vocabulary,
-                    data_fingerprint=train.fingerprint, init_from=init_from, init_fingerprint=init_fingerprint,
-                    ref_fingerprint=ref_fingerprint))
+                    data_fingerprint=train.fingerprint, init_from=init_from, init_fingerprint=init_fingerprint))
         except OSError as os_error:
             error = (f'cannot save step {step} to {out_dir}: {os_error.strerror or os_error}; '
                      'the checkpoints before it are untouched')
