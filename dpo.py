@@ -3,6 +3,7 @@
     python dpo.py config/reviews.py                                          # a laptop, the embedded experiment
     torchrun --standalone --nproc_per_node=8 dpo.py config/hh.py --beta=0.2  # eight GPUs
     python dpo.py config/hh.py --resume                                      # go on where a run was stopped
+    python dpo.py config/reviews.py --loss=ipo --beta=0.5                    # a relative of DPO
 
 Reads data/<name>/ (prepare_prefs.py) and the weights of `init_from`, by default out/<name>/sft; writes checkpoints
 and log.jsonl to out/<name>/dpo. Departures from the authors' code: prompt and responses share one packed row, so
@@ -181,7 +182,8 @@ class Config:
     name: str = 'reviews'                           # of the experiment: reads data/<name>, writes out/<name>/dpo
     init_from: str = ''                             # policy and reference: '' = out/<name>/sft, a folder or .pt of ours,
                                                     # a GPT-2 name on the hub, or a directory in its layout
-    loss: Literal['dpo', 'cdpo', 'robust', 'ipo', 'ipo_mean', 'hinge', 'dpo_norm', 'simpo', 'orpo', 'kto', 'plackett_luce'] = 'dpo'
+    loss: Literal[tuple(LOSSES)] = 'dpo'            # dpo, cdpo, robust, ipo (on sums), ipo_mean (on means over tokens), hinge,
+                                                    # dpo_norm, simpo, orpo, kto, plackett_luce: the functions above
     beta: In[float, 'x > 0'] = None                 # strength of the leash to the reference; paper: 0.1, TL;DR 0.5; tau of
                                                     # ipo, lambda of orpo; None = 0.1, for dpo_norm 5, for simpo 2
     label_smoothing: In[float, '0 <= x < 0.5'] = None   # cdpo, robust: the share of labels taken to be wrong; None = 0.1
@@ -190,7 +192,7 @@ class Config:
     undesirable_weight: In[float, 'x >= 0'] = None  # of undesirable ones; None = 1
     nll_coef: In[float, 'x >= 0'] = 0.0             # adds so much of the chosen responses' NLL per token, to any loss
     ref_from: str = ''                              # the reference: '' = a copy of the policy as it starts, or as init_from
-    batch_size: In[int, 'x >= 1'] = 64              # pairs an optimizer step, over all ranks and micro-steps
+    batch_size: In[int, 'x >= 1'] = 64              # pairs (rankings, examples) a step, over all ranks and micro-steps
     epochs: In[int, 'x >= 1'] = 1                   # passes over the pairs; more than 1 to 3 over-fits
     max_steps: In[int, 'x >= 0'] = 0                # stop after so many optimizer steps; 0 = by epochs
     optimizer: Literal['rmsprop', 'adamw'] = 'rmsprop'  # the paper's is rmsprop: one state a weight, not two
@@ -228,20 +230,15 @@ def batch_stats(losses, rewards, logps, labels=None, z=None):
     Of a ranking, all but the first count as rejected, and accuracy is the share of its pairs that are in order; of single
     responses, labelled (G,) bool, the share on the right side of z.
     """
-    first, second = torch.triu_indices(logps.shape[1], logps.shape[1], 1, device=logps.device)
-    logps = logps.detach()
+    logps, ones = logps.detach(), torch.ones_like(losses)
     if labels is None:
-        margins = rewards[:, first] - rewards[:, second]
-        rows = [losses.detach(), rewards[:, 0], rewards[:, 1:].mean(1), None, logps[:, 0], logps[:, 1:].mean(1)]
-        ones = torch.ones_like(losses)
-        counts = [ones] * 6
+        i, j = torch.triu_indices(logps.shape[1], logps.shape[1], 1, device=logps.device)
+        margins, chosen, rejected, others = rewards[:, i] - rewards[:, j], ones, ones, slice(1, None)
     else:
-        margins = torch.where(labels[:, None], rewards - z, z - rewards)
-        good, all_of = labels.float(), torch.ones_like(losses)
-        rows = [losses.detach(), rewards[:, 0], rewards[:, 0], None, logps[:, 0], logps[:, 0]]
-        counts = [all_of, good, 1 - good, all_of, good, 1 - good]
-    rows[3] = ((margins > 0).float() + 0.5 * (margins == 0).float()).mean(1)        # a tie counts one half
-    rows, counts = torch.stack(rows), torch.stack(counts)
+        margins, chosen, rejected, others = torch.where(labels[:, None], rewards - z, z - rewards), labels.float(), 1 - labels.float(), slice(1)
+    accuracies = ((margins > 0).float() + 0.5 * (margins == 0).float()).mean(1)     # a tie counts one half
+    rows = torch.stack([losses.detach(), rewards[:, 0], rewards[:, others].mean(1), accuracies, logps[:, 0], logps[:, others].mean(1)])
+    counts = torch.stack([ones, chosen, rejected, ones, chosen, rejected])
     return torch.stack([(rows * counts).sum(1), counts.sum(1)])
 
 
@@ -256,12 +253,10 @@ def means(sums):
 def main(argv=None):
     cfg = config.load(Config, 'dpo', argv)
     stage, needs_reference = 'dpo', cfg.loss not in NO_REFERENCE
-    for knob in ('label_smoothing', 'gamma', 'desirable_weight', 'undesirable_weight'):
-        if knob in cfg.origin and knob not in LOSSES[cfg.loss][1]:
-            raise UserError(f'{cfg.origin[knob]}: {knob}={getattr(cfg, knob):g} is of no use to loss={cfg.loss}: leave it out')
-    for knob in ('precompute_ref', 'ref_from'):
-        if getattr(cfg, knob) and not needs_reference:
-            raise UserError(f'{cfg.origin[knob]}: {knob}={getattr(cfg, knob)} is of no use to loss={cfg.loss}, which has no reference: leave it out')
+    own = LOSSES[cfg.loss][1].keys() | ({'precompute_ref', 'ref_from'} if needs_reference else set())
+    for knob in ('label_smoothing', 'gamma', 'desirable_weight', 'undesirable_weight', 'precompute_ref', 'ref_from'):
+        if knob not in own and getattr(cfg, knob) != Config.__dataclass_fields__[knob].default:
+            raise UserError(f'{cfg.origin[knob]}: {knob}={getattr(cfg, knob)!r} is of no use to loss={cfg.loss}: leave it out')
     if cfg.precompute_ref and cfg.loss == 'kto':
         raise UserError('precompute_ref cannot serve loss=kto, whose z asks the reference about other pairs at every step')
 
@@ -331,25 +326,20 @@ def main(argv=None):
         raise UserError(f'{init_from} holds no checkpoint: run sft.py with this config first, or set --init_from')
     try:
         policy, record = load_model(init_from, dropout=0.0, activation_checkpointing=cfg.activation_checkpointing)
+        reference, ref_record = load_model(cfg.ref_from, dropout=0.0) if cfg.ref_from else (None, {})
     except CheckpointError as error:
         raise UserError(error) from None
     train.check_model(policy.config, record.get('vocabulary'), init_from)
     policy.to(device)
     init_fingerprint = ref_fingerprint = fingerprint(policy)
-    reference = None
     if cfg.ref_from:
-        try:
-            reference, record = load_model(cfg.ref_from, dropout=0.0)
-        except CheckpointError as error:
-            raise UserError(error) from None
-        train.check_model(reference.config, record.get('vocabulary'), cfg.ref_from)
-        reference.to(device)
+        train.check_model(reference.config, ref_record.get('vocabulary'), cfg.ref_from)
         ref_fingerprint = fingerprint(reference)
-        init_fingerprint = f'{init_fingerprint} with reference {ref_fingerprint}'      # resuming needs both
+        init_fingerprint = f'{init_fingerprint} with reference {ref_fingerprint}'      # resuming needs both, sampling the last
     elif needs_reference:
         reference = copy.deepcopy(policy)
     if needs_reference:
-        reference.eval().requires_grad_(False)
+        reference.to(device).eval().requires_grad_(False)
 
     # -------------------------------------------------------------------------
     # resume
@@ -460,8 +450,7 @@ def main(argv=None):
             if rank == 0:
                 save_checkpoint(out_dir, step, policy, dict(
                     stage=stage, config=asdict(cfg), optimizer=optimizer.state_dict(), vocabulary=train.vocabulary,
-                    data_fingerprint=train.fingerprint, init_from=init_from, init_fingerprint=init_fingerprint,
-                    ref_fingerprint=ref_fingerprint))
+                    data_fingerprint=train.fingerprint, init_from=init_from, init_fingerprint=init_fingerprint))
         except OSError as os_error:
             error = (f'cannot save step {step} to {out_dir}: {os_error.strerror or os_error}; '
                      'the checkpoints before it are untouched')
