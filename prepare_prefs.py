@@ -1312,5 +1312,6 @@ def main(argv=None):
 
 
 if __name__ == '__main__':
-    signal.signal(signal.SIGTERM, signal.default_int_handler)       # clean up as after Ctrl-C
+    if os.environ.get('RANK', '0') == '0':
+        signal.signal(signal.SIGTERM, signal.default_int_handler)   # clean up as after Ctrl-C; other ranks write nothing
     main()

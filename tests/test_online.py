@@ -244,7 +244,7 @@ def test_rounds_draw_new_prompts_from_the_last_policy_at_equal_pairs_and_steps(d
     for way, sampler, reference in (('fixed', start, sft), ('moved', start, start), ('offline', sft, sft)):
         run = path_of(jobs[way])
         record = load_model(f'{run}/out/{"rounds-1-to-2" if way == "offline" else "round-2"}/dpo')[1]
-        assert read_meta(f'{run}/data/round-2')['policy_fingerprint'] == sampler and record['ref_fingerprint'] == reference
+        assert read_meta(f'{run}/data/round-2')['policy_fingerprint'] == sampler and record['init_fingerprint'].endswith(reference)
     assert found['fixed'][1] == found['moved'][1] == found['offline'][1]        # until then they are the same
     run = path_of(jobs['offline'])
     assert as_lists(Groups(f'{run}/data/rounds-1-to-2', 'train')) == sum((as_lists(Groups(f'{run}/data/round-{r}', 'train')) for r in (1, 2)), [])
