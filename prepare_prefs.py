@@ -781,7 +781,8 @@ def write_groups(folder, source, splits, dropped=None, **facts):
 def check_drawing(cfg):
     """check, where pairs are drawn from a policy."""
     if not cfg.reward:
-        raise UserError('policy is set, reward is not: a .py file with reward(prompts, responses), or a folder of repro/reward_model.py')
+        raise UserError('policy is set, reward is not: a .py file with reward(prompts, responses), or a folder of '
+                        'repro/reward_model.py')
     reward_file(cfg.reward)
     if not os.path.isdir(cfg.source):
         raise UserError(f"source={cfg.source!r} must be a prepared set (data/<name>), whose prompts the policy continues")
@@ -947,7 +948,8 @@ def draw_pairs(cfg, policy):
             r[:] = r[[some.index(ids) for ids in some]]
         splits[split], kept, tied = pair_up(groups, rewards, cfg.pairing)
         if not splits[split]:
-            raise UserError(f'no pairs for {split}: all {cfg.num_samples} samples of each of its {len(groups):,} prompts have equal rewards')
+            raise UserError(f'no pairs for {split}: all {cfg.num_samples} samples of each of its {len(groups):,} prompts have '
+                            'equal rewards')
         dropped[split] = {'tied': tied}
         means[split] = dict(zip(('samples', 'chosen', 'rejected'), (float(rewards.mean()), *kept.mean(0).tolist())))
     return splits, dropped, means
