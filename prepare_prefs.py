@@ -547,6 +547,21 @@ def write_set(cfg, aside, hub, inputs):
     return meta
 
 
+@contextlib.contextmanager
+def new_files(folder):
+    """A temporary folder, whose files take the place of the set in `folder` once they are all there."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+        for left in glob.glob(os.path.join(folder, '.tmp-*')):      # by a run that was killed
+            shutil.rmtree(left)
+        with tempfile.TemporaryDirectory(prefix='.tmp-', dir=folder) as aside:
+            yield aside
+            publish(aside, folder)
+    finally:
+        with contextlib.suppress(OSError):
+            os.removedirs(folder)       # only if it is empty: a failed first run leaves nothing
+
+
 def publish(aside, folder):
     """Put the files of a whole set, in `aside`, in place of the old; if that fails midway these come back."""
     old = tempfile.mkdtemp(dir=aside)
@@ -577,6 +592,37 @@ def table(folder, meta):
     return '\n'.join('  '.join([line[0].ljust(width[0]), *map(str.rjust, line[1:], width[1:])])
                      for line in zip(*columns))
 
+
+# -----------------------------------------------------------------------------
+# pairs drawn from a policy
+
+def write_groups(folder, source, splits, dropped=None, **facts):
+    """Write groups of ids as the data set `folder`, with the tokenizer, template and lengths of the prepared set `source`.
+
+    splits: {'train': [[prompt, response_1, ..., response_K], ...], 'val': ...}, lists of ids, at most max_length tokens of
+    a prompt and one response. dropped: {split: {reason: n}}, what was not kept; facts: more of meta.json. Returns meta.json.
+    The set that stood in `folder` is replaced at the end, or not at all. Raises OSError where the disk does.
+    """
+    source_meta, dropped = read_meta(source), dropped or {}
+    tokenizer = load_tokenizer(source, source_meta['tokenizer'])
+    same = ('format', 'template', 'max_length', 'max_prompt_length', 'tokenizer', 'vocab_size', 'eot_token')
+    meta = dict(name=os.path.basename(folder), source=source, data_dir='', documents='', **facts,
+                **{key: source_meta[key] for key in same if key in source_meta}, splits={})
+    with new_files(folder) as aside:
+        if meta['tokenizer'].endswith('.json'):
+            shutil.copyfile(os.path.join(source, meta['tokenizer']), os.path.join(aside, meta['tokenizer']))
+        for split, groups in splits.items():
+            longest = max(len(group[0]) + max(map(len, group[1:])) for group in groups)
+            assert longest <= meta['max_length'], f"{split} has {longest} tokens, max_length is {meta['max_length']}"
+            info = write_split(os.path.join(aside, split), iter(groups), len(groups), len(groups[0]) - 1,
+                               lambda rows, *_: ([piece for row in rows for piece in row], np.zeros(3, np.int64)), tokenizer, None)
+            info['truncated']['responses'] = sum(int(ids[-1] != meta['eot_token']) for group in groups for ids in group[1:])
+            lost = dropped.get(split, {})
+            meta['splits'][split] = dict(read=len(groups) + sum(lost.values()), kept=len(groups), dropped=lost) | info
+        meta['fingerprint'] = hash_set(aside, meta)
+        with open(os.path.join(aside, 'meta.json'), 'w') as f:
+            json.dump(meta, f, indent=1)
+    return meta
 
 # -----------------------------------------------------------------------------
 # the reader half: what sft.py, dpo.py and sample.py import
@@ -890,19 +936,12 @@ def main(argv=None):
             print(f'{folder} is reused: same knobs, same source, undamaged')
             return
         print(f'making {folder}: {why}', flush=True)
-        os.makedirs(folder, exist_ok=True)
-        for left in glob.glob(os.path.join(folder, '.tmp-*')):      # by a run that was killed
-            shutil.rmtree(left)
-        with tempfile.TemporaryDirectory(prefix='.tmp-', dir=folder) as aside:
+        with new_files(folder) as aside:
             meta = write_set(cfg, aside, hub, inputs)
-            publish(aside, folder)
     except (OSError, ImportError) as error:
         raise UserError(f'{error}; {folder} is as it was') from None
     except KeyboardInterrupt:
         raise UserError(f'stopped; {folder} is as it was') from None
-    finally:
-        with contextlib.suppress(OSError):
-            os.removedirs(folder)       # only if it is empty: a failed first run leaves nothing
     print(table(folder, meta))
     print(f'{folder} is ready, {time.time() - started:.1f} s')
 
