@@ -14,7 +14,6 @@ the order; the SFT model is one.
 Runs go to out/reviews/family, one file each: a comparison that was stopped goes on where it stopped, and a run whose settings
 changed is made again. The data sets stay in data/reviews-family-<seed> and beside it. Writes <out>.json, .md and .png.
 """
-import itertools
 import json
 import math
 import os
@@ -57,6 +56,7 @@ MOST_KL, LEAST_FORMED = 4.0, 0.8        # the rule of the search: the highest tr
 K, SAMPLES, FLIPPED = 4, 2, 0.2         # completions a prefix; samples of each held-out one; share of labels turned round
 BATCH = 32                              # pairs a step; of rankings half as many: 64 responses in both
 OVER = ('dpo', 'cdpo', 'robust', 'ipo')     # over-trained
+QUICK, OVER_QUICK = ('dpo', 'ipo', 'simpo', 'plackett_luce'), ('dpo', 'ipo')
 FEW, OVER_EPOCHS = 250, (1, 2, 5, 10, 20)   # on so many pairs, judged after these
 
 
@@ -173,7 +173,7 @@ def work(job, needed):
              'device': 'cpu', 'compile': False, 'resume': True}
     points, cost, peak, stopped = [], 0.0, 0, ''
     with tempfile.TemporaryDirectory(dir=path_of(job)) as folder:
-        os.symlink(os.path.abspath('data'), os.path.join(folder, 'data'))
+        os.symlink(os.path.abspath('data'), os.path.join(folder, 'data'))       # dpo.py writes to out/ beside it
         out = os.path.join(folder, 'out', data, 'dpo')
         for epochs in common['over_epochs'] if few else [job['epochs']]:
             seconds, memory, stopped = run_dpo(folder, {**knobs, 'epochs': epochs})
@@ -214,3 +214,252 @@ def minutes(jobs, workers):
         else:
             seconds += 14 + job['epochs'] * 2 * common['prefixes'] / 100
     return seconds / workers / 60
+
+
+# -----------------------------------------------------------------------------
+# the search
+
+def winner(results):
+    """Of the runs of one loss, the one with the highest true reward within the rule's bounds, or None."""
+    fit = [r for r in results if r['points'] and r['points'][-1]['kl'] <= MOST_KL
+           and r['points'][-1].get('well_formed', 1.0) >= LEAST_FORMED]
+    return max(fit, key=lambda r: r['points'][-1]['true_reward'], default=None)
+
+
+def own_knobs(job):
+    return {key: value for key, value in job.items() if key not in ('method', 'seed', 'common', 'labels', 'epochs')}
+
+
+def search_table(results):
+    """Markdown: every setting that was tried, the winners in bold, and FOUND as Python."""
+    lines = [f'The highest true reward with a KL of at most {MOST_KL:g} nats and {LEAST_FORMED:.0%} of the samples well-formed wins (bold).', '',
+             '| loss | setting | true reward | KL | well-formed | accuracy | tokens |', '| --- | --- | ---: | ---: | ---: | ---: | ---: |']
+    found = {}
+    for loss in LABELS:
+        mine = [r for r in results if r['job']['method'] == loss]
+        best = winner(mine)
+        found |= {loss: own_knobs(best['job'])} if best else {}
+        for result in mine:
+            cells = [LABELS[loss], ', '.join(f'{key} {value:g}' for key, value in own_knobs(result['job']).items())]
+            if result['points']:
+                last = result['points'][-1]
+                cells += [f"{last['true_reward']:+.2f}", f"{last['kl']:.2f}", f"{last.get('well_formed', math.nan):.0%}",
+                          f"{last['accuracy']:.1%}", f"{last['tokens']:.1f}"]
+            else:
+                cells += [result['stopped'], *[''] * 4]
+            lines.append('| ' + ' | '.join(f'**{cell}**' if result is best and cell else cell for cell in cells) + ' |')
+    return '\n'.join([*lines, '', '    FOUND = {', *(f'        {loss!r}: {knobs},' for loss, knobs in found.items()), '    }', ''])
+
+
+# -----------------------------------------------------------------------------
+# the tables and the figure
+
+def runs_of(results, loss, labels):
+    """The finished runs of a loss on such labels, by seed."""
+    return [r for r in results if r['job']['method'] == loss and r['job'].get('labels') == labels and r['points']]
+
+
+def cell(values, form, scale=1.0):
+    """'mean ± standard error' of one value a seed; '-' of none."""
+    if not values:
+        return '-'
+    mean, error = mean_and_error(scale * np.array(values))
+    return format(mean, form) + ('' if math.isnan(error) else f' ± {error:{form.lstrip("+")}}')
+
+
+def table(rows):
+    """Markdown of a list of rows of strings, the first of them the head."""
+    return '\n'.join('| ' + ' | '.join(row) + ' |' for row in [rows[0], ['---', *['---:'] * (len(rows[0]) - 1)], *rows[1:]]) + '\n'
+
+
+def comparison(results):
+    """The table of all losses, clean and flipped; the SFT model's row first."""
+    columns = [('true reward', 'true_reward', '+.2f', 1), ('KL, nats', 'kl', '.2f', 1), ('accuracy, %', 'accuracy', '.1f', 100),
+               ('well-formed, %', 'well_formed', '.0f', 100)]
+    clean_only = [('tokens', 'tokens', '.1f', 1), ('entropy, nats', 'entropy', '.1f', 1), ('distinct-3, %', 'distinct_3', '.1f', 100)]
+    rows = [['loss', *(f'{title}{more}' for title, *_ in columns for more in ('', ', flipped')), *(title for title, *_ in clean_only)]]
+    data = [r for r in results if r['job']['method'] == 'data']
+    rows.append(['the SFT model', *(text for _, key, form, scale in columns
+                                    for text in (cell([r['points'][-1][key] for r in data if key in r['points'][-1]], form, scale), '')),
+                 *(cell([r['points'][-1][key] for r in data], form, scale) for _, key, form, scale in clean_only)])
+    for loss in LABELS:
+        if not runs_of(results, loss, 'clean'):
+            continue
+
+        def text(labels, key, form, scale):
+            return cell([r['points'][-1][key] for r in runs_of(results, loss, labels) if key in r['points'][-1]], form, scale)
+        rows.append([LABELS[loss], *(text(labels, *rest) for _, *rest in columns for labels in ('clean', 'flipped')),
+                     *(text('clean', *rest) for _, *rest in clean_only)])
+    return table(rows)
+
+
+def costs(results):
+    """The table of settings, time and memory."""
+    rows = [['loss', 'settings', 'dpo.py, s', 'ms a step', 'peak memory, MB']]
+    for loss in LABELS:
+        if runs := runs_of(results, loss, 'clean') + runs_of(results, loss, 'flipped'):
+            rows.append([LABELS[loss], ', '.join(f'{key} {value:g}' for key, value in own_knobs(runs[0]['job']).items()),
+                         cell([r['dpo_seconds'] for r in runs], '.0f'), cell([r['ms_a_step'] for r in runs], '.0f'),
+                         cell([r['peak_memory'] for r in runs], '.0f', 1e-6)])
+    return table(rows)
+
+
+def over_training(results):
+    """The table of the long runs on few pairs. The margin is in nats of log-ratio: the loss's own divided by beta."""
+    first = runs_of(results, OVER[0], 'few')[0]
+    rows = [['loss', 'measure', *(f"epoch {p['epochs']}" for p in first['points'])]]
+    for loss in OVER:
+        runs = runs_of(results, loss, 'few')
+        for title, key, form in (('margin on the training pairs, nats', 'margin', '.1f'), ('on held-out pairs', 'held_out_margin', '.1f'),
+                                 ('accuracy on these', 'accuracy', '.3f'), ('KL, nats', 'kl', '.1f'), ('true reward', 'true_reward', '+.2f'),
+                                 ('well-formed, %', 'well_formed', '.0f')) if runs else ():
+            found = [[(p[key] / (r['job']['beta'] if 'margin' in key else 0.01 if key == 'well_formed' else 1)) for r in runs
+                      for p in r['points'][i:i + 1] if key in p] for i in range(len(first['points']))]
+            rows.append([LABELS[loss] + (f" (goal {0.5 / runs[0]['job']['beta']:.1f})" if loss == 'ipo' else ''), title,
+                         *(cell(values, form) for values in found)])
+    return table(rows)
+
+
+KINDS = {       # the figure's colours, of Okabe and Ito: told apart by the colour-blind too
+    '#0072B2': ('dpo', 'cdpo', 'robust', 'dpo_norm', 'plackett_luce', 'dpo_nll'), '#D55E00': ('ipo', 'ipo_mean'), '#CC79A7': ('hinge',),
+    '#009E73': ('simpo', 'orpo'), '#000000': ('kto',),
+}
+COLOURS = {loss: colour for colour, losses in KINDS.items() for loss in losses}
+
+
+def label_points(ax, points, texts, colours):
+    """Write each text beside its point (data units), where it covers neither a point nor another text."""
+    canvas = ax.figure.canvas
+    canvas.draw()
+    at = ax.transData.transform(points)
+    taken = []
+    for i, (text, colour) in enumerate(zip(texts, colours)):
+        places = [(r * math.cos(a), r * math.sin(a)) for r in (9, 18, 30, 44) for a in np.linspace(0, 2 * math.pi, 13)[:-1]]
+        for x, y in places:
+            note = ax.annotate(text, points[i], (x, y), textcoords='offset points', fontsize=8, color=colour, va='center',
+                               ha='left' if x > 1 else 'right' if x < -1 else 'center',
+                               arrowprops=dict(arrowstyle='-', lw=0.5, color=colour, alpha=0.5, shrinkA=0, shrinkB=3) if math.hypot(x, y) > 10 else None)
+            box = note.get_window_extent(canvas.get_renderer()).padded(1)
+            inside = ax.bbox.x0 < box.x0 and box.x1 < ax.bbox.x1 and ax.bbox.y0 < box.y0 and box.y1 < ax.bbox.y1
+            if inside and not any(box.overlaps(other) for other in taken) and not any(box.padded(3).contains(*p) for p in at):
+                break
+            if (x, y) != places[-1]:
+                note.remove()
+        taken.append(box)
+
+
+def figure(results, path):
+    import matplotlib
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    plot, axes = plt.subplots(2, 2, figsize=(13, 10.5), constrained_layout=True)
+    (scatter, drop), (margins, rewards) = axes
+    mean = {}
+    for loss in LABELS:
+        for labels in ('clean', 'flipped'):
+            if runs := runs_of(results, loss, labels):
+                mean[loss, labels] = [mean_and_error([r['points'][-1][key] for r in runs]) for key in ('kl', 'true_reward')]
+    losses = sorted((loss for loss in LABELS if (loss, 'clean') in mean), key=lambda loss: mean[loss, 'clean'][1][0])
+    for y, loss in enumerate(losses):
+        colour = COLOURS[loss]
+        ends = [mean[loss, labels] for labels in ('clean', 'flipped') if (loss, labels) in mean]
+        scatter.plot(*([end[i][0] for end in ends] for i in (0, 1)), color=colour, lw=0.6, alpha=0.35, zorder=1)
+        drop.plot([end[1][0] for end in ends], [y] * len(ends), color=colour, lw=1, alpha=0.5, zorder=1)
+        for (kl, reward), fill in zip(ends, (colour, 'white')):
+            style = dict(fmt='o', ms=6, color=colour, mfc=fill, lw=1)
+            scatter.errorbar(kl[0], reward[0], np.nan_to_num(reward[1]), np.nan_to_num(kl[1]), **style)
+            drop.errorbar(reward[0], y, xerr=np.nan_to_num(reward[1]), **style)
+    scatter.set(title='true reward against KL: filled, clean labels; hollow, 20% flipped', xlabel='KL(policy || SFT), nats a response',
+                ylabel='true reward, nats')
+    drop.set(title='what flipped labels cost', xlabel='true reward, nats', yticks=range(len(losses)), yticklabels=[LABELS[loss] for loss in losses])
+    for tick, loss in zip(drop.get_yticklabels(), losses):
+        tick.set_color(COLOURS[loss])
+
+    few = {loss: runs for loss in OVER if (runs := runs_of(results, loss, 'few'))}
+    styles = dict(zip(OVER, (('#0072B2', '-', 'o'), ('#56B4E9', '--', 's'), ('#009E73', '-.', '^'), ('#D55E00', '-', 'D'))))
+    for loss, runs in few.items():
+        colour, dashes, marker = styles[loss]
+        epochs = [p['epochs'] for p in runs[0]['points']]
+        for ax, key, scale in ((margins, 'margin', 1 / runs[0]['job']['beta']), (rewards, 'true_reward', 1)):
+            found = [mean_and_error([scale * p[key] for r in runs for p in r['points'] if p['epochs'] == epoch]) for epoch in epochs]
+            middle, error = np.array(found).T
+            ax.plot(epochs, middle, color=colour, ls=dashes, marker=marker, ms=4, label=LABELS[loss])
+            ax.fill_between(epochs, middle - np.nan_to_num(error), middle + np.nan_to_num(error), color=colour, alpha=0.15, lw=0)
+        if loss == 'ipo':
+            margins.axhline(0.5 / runs[0]['job']['beta'], color=colour, lw=0.8, ls=':', label="IPO's goal, 1/(2 tau)")
+    margins.set(title=f'over-training on {FEW} pairs: their margin h', ylabel='log-ratio of chosen - rejected, nats')
+    rewards.set(title=f'over-training on {FEW} pairs: true reward of samples', ylabel='true reward, nats')
+    for ax in (margins, rewards):
+        ax.set(xlabel='epochs', xscale='log', xticks=OVER_EPOCHS, xticklabels=OVER_EPOCHS)
+        ax.minorticks_off()
+        ax.legend(fontsize=9, frameon=False)
+    for ax in axes.flat:
+        ax.grid(alpha=0.2)
+        ax.spines[['top', 'right']].set_visible(False)
+    label_points(scatter, [[mean[loss, 'clean'][i][0] for i in (0, 1)] for loss in losses], [LABELS[loss] for loss in losses],
+                 [COLOURS[loss] for loss in losses])
+    plot.savefig(path, dpi=110)
+
+
+# -----------------------------------------------------------------------------
+# the knobs
+
+@dataclass
+class Config:
+    name: str = 'reviews'                           # of the experiment; the runs go to out/<name>/family
+    reward: str = config.EMBEDDED                   # a Python file with the true reward: as in sample.py
+    seeds: In[int, 'x >= 1'] = 3                    # 1 to so many
+    prefixes: In[int, 'x >= 1'] = 1000              # distinct ones of train, 4 completions and so 2 pairs each
+    held_out: In[int, 'x >= 2'] = 250               # prefixes of val
+    workers: In[int, 'x >= 1'] = os.cpu_count() or 1    # runs at a time, one thread each
+    quick: bool = False                             # one seed, 200 prefixes, four losses, fewer epochs of over-training
+    search: bool = False                            # the search for FOUND instead, on seed 0 and the other prefixes of val
+    out: str = ''                                   # '' = repro/results/family, with -quick or -search
+
+
+def main(argv=None):
+    cfg = config.load(Config, 'family', argv)
+    if cfg.quick and cfg.search:
+        raise UserError('quick and search are both set: keep one')
+    prepare(cfg.name)
+    task = Task(cfg.name, cfg.reward)
+    there, needed = len(task.prompts('val', 2 * cfg.held_out)), (2 if cfg.search else 1) * cfg.held_out
+    if there < needed:
+        raise UserError(f'held_out={cfg.held_out}: data/{cfg.name} has {there} distinct prompts in val, and {needed} are needed')
+    common = {'name': cfg.name, 'reward': cfg.reward, 'folder': os.path.join('out', cfg.name, 'family' + ('-quick' if cfg.quick else '')),
+              'prefixes': 200 if cfg.quick else cfg.prefixes, 'val_prefixes': 50 if cfg.quick else cfg.held_out,
+              'held_out': [needed - cfg.held_out, needed], 'over_epochs': [1, 4, 12] if cfg.quick else list(OVER_EPOCHS),
+              'sft': fingerprint(task.load(''))}
+    jobs = []
+    for seed in [0] if cfg.search else [1] if cfg.quick else range(1, cfg.seeds + 1):
+        def job(loss, labels, epochs=2, **knobs):
+            return {'method': loss, 'seed': seed, 'common': common, 'labels': labels, **FIXED.get(loss, {}), **knobs, 'epochs': epochs}
+        jobs.append({'method': 'data', 'seed': seed, 'common': common})
+        if cfg.search:
+            jobs += [job(loss, 'clean', learning_rate=rate, beta=beta) for loss in LABELS for beta in BETAS[loss] for rate in RATES]
+            continue
+        jobs += [job(loss, labels, **FOUND[loss]) for loss in (QUICK if cfg.quick else LABELS) for labels in ('clean', 'flipped')]
+        jobs += [job(loss, 'few', common['over_epochs'][-1], **FOUND[loss]) for loss in (OVER_QUICK if cfg.quick else OVER)]
+    left = [job for job in jobs if result_of(job) is None]
+    print(f'about {minutes(left, cfg.workers):.0f} minutes')
+    began = time.perf_counter()
+    results = sweep(jobs, cfg.workers, work, needs, summary)
+    print(f'that took {time.perf_counter() - began:,.0f} s; the runs, {sum(r["seconds"] for r in results):,.0f} s of one core')
+
+    out = cfg.out or os.path.join(ROOT, 'repro', 'results', 'family' + ('-quick' if cfg.quick else '-search' if cfg.search else ''))
+    os.makedirs(os.path.dirname(out) or '.', exist_ok=True)
+    if cfg.search:
+        text = search_table(results)
+    else:
+        stopped = [f"- {path_of(r['job'])}: {r['stopped']}" for r in results if r.get('stopped')]
+        text = '\n'.join([comparison(results), costs(results), over_training(results), *stopped])
+        figure(results, out + '.png')
+    with open(out + '.md', 'w') as f:
+        f.write(text)
+    with open(out + '.json', 'w') as f:
+        json.dump([{**r, 'job': {k: v for k, v in r['job'].items() if k != 'common'}} for r in results], f)
+    print(f'\n{text}\nwritten: {out}.md, .json' + ('' if cfg.search else ', .png'))
+
+
+if __name__ == '__main__':
+    main()
