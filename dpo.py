@@ -182,7 +182,8 @@ class Config:
     name: str = 'reviews'                           # of the experiment: reads data/<name>, writes out/<name>/dpo
     init_from: str = ''                             # policy and reference: '' = out/<name>/sft, a folder or .pt of ours,
                                                     # a GPT-2 name on the hub, or a directory in its layout
-    loss: Literal['dpo', 'cdpo', 'robust', 'ipo', 'ipo_mean', 'hinge', 'dpo_norm', 'simpo', 'orpo', 'kto', 'plackett_luce'] = 'dpo'
+    loss: Literal[tuple(LOSSES)] = 'dpo'            # dpo, cdpo, robust, ipo (on sums), ipo_mean (on means over tokens), hinge,
+                                                    # dpo_norm, simpo, orpo, kto, plackett_luce: the functions above
     beta: In[float, 'x > 0'] = None                 # strength of the leash to the reference; paper: 0.1, TL;DR 0.5; tau of
                                                     # ipo, lambda of orpo; None = 0.1, for dpo_norm 5, for simpo 2
     label_smoothing: In[float, '0 <= x < 0.5'] = None   # cdpo, robust: the share of labels taken to be wrong; None = 0.1
@@ -191,7 +192,7 @@ class Config:
     undesirable_weight: In[float, 'x >= 0'] = None  # of undesirable ones; None = 1
     nll_coef: In[float, 'x >= 0'] = 0.0             # adds so much of the chosen responses' NLL per token, to any loss
     ref_from: str = ''                              # the reference: '' = a copy of the policy as it starts, or as init_from
-    batch_size: In[int, 'x >= 1'] = 64              # pairs an optimizer step, over all ranks and micro-steps
+    batch_size: In[int, 'x >= 1'] = 64              # pairs (rankings, examples) a step, over all ranks and micro-steps
     epochs: In[int, 'x >= 1'] = 1                   # passes over the pairs; more than 1 to 3 over-fits
     max_steps: In[int, 'x >= 0'] = 0                # stop after so many optimizer steps; 0 = by epochs
     optimizer: Literal['rmsprop', 'adamw'] = 'rmsprop'  # the paper's is rmsprop: one state a weight, not two
