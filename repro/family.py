@@ -47,8 +47,8 @@ FIXED = {'cdpo': {'label_smoothing': 0.2}, 'robust': {'label_smoothing': 0.2},  
          'simpo': {'gamma': 1.0}, 'dpo_nll': {'nll_coef': 0.2}}
 RATES = (3e-4, 6e-4, 1.2e-3)
 BETAS = {       # tried, with each of RATES
-    'dpo': (0.5, 1.0), 'cdpo': (0.5, 1.0), 'robust': (0.5, 1.0), 'ipo': (0.2, 0.5), 'ipo_mean': (2.0, 5.0), 'hinge': (0.5, 1.0),
-    'dpo_norm': (10.0, 20.0), 'simpo': (2.0, 10.0), 'orpo': (1.0, 3.0), 'kto': (0.5, 1.0), 'plackett_luce': (0.5, 1.0),
+    'dpo': (0.5, 1.0), 'cdpo': (0.5, 1.0), 'robust': (0.5, 1.0), 'ipo': (0.2, 0.5), 'ipo_mean': (5.0, 10.0), 'hinge': (0.5, 1.0),
+    'dpo_norm': (10.0, 30.0), 'simpo': (5.0, 10.0), 'orpo': (1.0, 5.0), 'kto': (0.5, 1.0), 'plackett_luce': (0.5, 1.0),
     'dpo_nll': (0.5, 1.0),
 }
 FOUND = {loss: {'learning_rate': 6e-4, 'beta': BETAS[loss][-1]} for loss in LABELS}
@@ -121,15 +121,14 @@ def judge(task, policy, reference, prompts, seed):
 # jobs
 
 # The peak memory that the kernel reports of a process is at least what its parent had where it was started, so a small one
-# starts it. Its last line: seconds, peak bytes, exit status.
-START = '''import os, sys, time
-began = time.perf_counter()
+# starts it. Its last line: seconds of CPU, peak bytes, exit status.
+START = '''import os, sys
 _, status, used = os.wait4(os.posix_spawn(sys.executable, [sys.executable, *sys.argv[1:]], os.environ), 0)
-print(time.perf_counter() - began, used.ru_maxrss * (1 if sys.platform == 'darwin' else 1024), os.waitstatus_to_exitcode(status))'''
+print(used.ru_utime + used.ru_stime, used.ru_maxrss * (1 if sys.platform == 'darwin' else 1024), os.waitstatus_to_exitcode(status))'''
 
 
 def run_dpo(folder, knobs):
-    """`python dpo.py` with these knobs in `folder`. -> seconds, peak memory in bytes, '' or why the loss was not finite"""
+    """`python dpo.py` with these knobs in `folder`. -> seconds of CPU, peak memory in bytes, '' or why the loss was not finite"""
     command = [sys.executable, '-c', START, os.path.join(ROOT, 'dpo.py'), *(f'--{key}={value}' for key, value in knobs.items())]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
     seconds, memory, status = done.stdout.splitlines()[-1].split() if done.returncode == 0 else (0, 0, 1)
@@ -188,7 +187,7 @@ def work(job, needed):
                            'accuracy': tested['eval/rewards/accuracies'], 'held_out_loss': tested['eval/loss'],
                            **judge(task, task.load(out), reference, held_out, seed + 500)})
     rates = [row['pairs_per_second'] for row in log if 'pairs_per_second' in row] if points else [math.nan]
-    return {'points': points, 'stopped': stopped, 'dpo_seconds': cost, 'peak_memory': peak, 'ms_a_step': 1000 * batch / np.median(rates)}
+    return {'points': points, 'stopped': stopped, 'cpu_seconds': cost, 'peak_memory': peak, 'ms_a_step': 1000 * batch / np.median(rates)}
 
 
 def summary(result):
@@ -295,11 +294,11 @@ def comparison(results):
 
 def costs(results):
     """The table of settings, time and memory."""
-    rows = [['loss', 'settings', 'dpo.py, s', 'ms a step', 'peak memory, MB']]
+    rows = [['loss', 'settings', 'dpo.py, s of CPU', 'ms a step', 'peak memory, MB']]
     for loss in LABELS:
         if runs := runs_of(results, loss, 'clean') + runs_of(results, loss, 'flipped'):
             rows.append([LABELS[loss], ', '.join(f'{key} {value:g}' for key, value in own_knobs(runs[0]['job']).items()),
-                         cell([r['dpo_seconds'] for r in runs], '.0f'), cell([r['ms_a_step'] for r in runs], '.0f'),
+                         cell([r['cpu_seconds'] for r in runs], '.0f'), cell([r['ms_a_step'] for r in runs], '.0f'),
                          cell([r['peak_memory'] for r in runs], '.0f', 1e-6)])
     return table(rows)
 
@@ -353,7 +352,7 @@ def figure(results, path):
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
     plot, axes = plt.subplots(2, 2, figsize=(13, 10.5), constrained_layout=True)
-    (scatter, drop), (margins, rewards) = axes
+    (scatter, drop), (margins, distances) = axes
     mean = {}
     for loss in LABELS:
         for labels in ('clean', 'flipped'):
@@ -375,24 +374,24 @@ def figure(results, path):
     for tick, loss in zip(drop.get_yticklabels(), losses):
         tick.set_color(COLOURS[loss])
 
-    few = {loss: runs for loss in OVER if (runs := runs_of(results, loss, 'few'))}
     styles = dict(zip(OVER, (('#0072B2', '-', 'o'), ('#56B4E9', '--', 's'), ('#009E73', '-.', '^'), ('#D55E00', '-', 'D'))))
+    few = {loss: runs for loss in OVER if (runs := runs_of(results, loss, 'few'))}
     for loss, runs in few.items():
         colour, dashes, marker = styles[loss]
         epochs = [p['epochs'] for p in runs[0]['points']]
-        for ax, key, scale in ((margins, 'margin', 1 / runs[0]['job']['beta']), (rewards, 'true_reward', 1)):
+        for ax, key, scale in ((margins, 'margin', 1 / runs[0]['job']['beta']), (distances, 'kl', 1)):
             found = [mean_and_error([scale * p[key] for r in runs for p in r['points'] if p['epochs'] == epoch]) for epoch in epochs]
-            middle, error = np.array(found).T
+            middle, error = np.nan_to_num(np.array(found)).T
             ax.plot(epochs, middle, color=colour, ls=dashes, marker=marker, ms=4, label=LABELS[loss])
-            ax.fill_between(epochs, middle - np.nan_to_num(error), middle + np.nan_to_num(error), color=colour, alpha=0.15, lw=0)
+            ax.fill_between(epochs, middle - error, middle + error, color=colour, alpha=0.15, lw=0)
         if loss == 'ipo':
             margins.axhline(0.5 / runs[0]['job']['beta'], color=colour, lw=0.8, ls=':', label="IPO's goal, 1/(2 tau)")
     margins.set(title=f'over-training on {FEW} pairs: their margin h', ylabel='log-ratio of chosen - rejected, nats')
-    rewards.set(title=f'over-training on {FEW} pairs: true reward of samples', ylabel='true reward, nats')
-    for ax in (margins, rewards):
-        ax.set(xlabel='epochs', xscale='log', xticks=OVER_EPOCHS, xticklabels=OVER_EPOCHS)
+    distances.set(title=f'over-training on {FEW} pairs: distance from the SFT model', ylabel='KL(policy || SFT), nats a response')
+    for ax in (margins, distances):
+        ax.set(xlabel='epochs', xscale='log', xticks=epochs, xticklabels=epochs)
         ax.minorticks_off()
-        ax.legend(fontsize=9, frameon=False)
+        ax.legend(fontsize=9, frameon=False, loc='upper left')
     for ax in axes.flat:
         ax.grid(alpha=0.2)
         ax.spines[['top', 'right']].set_visible(False)
@@ -438,7 +437,7 @@ def main(argv=None):
         if cfg.search:
             jobs += [job(loss, 'clean', learning_rate=rate, beta=beta) for loss in LABELS for beta in BETAS[loss] for rate in RATES]
             continue
-        jobs += [job(loss, labels, **FOUND[loss]) for loss in (QUICK if cfg.quick else LABELS) for labels in ('clean', 'flipped')]
+        jobs += [job(loss, labels, 4 if cfg.quick else 2, **FOUND[loss]) for loss in (QUICK if cfg.quick else LABELS) for labels in ('clean', 'flipped')]
         jobs += [job(loss, 'few', common['over_epochs'][-1], **FOUND[loss]) for loss in (OVER_QUICK if cfg.quick else OVER)]
     left = [job for job in jobs if result_of(job) is None]
     print(f'about {minutes(left, cfg.workers):.0f} minutes')
