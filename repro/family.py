@@ -305,17 +305,17 @@ def costs(results):
 
 def over_training(results):
     """The table of the long runs on few pairs. The margin is in nats of log-ratio: the loss's own divided by beta."""
-    first = runs_of(results, OVER[0], 'few')[0]
-    rows = [['loss', 'measure', *(f"epoch {p['epochs']}" for p in first['points'])]]
+    epochs = sorted({p['epochs'] for loss in OVER for r in runs_of(results, loss, 'few') for p in r['points']})
+    rows = [['loss', 'measure', *(f'epoch {epoch}' for epoch in epochs)]]
     for loss in OVER:
         runs = runs_of(results, loss, 'few')
-        for title, key, form in (('margin on the training pairs, nats', 'margin', '.1f'), ('on held-out pairs', 'held_out_margin', '.1f'),
-                                 ('accuracy on these', 'accuracy', '.3f'), ('KL, nats', 'kl', '.1f'), ('true reward', 'true_reward', '+.2f'),
+        goal = f" (goal {0.5 / runs[0]['job']['beta']:.1f})" if runs and loss == 'ipo' else ''
+        for title, key, form in (('margin on the training pairs, nats' + goal, 'margin', '.1f'), ('on held-out pairs', 'held_out_margin', '.1f'),
+                                 ('accuracy on these, %', 'accuracy', '.1f'), ('KL, nats', 'kl', '.1f'), ('true reward', 'true_reward', '+.2f'),
                                  ('well-formed, %', 'well_formed', '.0f')) if runs else ():
-            found = [[(p[key] / (r['job']['beta'] if 'margin' in key else 0.01 if key == 'well_formed' else 1)) for r in runs
-                      for p in r['points'][i:i + 1] if key in p] for i in range(len(first['points']))]
-            rows.append([LABELS[loss] + (f" (goal {0.5 / runs[0]['job']['beta']:.1f})" if loss == 'ipo' else ''), title,
-                         *(cell(values, form) for values in found)])
+            scale = 1 / runs[0]['job']['beta'] if 'margin' in key else 100 if '%' in title else 1
+            rows.append([LABELS[loss], title, *(cell([p[key] for r in runs for p in r['points'] if p['epochs'] == epoch and key in p], form, scale)
+                                                for epoch in epochs)])
     return table(rows)
 
 
@@ -326,19 +326,21 @@ KINDS = {       # the figure's colours, of Okabe and Ito: told apart by the colo
 COLOURS = {loss: colour for colour, losses in KINDS.items() for loss in losses}
 
 
-def label_points(ax, points, texts, colours):
-    """Write each text beside its point (data units), where it covers neither a point nor another text."""
-    canvas = ax.figure.canvas
-    canvas.draw()
-    at = ax.transData.transform(points)
-    taken = []
-    for i, (text, colour) in enumerate(zip(texts, colours)):
-        places = [(r * math.cos(a), r * math.sin(a)) for r in (9, 18, 30, 44) for a in np.linspace(0, 2 * math.pi, 13)[:-1]]
+def label_points(ax, points, texts, colours, others):
+    """Write each text beside its point (data units), where it covers no point, none of `others` and no other text."""
+    from matplotlib.text import Text
+    renderer = ax.figure.canvas.get_renderer()
+    ax.figure.draw_without_rendering()
+    ax.figure.set_layout_engine('none')         # from here on nothing moves
+    at, taken = ax.transData.transform([*points, *others]), []
+    places = [(r * math.cos(a), r * math.sin(a)) for r in (8, 16, 26, 38) for a in np.linspace(0, 2 * math.pi, 17)[:-1]]
+    for point, text, colour in zip(points, texts, colours):
         for x, y in places:
-            note = ax.annotate(text, points[i], (x, y), textcoords='offset points', fontsize=8, color=colour, va='center',
+            note = ax.annotate(text, point, (x, y), textcoords='offset points', fontsize=8, color=colour, va='center',
                                ha='left' if x > 1 else 'right' if x < -1 else 'center',
-                               arrowprops=dict(arrowstyle='-', lw=0.5, color=colour, alpha=0.5, shrinkA=0, shrinkB=3) if math.hypot(x, y) > 10 else None)
-            box = note.get_window_extent(canvas.get_renderer()).padded(1)
+                               arrowprops=dict(arrowstyle='-', lw=0.8, color=colour, shrinkA=0, shrinkB=3) if math.hypot(x, y) > 10 else None)
+            note.update_positions(renderer)
+            box = Text.get_window_extent(note, renderer).padded(1)         # without the arrow
             inside = ax.bbox.x0 < box.x0 and box.x1 < ax.bbox.x1 and ax.bbox.y0 < box.y0 and box.y1 < ax.bbox.y1
             if inside and not any(box.overlaps(other) for other in taken) and not any(box.padded(3).contains(*p) for p in at):
                 break
@@ -365,7 +367,7 @@ def figure(results, path):
         scatter.plot(*([end[i][0] for end in ends] for i in (0, 1)), color=colour, lw=0.6, alpha=0.35, zorder=1)
         drop.plot([end[1][0] for end in ends], [y] * len(ends), color=colour, lw=1, alpha=0.5, zorder=1)
         for (kl, reward), fill in zip(ends, (colour, 'white')):
-            style = dict(fmt='o', ms=6, color=colour, mfc=fill, lw=1)
+            style = dict(fmt='o', ms=6, color=colour, mfc=fill, lw=0.8)
             scatter.errorbar(kl[0], reward[0], np.nan_to_num(reward[1]), np.nan_to_num(kl[1]), **style)
             drop.errorbar(reward[0], y, xerr=np.nan_to_num(reward[1]), **style)
     scatter.set(title='true reward against KL: filled, clean labels; hollow, 20% flipped', xlabel='KL(policy || SFT), nats a response',
@@ -376,9 +378,10 @@ def figure(results, path):
 
     styles = dict(zip(OVER, (('#0072B2', '-', 'o'), ('#56B4E9', '--', 's'), ('#009E73', '-.', '^'), ('#D55E00', '-', 'D'))))
     few = {loss: runs for loss in OVER if (runs := runs_of(results, loss, 'few'))}
+    epochs = []
     for loss, runs in few.items():
         colour, dashes, marker = styles[loss]
-        epochs = [p['epochs'] for p in runs[0]['points']]
+        epochs = sorted({p['epochs'] for r in runs for p in r['points']})
         for ax, key, scale in ((margins, 'margin', 1 / runs[0]['job']['beta']), (distances, 'kl', 1)):
             found = [mean_and_error([scale * p[key] for r in runs for p in r['points'] if p['epochs'] == epoch]) for epoch in epochs]
             middle, error = np.nan_to_num(np.array(found)).T
@@ -395,8 +398,10 @@ def figure(results, path):
     for ax in axes.flat:
         ax.grid(alpha=0.2)
         ax.spines[['top', 'right']].set_visible(False)
+    crosses = [(kl + dx, reward + dy) for (kl, e), (reward, f) in mean.values()
+               for dx, dy in ((0, 0), *((s * np.nan_to_num(e), 0) for s in (-1, -.5, .5, 1)), *((0, s * np.nan_to_num(f)) for s in (-1, -.5, .5, 1)))]
     label_points(scatter, [[mean[loss, 'clean'][i][0] for i in (0, 1)] for loss in losses], [LABELS[loss] for loss in losses],
-                 [COLOURS[loss] for loss in losses])
+                 [COLOURS[loss] for loss in losses], crosses)
     plot.savefig(path, dpi=110)
 
 
