@@ -21,7 +21,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -171,21 +170,24 @@ def work(job, needed):
              'eval_interval': 0, 'log_interval': math.ceil(FEW / batch) if few else 10, 'save_interval': 0, 'seed': seed,
              'device': 'cpu', 'compile': False, 'resume': True}
     points, cost, peak, stopped = [], 0.0, 0, ''
-    with tempfile.TemporaryDirectory(dir=path_of(job)) as folder:
-        os.symlink(os.path.abspath('data'), os.path.join(folder, 'data'))       # dpo.py writes to out/ beside it
-        out = os.path.join(folder, 'out', data, 'dpo')
-        for epochs in common['over_epochs'] if few else [job['epochs']]:
-            seconds, memory, stopped = run_dpo(folder, {**knobs, 'epochs': epochs})
-            cost, peak = cost + seconds, max(peak, memory)
-            shutil.copy(os.path.join(out, 'log.jsonl'), path_of(job))
-            if stopped:
-                break
-            with open(os.path.join(out, 'log.jsonl')) as f:
-                log = [json.loads(line) for line in f]
-            trained, tested = ([row for row in log if key in row][-1] for key in ('loss', 'eval/loss'))
-            points.append({'epochs': epochs, 'margin': trained['rewards/margins'], 'held_out_margin': tested['eval/rewards/margins'],
-                           'accuracy': tested['eval/rewards/accuracies'], 'held_out_loss': tested['eval/loss'],
-                           **judge(task, task.load(out), reference, held_out, seed + 500)})
+    folder = os.path.join(path_of(job), 'run')
+    shutil.rmtree(folder, ignore_errors=True)       # of one that was killed
+    os.makedirs(folder)
+    os.symlink(os.path.abspath('data'), os.path.join(folder, 'data'))       # dpo.py writes to out/ beside it
+    out = os.path.join(folder, 'out', data, 'dpo')
+    for epochs in common['over_epochs'] if few else [job['epochs']]:
+        seconds, memory, stopped = run_dpo(folder, {**knobs, 'epochs': epochs})
+        cost, peak = cost + seconds, max(peak, memory)
+        shutil.copy(os.path.join(out, 'log.jsonl'), path_of(job))
+        if stopped:
+            break
+        with open(os.path.join(out, 'log.jsonl')) as f:
+            log = [json.loads(line) for line in f]
+        trained, tested = ([row for row in log if key in row][-1] for key in ('loss', 'eval/loss'))
+        points.append({'epochs': epochs, 'margin': trained['rewards/margins'], 'held_out_margin': tested['eval/rewards/margins'],
+                       'accuracy': tested['eval/rewards/accuracies'], 'held_out_loss': tested['eval/loss'],
+                       **judge(task, task.load(out), reference, held_out, seed + 500)})
+    shutil.rmtree(folder)
     rates = [row['pairs_per_second'] for row in log if 'pairs_per_second' in row] if points else [math.nan]
     return {'points': points, 'stopped': stopped, 'cpu_seconds': cost, 'peak_memory': peak, 'ms_a_step': 1000 * batch / np.median(rates)}
 
@@ -226,6 +228,7 @@ def winner(results):
 
 
 def own_knobs(job):
+    """The settings that are the loss's own."""
     return {key: value for key, value in job.items() if key not in ('method', 'seed', 'common', 'labels', 'epochs')}
 
 
