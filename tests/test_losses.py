@@ -29,6 +29,11 @@ from test_train import DPO, last_checkpoint, losses, worst_difference
 Number, STEP = decimal.Decimal, decimal.Decimal('1e-30')
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
 def sigmoid(x):
     return 1 / (1 + (-x).exp())
 
@@ -165,7 +170,6 @@ def assert_equal(ours, exact, rtol, atol):
 def test_values_rewards_and_gradients_equal_the_formula_in_100_digits(name):
     """float64 rounds a difference of log-probs of 300 nats to 1e-13, times beta or the slope of orpo's odds, up to 300 at one
     token of -0.003 nats a token: 1e-10 leaves room for both. ipo's squares reach 1e6 and are held to 1e-10 of their size."""
-    torch.manual_seed(0)
     for knobs in KNOBS[name]:
         tensors, policy = random_arguments(name)
         ours, exact = by_dpo(name, tensors, knobs, policy), by_formula(name, tensors, knobs, policy)
@@ -236,7 +240,7 @@ def test_means_of_single_tokens_are_sums():
 def test_simpo_without_a_margin_is_dpo_norm_under_a_uniform_reference():
     w, l, m, n = random_arguments('simpo', 200)[0]
     ours, norms = (by_dpo('simpo', [w, l, m, n], (2.0, 0.0), 2),
-                   by_dpo('dpo_norm', [w, l, -m * math.log(50257), -n * math.log(50257), m, n], (2.0,), 2))
+                   by_dpo('dpo_norm', [w, l, *(-x.double() * math.log(50257) for x in (m, n)), m, n], (2.0,), 2))
     assert_equal(([ours[0][0]], ours[1]), ([norms[0][0]], norms[1]), 1e-12, 1e-12)
 
 
@@ -430,9 +434,11 @@ def test_the_logged_loss_is_the_formula_of_one_at_a_time_log_probs(workplace, na
         first = read_log(f'out/{kind}/dpo')[0]
         nll = np.mean([-row[0] / length[0] for row, length in zip(logps, tokens)])
         assert first['eval/loss'] == pytest.approx(np.mean([row[0] for row in found]) + nll_coef * nll, rel=1e-5)
-    chosen = np.mean([row[1][0] if kind == 'rankings' else row[1] for row in found])
-    rejected = np.mean([row[1][1:] if kind == 'rankings' else row[2] for row in found])
-    assert [first['eval/rewards/chosen'], first['eval/rewards/rejected']] == pytest.approx([chosen, rejected], rel=1e-4, abs=1e-4)
+    rewards = np.array([row[1] if kind == 'rankings' else row[1:] for row in found])        # (N, K)
+    ordered = [row[i] > row[j] for row in rewards for j in range(len(row)) for i in range(j)]
+    logged = [first[f'eval/rewards/{key}'] for key in ('chosen', 'rejected', 'margins', 'accuracies')]
+    chosen, rejected = rewards[:, 0].mean(), rewards[:, 1:].mean()
+    assert logged == pytest.approx([chosen, rejected, chosen - rejected, np.mean(ordered)], rel=1e-4, abs=1e-4)
 
 
 def z_by_hand(policy, reference, data, beta, max_length):
@@ -470,36 +476,43 @@ def kto_data(kind):
     return {split: None for split in splits}
 
 
-@pytest.mark.parametrize('policy, reference', [(0, 1), (1, 0)])
+@pytest.mark.parametrize('clamped', [False, True])
 @pytest.mark.parametrize('kind', ['pairs', 'unpaired', 'one prompt'])
-def test_kto_s_loss_z_and_gradient_are_those_of_one_at_a_time_log_probs(workplace, kind, policy, reference):
-    """z from mismatched prompts and responses alone, of the whole batch, clamped at 0 (one of the two orders of the models
-    needs that), 0 where there is only one prompt, and without a gradient: step 1's logged loss and gradient norm."""
-    labels = kto_data(kind)
-    folders, beta, weights = ['out/policy', 'out/other'], 0.05, (1.2, 0.8)
-    models = [small_gpt(seed=seed) for seed in (policy, reference)]
-    dpo.main([*DPO, f'--init_from={folders[policy]}', f'--ref_from={folders[reference]}', '--name=kto', '--loss=kto', f'--beta={beta}',
+def test_kto_s_loss_z_and_gradient_are_those_of_one_at_a_time_log_probs(workplace, kind, clamped):
+    """z from mismatched prompts and responses alone, of the whole batch, clamped at 0 (where policy and reference change places),
+    0 where there is only one prompt, and without a gradient: the logged losses, step 1's gradient norm, and rewards."""
+    labels, beta, weights, nll_coef = kto_data(kind), 0.05, (1.2, 0.8), 0.01
+    models = [small_gpt(seed=2, spread=0.7), small_gpt(seed=0)][::-1 if clamped else 1]     # the flatter one finds random bytes likelier
+    for name, model in zip(('policy', 'other'), models):
+        save_checkpoint(f'out/{name}', 1, model, dict(config={}, vocabulary=None))
+    dpo.main([*DPO, '--name=kto', '--loss=kto', '--init_from=out/policy', '--ref_from=out/other', f'--beta={beta}', f'--nll_coef={nll_coef}',
               '--desirable_weight=1.2', '--undesirable_weight=0.8', '--max_steps=1', '--grad_clip=0', '--row_tokens=64'])
-    log = {('eval/' if 'eval/loss' in r else '') + str(r['step']): r for r in read_log('out/kto/dpo')}
-    ids = step_groups(8, 8, 0, 1337)
-    for split, ids, logged in (('val', range(3), log['eval/0']['eval/loss']), ('train', ids, log['1']['loss'])):
+    first, step, _ = read_log('out/kto/dpo')
+    for split, ids, logged in (('val', range(3), first['eval/loss']), ('train', step_groups(8, 8, 0, 1337), step['loss'])):
         data = read_groups('data/kto', split, ids)
         z, free = z_by_hand(*models, data, beta, 24)
         logps, ref = one_at_a_time(models[0], data), one_at_a_time(models[1], data).detach()
         good = torch.tensor([[True, False]] * len(data) if labels[split] is None else [[labels[split][i]] for i in ids])
-        signs = torch.where(good, 1.0, -1.0)
+        signs, rewards = torch.where(good, 1.0, -1.0), beta * (logps - ref)
+        nll = -logps[:, 0] / torch.tensor([len(group[1]) for group in data]) * good[:, 0]
 
         def loss(z):
-            return (torch.where(good, *weights) * (1 - torch.sigmoid(signs * (beta * (logps - ref) - z)))).mean()
+            return (torch.where(good, *weights) * (1 - torch.sigmoid(signs * (rewards - z)))).mean() + nll_coef * nll.mean()
         assert logged == pytest.approx(loss(z).item(), rel=1e-5)
-        assert free is None or abs(loss(0.0) - loss(free)) > 1e-3, 'z matters here'
-    assert kind == 'one prompt' and z == 0 or (z > 0) == (free > 0), 'clamped'
+        if kind == 'one prompt':
+            assert z == 0
+        else:
+            assert (free < 0) == (z == 0) == clamped and abs(loss(0.0) - loss(free)) > 1e-3, 'z matters here'
     parameters = list(models[0].parameters())
 
     def norm(value):
         return torch.cat([g.flatten() for g in torch.autograd.grad(value, parameters, retain_graph=True)]).norm().item()
-    assert log['1']['grad_norm'] == pytest.approx(norm(loss(float(z))), rel=1e-4)
-    assert not z > 0 or norm(loss(z)) != pytest.approx(norm(loss(float(z))), rel=1e-2), 'a gradient through z would show'
+    assert step['grad_norm'] == pytest.approx(norm(loss(float(z))), rel=1e-4)
+    assert z == 0 or norm(loss(z)) != pytest.approx(norm(loss(float(z))), rel=1e-2), 'a gradient through z would show'
+    right = signs * (rewards - z) > 0 if kind == 'unpaired' else rewards[:, 0] > rewards[:, 1]
+    logged = [step[f'rewards/{key}'] for key in ('chosen', 'rejected', 'accuracies')]
+    expected = [rewards[good].mean().item(), rewards[~good].mean().item(), right.double().mean().item()]
+    assert logged == pytest.approx(expected, rel=1e-4, abs=1e-4)
 
 
 @pytest.mark.parametrize('name, models', [('dpo', 2), ('simpo', 1), ('orpo', 1)])
