@@ -3,6 +3,7 @@
     python dpo.py config/reviews.py                                          # a laptop, the embedded experiment
     torchrun --standalone --nproc_per_node=8 dpo.py config/hh.py --beta=0.2  # eight GPUs
     python dpo.py config/hh.py --resume                                      # go on where a run was stopped
+    python dpo.py config/reviews.py --loss=ipo --beta=0.5                    # a relative of DPO
 
 Reads data/<name>/ (prepare_prefs.py) and the weights of `init_from`, by default out/<name>/sft; writes checkpoints
 and log.jsonl to out/<name>/dpo. Departures from the authors' code: prompt and responses share one packed row, so
@@ -29,19 +30,24 @@ import config
 from config import In, Literal, UserError
 from model import (CheckpointError, find_checkpoints, fingerprint, load_model, open_run, packed_mask, peak_flops,
                    read_checkpoint, save_checkpoint, token_logps)
-from prepare_prefs import Groups, packed_batches, plan_rows, row_limit, step_groups
+from prepare_prefs import Groups, mismatched, packed_batches, plan_rows, row_limit, step_groups
 
 
 def dpo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta):
     """Eq. 7 of arXiv 2305.18290: -log sigmoid(beta [(log pi(w) - log ref(w)) - (log pi(l) - log ref(l))]).
 
     All logps are (B,): a response's log-probability in nats, summed over its tokens; w is chosen, l rejected.
-    -> losses, chosen_rewards, rejected_rewards, (B,) float32; a reward is beta log(pi / ref), detached.
+    -> losses, chosen_rewards, rejected_rewards, (B,) float32 or wider; a reward is beta log(pi / ref), detached.
     """
-    chosen_rewards = beta * (policy_chosen_logps - ref_chosen_logps).float()
-    rejected_rewards = beta * (policy_rejected_logps - ref_rejected_logps).float()
+    chosen_rewards = beta * wide(policy_chosen_logps - ref_chosen_logps)
+    rejected_rewards = beta * wide(policy_rejected_logps - ref_rejected_logps)
     losses = -F.logsigmoid(chosen_rewards - rejected_rewards)
     return losses, chosen_rewards.detach(), rejected_rewards.detach()
+
+
+def wide(x):
+    """x in at least float32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def response_logps(model, head, batch, mask):
@@ -53,6 +59,122 @@ def response_logps(model, head, batch, mask):
 
 
 # -----------------------------------------------------------------------------
+# its relatives, chosen by --loss=; arguments and results as dpo_loss's where nothing else is said. h is the argument of
+# beta in eq. 7; *_tokens, (B,), are the responses' lengths; a reward is what the loss compares, detached
+
+def cdpo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta, label_smoothing):
+    """(1 - eps) L(h) + eps L(-h), L being dpo_loss, where a share eps of the labels is wrong: "conservative DPO",
+    E. Mitchell's note on DPO and noisy preferences, 2023. It stops at sigmoid(beta h) = 1 - eps."""
+    losses, *rewards = dpo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta)
+    flipped, *_ = dpo_loss(policy_rejected_logps, policy_chosen_logps, ref_rejected_logps, ref_chosen_logps, beta)
+    return (1 - label_smoothing) * losses + label_smoothing * flipped, *rewards
+
+
+def robust_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta, label_smoothing):
+    """[(1 - eps) L(h) - eps L(-h)] / (1 - 2 eps), L being dpo_loss (arXiv 2403.00409): its mean over labels of which a
+    share eps is flipped is that of L over the right ones. It has no lower bound."""
+    losses, *rewards = dpo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta)
+    flipped, *_ = dpo_loss(policy_rejected_logps, policy_chosen_logps, ref_rejected_logps, ref_chosen_logps, beta)
+    return ((1 - label_smoothing) * losses - label_smoothing * flipped) / (1 - 2 * label_smoothing), *rewards
+
+
+def ipo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, tau):
+    """(h - 1 / (2 tau))^2 (arXiv 2310.12036, eq. 17): the margin h has a goal, where dpo's has none. Rewards with tau."""
+    chosen, rejected = wide(policy_chosen_logps - ref_chosen_logps), wide(policy_rejected_logps - ref_rejected_logps)
+    return (chosen - rejected - 1 / (2 * tau)) ** 2, tau * chosen.detach(), tau * rejected.detach()
+
+
+def ipo_mean_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, chosen_tokens,
+                  rejected_tokens, tau):
+    """ipo_loss on means over tokens, as TRL and the authors of arXiv 2310.12036 advise for texts of unequal length."""
+    return ipo_loss(policy_chosen_logps / chosen_tokens, policy_rejected_logps / rejected_tokens,
+                    ref_chosen_logps / chosen_tokens, ref_rejected_logps / rejected_tokens, tau)
+
+
+def hinge_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta):
+    """max(0, 1 - beta h): the hinge of SLiC (arXiv 2305.10425) on dpo's margin, as in RSO (arXiv 2309.06657)."""
+    chosen = beta * wide(policy_chosen_logps - ref_chosen_logps)
+    rejected = beta * wide(policy_rejected_logps - ref_rejected_logps)
+    return F.relu(1 - (chosen - rejected)), chosen.detach(), rejected.detach()
+
+
+def dpo_norm_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, chosen_tokens,
+                  rejected_tokens, beta):
+    """dpo_loss on means over tokens: length-normalised DPO (Tulu 3, arXiv 2411.15124, section 5)."""
+    return dpo_loss(policy_chosen_logps / chosen_tokens, policy_rejected_logps / rejected_tokens,
+                    ref_chosen_logps / chosen_tokens, ref_rejected_logps / rejected_tokens, beta)
+
+
+def simpo_loss(policy_chosen_logps, policy_rejected_logps, chosen_tokens, rejected_tokens, beta, gamma):
+    """-log sigmoid(beta [mean log pi(w) - mean log pi(l)] - gamma), means over tokens, no reference (arXiv 2405.14734)."""
+    chosen, rejected = beta * wide(policy_chosen_logps) / chosen_tokens, beta * wide(policy_rejected_logps) / rejected_tokens
+    return -F.logsigmoid(chosen - rejected - gamma), chosen.detach(), rejected.detach()
+
+
+def orpo_loss(policy_chosen_logps, policy_rejected_logps, chosen_tokens, rejected_tokens, lam):
+    """-m(w) - lam log sigmoid(odds(w) - odds(l)), odds = m - log(1 - exp m), m the mean of log pi over tokens; no reference
+    (arXiv 2403.07691). Rewards are lam odds. 1 - exp m is kept at the type's eps or more, so that m = 0 stays finite."""
+    means = wide(policy_chosen_logps) / chosen_tokens, wide(policy_rejected_logps) / rejected_tokens
+    chosen, rejected = (m - torch.log(-torch.expm1(m.clamp(max=-torch.finfo(m.dtype).eps))) for m in means)
+    return -means[0] - lam * F.logsigmoid(chosen - rejected), lam * chosen.detach(), lam * rejected.detach()
+
+
+def kto_loss(policy_logps, ref_logps, desirable, z, beta, desirable_weight, undesirable_weight):
+    """lam_D (1 - sigmoid(r - z)) for desirable responses, lam_U (1 - sigmoid(z - r)) for others; r = beta log(pi / ref)
+    (arXiv 2402.01306). Any shape, one response an entry; desirable: bool; z: see kto_z in main. -> losses, rewards"""
+    rewards = beta * wide(policy_logps - ref_logps)
+    losses = torch.where(desirable, desirable_weight * torch.sigmoid(z - rewards), undesirable_weight * torch.sigmoid(rewards - z))
+    return losses, rewards.detach()
+
+
+def plackett_luce_loss(policy_logps, ref_logps, beta):
+    """-sum_k log [exp r_k / sum_{j >= k} exp r_j], r = beta log(pi / ref): a ranking, best first (arXiv 2305.18290,
+    appendix A.3). policy_logps, ref_logps: (B, K). -> losses (B,), rewards (B, K). K = 2 is dpo_loss, to the bit."""
+    rewards = beta * wide(policy_logps - ref_logps)
+    ahead = [rewards[:, k] - rewards[:, k + 1:].logsumexp(1) for k in range(rewards.shape[1] - 1)]    # of all who follow
+    return -sum(F.logsigmoid(lead) for lead in ahead), rewards.detach()
+
+
+LOSSES = {      # each one's own knobs, and what they usually are; beta is ipo's tau, orpo's lam
+    'dpo': (dpo_loss, dict(beta=0.1)),
+    'cdpo': (cdpo_loss, dict(beta=0.1, label_smoothing=0.1)),
+    'robust': (robust_loss, dict(beta=0.1, label_smoothing=0.1)),
+    'ipo': (ipo_loss, dict(beta=0.1)),
+    'ipo_mean': (ipo_mean_loss, dict(beta=0.1)),
+    'hinge': (hinge_loss, dict(beta=0.1)),
+    'dpo_norm': (dpo_norm_loss, dict(beta=5.0)),
+    'simpo': (simpo_loss, dict(beta=2.0, gamma=1.0)),
+    'orpo': (orpo_loss, dict(beta=0.1)),
+    'kto': (kto_loss, dict(beta=0.1, desirable_weight=1.0, undesirable_weight=1.0)),
+    'plackett_luce': (plackett_luce_loss, dict(beta=0.1)),
+}
+NO_REFERENCE = 'simpo', 'orpo'
+PER_TOKEN = 'ipo_mean', 'dpo_norm', 'simpo', 'orpo'
+
+
+def losses_and_rewards(cfg, logps, ref_logps, tokens, labels=None, z=None):
+    """What cfg.loss makes of packed groups. logps, ref_logps (None where the loss needs none), tokens: (G, K), the best
+    response first; labels: (G,) bool of single responses, or None; z: kto's. -> losses (G,), rewards (G, K)"""
+    function, knobs = LOSSES[cfg.loss]
+    own = [getattr(cfg, knob) for knob in knobs]
+    if cfg.loss == 'kto':               # of a pair, the first is desirable
+        desirable = torch.arange(logps.shape[1], device=logps.device) == 0 if labels is None else labels[:, None]
+        losses, rewards = function(logps, ref_logps, desirable, z, *own)
+        losses = losses.mean(1)
+    elif cfg.loss == 'plackett_luce':
+        losses, rewards = function(logps, ref_logps, *own)
+    else:
+        references = ref_logps.t() if cfg.loss not in NO_REFERENCE else ()
+        lengths = tokens.t() if cfg.loss in PER_TOKEN else ()
+        losses, *rewards = function(*logps.t(), *references, *lengths, *own)
+        rewards = torch.stack(rewards, 1)
+    if cfg.nll_coef:
+        nll = -logps[:, 0] / tokens[:, 0]
+        losses = losses + cfg.nll_coef * (nll if labels is None else nll * labels)
+    return losses, rewards
+
+
+# -----------------------------------------------------------------------------
 # the knobs
 
 @dataclass
@@ -60,8 +182,17 @@ class Config:
     name: str = 'reviews'                           # of the experiment: reads data/<name>, writes out/<name>/dpo
     init_from: str = ''                             # policy and reference: '' = out/<name>/sft, a folder or .pt of ours,
                                                     # a GPT-2 name on the hub, or a directory in its layout
-    beta: In[float, 'x > 0'] = 0.1                  # strength of the leash to the reference; paper: 0.1, TL;DR 0.5
-    batch_size: In[int, 'x >= 1'] = 64              # pairs an optimizer step, over all ranks and micro-steps
+    loss: Literal[tuple(LOSSES)] = 'dpo'            # dpo, cdpo, robust, ipo (on sums), ipo_mean (on means over tokens), hinge,
+                                                    # dpo_norm, simpo, orpo, kto, plackett_luce: the functions above
+    beta: In[float, 'x > 0'] = None                 # strength of the leash to the reference; paper: 0.1, TL;DR 0.5; tau of
+                                                    # ipo, lambda of orpo; None = 0.1, for dpo_norm 5, for simpo 2
+    label_smoothing: In[float, '0 <= x < 0.5'] = None   # cdpo, robust: the share of labels taken to be wrong; None = 0.1
+    gamma: In[float, 'x >= 0'] = None               # simpo: the margin asked for, 0.1 to 0.8 of beta; None = 1
+    desirable_weight: In[float, 'x >= 0'] = None    # kto: of desirable examples, and
+    undesirable_weight: In[float, 'x >= 0'] = None  # of undesirable ones; None = 1
+    nll_coef: In[float, 'x >= 0'] = 0.0             # adds so much of the chosen responses' NLL per token, to any loss
+    ref_from: str = ''                              # the reference: '' = a copy of the policy as it starts, or as init_from
+    batch_size: In[int, 'x >= 1'] = 64              # pairs (rankings, examples) a step, over all ranks and micro-steps
     epochs: In[int, 'x >= 1'] = 1                   # passes over the pairs; more than 1 to 3 over-fits
     max_steps: In[int, 'x >= 0'] = 0                # stop after so many optimizer steps; 0 = by epochs
     optimizer: Literal['rmsprop', 'adamw'] = 'rmsprop'  # the paper's is rmsprop: one state a weight, not two
@@ -84,21 +215,50 @@ class Config:
     compile: bool = torch.cuda.is_available()       # torch.compile the model: minutes once, then faster
     resume: bool = False                            # go on from the last checkpoint of out/<name>/dpo, if there is one
 
+    def __post_init__(self):
+        for knob, usual in LOSSES[self.loss][1].items():
+            if getattr(self, knob) is None:
+                setattr(self, knob, usual)
 
-STATS = ('loss', 'rewards/chosen', 'rewards/rejected', 'rewards/margins', 'rewards/accuracies', 'logps/chosen', 'logps/rejected')
+
+STATS = ('loss', 'rewards/chosen', 'rewards/rejected', 'rewards/accuracies', 'logps/chosen', 'logps/rejected')
 
 
-def batch_stats(losses, chosen_rewards, rejected_rewards, logps):
-    """Sums over the pairs of a micro-step of what STATS names: (7,) float32."""
-    margins = chosen_rewards - rejected_rewards
-    accuracies = (margins > 0).float() + 0.5 * (margins == 0).float()       # a tie counts one half
-    rows = torch.stack([losses.detach(), chosen_rewards, rejected_rewards, margins, accuracies, *logps.detach().t()])
-    return rows.sum(1)
+def batch_stats(losses, rewards, logps, labels=None, z=None):
+    """Sums over the groups of a micro-step of what STATS names, and of how many each is: (2, 6) float32.
+
+    Of a ranking, all but the first count as rejected, and accuracy is the share of its pairs that are in order; of single
+    responses, labelled (G,) bool, the share on the right side of z.
+    """
+    logps, ones = logps.detach(), torch.ones_like(losses)
+    if labels is None:
+        i, j = torch.triu_indices(logps.shape[1], logps.shape[1], 1, device=logps.device)
+        margins, chosen, rejected, others = rewards[:, i] - rewards[:, j], ones, ones, slice(1, None)
+    else:
+        margins, chosen, rejected, others = torch.where(labels[:, None], rewards - z, z - rewards), labels.float(), 1 - labels.float(), slice(1)
+    accuracies = ((margins > 0).float() + 0.5 * (margins == 0).float()).mean(1)     # a tie counts one half
+    rows = torch.stack([losses.detach(), rewards[:, 0], rewards[:, others].mean(1), accuracies, logps[:, 0], logps[:, others].mean(1)])
+    counts = torch.stack([ones, chosen, rejected, ones, chosen, rejected])
+    return torch.stack([(rows * counts).sum(1), counts.sum(1)])
+
+
+def means(sums):
+    """{name: mean} of what batch_stats summed, and the margin; what there is none of is left out."""
+    found = {name: total / n for name, total, n in zip(STATS, *sums.tolist()) if n}
+    if {'rewards/chosen', 'rewards/rejected'} <= found.keys():
+        found['rewards/margins'] = found['rewards/chosen'] - found['rewards/rejected']
+    return found
 
 
 def main(argv=None):
     cfg = config.load(Config, 'dpo', argv)
-    stage = 'dpo'
+    stage, needs_reference = 'dpo', cfg.loss not in NO_REFERENCE
+    own = LOSSES[cfg.loss][1].keys() | ({'precompute_ref', 'ref_from'} if needs_reference else set())
+    for knob in ('label_smoothing', 'gamma', 'desirable_weight', 'undesirable_weight', 'precompute_ref', 'ref_from'):
+        if knob not in own and getattr(cfg, knob) != Config.__dataclass_fields__[knob].default:
+            raise UserError(f'{cfg.origin[knob]}: {knob}={getattr(cfg, knob)!r} is of no use to loss={cfg.loss}: leave it out')
+    if cfg.precompute_ref and cfg.loss == 'kto':
+        raise UserError('precompute_ref cannot serve loss=kto, whose z asks the reference about other pairs at every step')
 
     # -------------------------------------------------------------------------
     # launch: one process, or one a GPU under torchrun
@@ -143,8 +303,11 @@ def main(argv=None):
 
     data_dir = os.path.join('data', cfg.name)
     train, val = Groups(data_dir, 'train'), Groups(data_dir, 'val')
-    if train.K != 2:
-        raise UserError(f'{data_dir} holds groups of {train.K} responses; dpo needs pairs')
+    kind = 'unpaired examples' if train.labels is not None else {1: 'single responses', 2: 'pairs'}.get(train.K, f'rankings of {train.K}')
+    fitting = {'kto': 'pairs or unpaired examples', 'plackett_luce': 'pairs or rankings'}.get(cfg.loss, 'pairs')
+    if kind.split()[0] not in fitting.split():
+        takes = {'unpaired': ': --loss=kto takes them', 'rankings': ': --loss=plackett_luce takes them'}.get(kind.split()[0], '')
+        raise UserError(f'{data_dir} holds {kind}, loss={cfg.loss} needs {fitting}{takes}')
     row_tokens = row_limit([train, val], cfg.row_tokens, device_type)
     steps_per_epoch = math.ceil(len(train) / cfg.batch_size)
     total_steps = cfg.max_steps or cfg.epochs * steps_per_epoch
@@ -167,8 +330,21 @@ def main(argv=None):
         raise UserError(error) from None
     train.check_model(policy.config, record.get('vocabulary'), init_from)
     policy.to(device)
-    reference = copy.deepcopy(policy).eval().requires_grad_(False)
-    init_fingerprint = fingerprint(policy)
+    init_fingerprint = ref_fingerprint = fingerprint(policy)
+    reference = None
+    if cfg.ref_from:
+        try:
+            reference, record = load_model(cfg.ref_from, dropout=0.0)
+        except CheckpointError as error:
+            raise UserError(error) from None
+        train.check_model(reference.config, record.get('vocabulary'), cfg.ref_from)
+        reference.to(device)
+        ref_fingerprint = fingerprint(reference)
+        init_fingerprint = f'{init_fingerprint} with reference {ref_fingerprint}'      # resuming needs both
+    elif needs_reference:
+        reference = copy.deepcopy(policy)
+    if needs_reference:
+        reference.eval().requires_grad_(False)
 
     # -------------------------------------------------------------------------
     # resume
@@ -279,7 +455,8 @@ def main(argv=None):
             if rank == 0:
                 save_checkpoint(out_dir, step, policy, dict(
                     stage=stage, config=asdict(cfg), optimizer=optimizer.state_dict(), vocabulary=train.vocabulary,
-                    data_fingerprint=train.fingerprint, init_from=init_from, init_fingerprint=init_fingerprint))
+                    data_fingerprint=train.fingerprint, init_from=init_from, init_fingerprint=init_fingerprint,
+                    ref_fingerprint=ref_fingerprint))
         except OSError as os_error:
             error = (f'cannot save step {step} to {out_dir}: {os_error.strerror or os_error}; '
                      'the checkpoints before it are untouched')
@@ -313,24 +490,25 @@ def main(argv=None):
     # -------------------------------------------------------------------------
     # the reference's log-probs: live, or computed once
 
-    ref_head = reference.wte.weight
-    if bf16:            # what autocast would do at every call; half the memory
-        ref_head = ref_head.bfloat16()
-        for module in reference.modules():
-            if isinstance(module, torch.nn.Linear):
-                module.bfloat16()
-    ref_net = torch.compile(reference, dynamic=True) if cfg.compile else reference
+    ref_net = ref_head = None
+    if needs_reference:
+        ref_net, ref_head = torch.compile(reference, dynamic=True) if cfg.compile else reference, reference.wte.weight
+        if bf16:        # what autocast would do at every call; half the memory
+            ref_head = ref_head.bfloat16()
+            for module in reference.modules():
+                if isinstance(module, torch.nn.Linear):
+                    module.bfloat16()
     cached = None
 
     def reference_logps(groups, batch, mask):
         if cached is not None:
             return cached[groups.split][batch.ids].to(device, non_blocking=True)
-        return response_logps(ref_net, ref_head, batch, mask)
+        return response_logps(ref_net, ref_head, batch, mask) if needs_reference else None
 
     @torch.no_grad()
     def all_reference_logps(groups, ids):
-        """(len(groups), 2): the reference's log-probs of the pairs `ids`, zeros elsewhere; every rank has all."""
-        logps = torch.zeros(len(groups), 2)
+        """(len(groups), K): the reference's log-probs of the pairs `ids`, zeros elsewhere; every rank has all."""
+        logps = torch.zeros(len(groups), groups.K)
         with tqdm(total=len(ids), desc=f'reference {groups.split}', unit='pair', disable=None if rank == 0 else True) as bar:
             for some in np.array_split(ids, math.ceil(len(ids) / 1024)):
                 rows = plan_rows(some, groups.lengths[some], world, row_tokens)[rank]
@@ -345,10 +523,10 @@ def main(argv=None):
         cached = {}
         for groups in (train, val):
             path = os.path.join('out', cfg.name, f'reference-{groups.split}.npz')      # outlives this run
-            key = f'{groups.fingerprint} {init_fingerprint} {"bfloat16" if bf16 else "float32"}'
+            key = f'{groups.fingerprint} {ref_fingerprint} {"bfloat16" if bf16 else "float32"}'
             few = np.arange(min(16, len(groups)))
             live = all_reference_logps(groups, few)[few]
-            logps = torch.zeros(len(groups), 2)
+            logps = torch.zeros(len(groups), groups.K)
             why = read_reference(path, key, logps, live, bf16) if rank == 0 else ''
             verdict = reduced(torch.tensor([len(why)]))         # rank 0 alone reads; all must agree on what follows
             if verdict.item():
@@ -359,7 +537,21 @@ def main(argv=None):
                 logps = reduced(logps)
                 say(f'reference log-probs of {groups.split}: from {path}, equal to live ones')
             cached[groups.split] = logps
-        del ref_net, ref_head, reference
+        ref_net = ref_head = reference = None
+
+    @torch.no_grad()
+    def kto_z(groups, ids):
+        """beta max(0, mean of log pi - log ref) over mismatched prompts and responses of the groups `ids`, the whole global
+        batch: a scalar, the same on all ranks. An estimate of KL(pi, ref), biased but steady (arXiv 2402.01306)."""
+        total, others = torch.zeros((), dtype=exact, device=device), mismatched(groups, ids)
+        if others is None:
+            return total.float()
+        rows = plan_rows(np.arange(len(others.lengths)), others.lengths, world, max(row_tokens, int(others.lengths.max())))[rank]
+        for batch in packed_batches(others, rows, device):
+            with autocast:
+                mask = packed_mask(batch.group, batch.part, batch.cuts)
+                total += (response_logps(net, policy.wte.weight, batch, mask) - response_logps(ref_net, ref_head, batch, mask)).sum()
+        return (cfg.beta * reduced(total) / (len(others.lengths) * others.K)).clamp(min=0).float()
 
     # -------------------------------------------------------------------------
     # evaluation: all of val, each pair once, sums over ranks
@@ -367,28 +559,33 @@ def main(argv=None):
     @torch.no_grad()
     def evaluate():
         policy.eval()
-        sums = torch.zeros(len(STATS), dtype=exact, device=device)
+        sums = torch.zeros(2, len(STATS), dtype=exact, device=device)
+        z = kto_z(val, np.arange(len(val))) if cfg.loss == 'kto' else None
         for batch in packed_batches(val, plan_rows(np.arange(len(val)), val.lengths, world, row_tokens)[rank], device):
             with autocast:
                 mask = packed_mask(batch.group, batch.part, batch.cuts)
-                logps = response_logps(net, policy.wte.weight, batch, mask)                 # (G, 2)
-                ref = reference_logps(val, batch, mask)
-            sums += batch_stats(*dpo_loss(*logps.t(), *ref.t(), cfg.beta), logps)
+                logps = response_logps(net, policy.wte.weight, batch, mask)                 # (G, K)
+                ref_logps = reference_logps(val, batch, mask)
+            sums += batch_stats(*losses_and_rewards(cfg, logps, ref_logps, batch.lengths, batch.labels, z), logps, batch.labels, z)
         policy.train()
-        return dict(zip(STATS, (reduced(sums) / len(val)).tolist()))
+        return means(reduced(sums))
 
     # -------------------------------------------------------------------------
     # the loop
 
-    say(f'{len(train):,} pairs to train on, {len(val):,} to validate on; {total_steps:,} steps of {cfg.batch_size} pairs, '
-        f'{steps_per_epoch:,} an epoch; rows of at most {row_tokens:,} tokens\n'
-        f'policy and reference from {init_from}: {policy.num_params():,} parameters each')
+    say(f'{len(train):,} {kind} to train on, {len(val):,} to validate on; {total_steps:,} steps of {cfg.batch_size}, '
+        f'{steps_per_epoch:,} an epoch; rows of at most {row_tokens:,} tokens\npolicy from {init_from}, '
+        + (f'reference {"the same" if not cfg.ref_from else "from " + cfg.ref_from}' if needs_reference else 'no reference')
+        + f': {policy.num_params():,} parameters' + ' each' * needs_reference)
+    if cfg.loss == 'kto':
+        say(kto_balance(train, cfg.desirable_weight, cfg.undesirable_weight))
     policy.train()
     step, stopped_by_any = start_step, 0
     if start_step == 0:
         log(0, evaluate(), 'eval/')
     stream = packed_batches(train, (row for step in range(start_step + 1, total_steps + 1) for row in plan(step)[1]), device)
-    sums, tokens, pairs, computed, flops, elapsed = torch.zeros(len(STATS), dtype=exact, device=device), 0, 0, 0, 0, 0.0
+    sums, tokens, pairs, computed, flops, elapsed = torch.zeros(2, len(STATS), dtype=exact, device=device), 0, 0, 0, 0, 0.0
+    passes = 3 + (needs_reference and not cached) + 2 * (cfg.loss == 'kto')       # forward, backward twice that, reference, z
     unread = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, on_signal)
@@ -400,19 +597,19 @@ def main(argv=None):
         for group in optimizer.param_groups:
             group['lr'] = learning_rate(step)
         ids, rows = plan(step)
-        micros = []
+        micros, z = [], kto_z(train, ids) if cfg.loss == 'kto' else None
         for j, batch in zip(range(len(rows)), stream):
             if world > 1:
                 ddp.require_backward_grad_sync = j == len(rows) - 1        # once a step
             with autocast:
                 mask = packed_mask(batch.group, batch.part, batch.cuts)                      # one for policy and reference
                 with torch.no_grad():
-                    ref_logps = reference_logps(train, batch, mask)                          # (G, 2)
-                logps = response_logps(ddp, policy.wte.weight, batch, mask)                  # (G, 2)
-            losses, chosen_rewards, rejected_rewards = dpo_loss(*logps.t(), *ref_logps.t(), cfg.beta)
+                    ref_logps = reference_logps(train, batch, mask)                          # (G, K)
+                logps = response_logps(ddp, policy.wte.weight, batch, mask)                  # (G, K)
+            losses, rewards = losses_and_rewards(cfg, logps, ref_logps, batch.lengths, batch.labels, z)
             loss = losses.sum() / len(ids)                  # of the whole step, on all ranks
             (loss * world).backward()                       # DDP takes the mean over ranks
-            sums += batch_stats(losses, chosen_rewards, rejected_rewards, logps)
+            sums += batch_stats(losses, rewards, logps, batch.labels, z)
             computed += batch.tokens.numel()
             micros.append((batch.ids, losses.detach()))
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.grad_clip or math.inf)
@@ -420,7 +617,7 @@ def main(argv=None):
         optimizer.zero_grad(set_to_none=world == 1)     # DDP's gradients stay views of its buckets: no copies beside them
         unread.append((step, norm, micros))
         tokens, pairs = tokens + int(train.lengths[ids].sum()), pairs + len(ids)
-        flops += train.forward_flops(ids, policy.config) * (3 if cached else 4)    # forward, backward twice that, reference
+        flops += train.forward_flops(ids, policy.config) * passes
 
         signalled = stopped_by.clone()
         if world > 1:
@@ -436,7 +633,7 @@ def main(argv=None):
         unread = []
         elapsed += time.perf_counter() - began
         if log_now:
-            record = dict(zip(STATS, (reduced(sums) / pairs).tolist()), grad_norm=norm.item(), lr=learning_rate(step),
+            record = dict(means(reduced(sums)), grad_norm=norm.item(), lr=learning_rate(step),
                           tokens_per_second=tokens / elapsed, pairs_per_second=pairs / elapsed,
                           padding=1 - tokens / reduced(torch.tensor([computed])).item())
             if device_type == 'cuda':
@@ -463,6 +660,24 @@ def main(argv=None):
         say(f'stopped by signal {stopped_by_any}, saved at step {step}: --resume goes on from there')
         raise SystemExit(128 + stopped_by_any)
     say(f'done: {out_dir}')
+
+
+def kto_balance(groups, desirable_weight, undesirable_weight):
+    """A line on how many examples are desirable, and, where they are uneven, the weights that arXiv 2402.01306 recommends:
+    desirable_weight * desirable from 1 to 4/3 times undesirable_weight * undesirable."""
+    good = len(groups) if groups.labels is None else int(groups.labels.sum())
+    bad = len(groups) if groups.labels is None else len(groups) - good
+    line = f'{good:,} desirable and {bad:,} undesirable examples'
+    if not good or not bad:
+        return f'note: {line}: kto learns from the contrast of both'
+    ratio = desirable_weight * good / (undesirable_weight * bad) if undesirable_weight else math.inf
+    if 1 - 1e-9 <= ratio <= 4 / 3 + 1e-9:
+        return f'{line}; weighted {ratio:.2f} to 1, recommended are 1 to 1.33'
+    if good >= bad:
+        advice = f'--desirable_weight=1 --undesirable_weight={0.75 * good / bad:.3g} to {good / bad:.3g}'
+    else:
+        advice = f'--undesirable_weight=1 --desirable_weight={bad / good:.3g} to {4 / 3 * bad / good:.3g}'
+    return f'note: {line}; weighted {ratio:.2f} to 1, recommended are 1 to 1.33: {advice}'
 
 
 # -----------------------------------------------------------------------------

@@ -660,6 +660,7 @@ class Groups:
         assert self.K <= index.shape[1] - 2, f'{folder} {split} has {index.shape[1] - 2} responses a group, not {k}'
         self.index = index[:, :self.K + 2]                          # (N, K+2): prompt, responses, end
         self.lengths = self.index[:, -1] - self.index[:, 0]         # (N,) tokens of each group
+        self.labels = None                                          # (N,) bool of unpaired examples
         name = self.meta['tokenizer']       # the tokenizer's identity: models trained on another one do not fit
         self.vocabulary = sha256_file(os.path.join(folder, name))[:16] if name.endswith('.json') else name
         # what the training result depends on: the tokens and how many responses are used
@@ -702,8 +703,8 @@ class Groups:
 class Sampled:
     """A list of [prompt, response_1, ..., response_K], lists of ids, in the form that is packed."""
     def __init__(self, groups):
-        self.K = len(groups[0]) - 1
-        self.tokens = np.array([token for group in groups for piece in group for token in piece])
+        self.K, self.labels = len(groups[0]) - 1, None
+        self.tokens = np.concatenate([np.asarray(piece, np.int64) for group in groups for piece in group])
         ends = np.cumsum([0] + [len(piece) for group in groups for piece in group])
         width = self.K + 1
         self.index = np.hstack([ends[:-1].reshape(-1, width), ends[width::width, None]])      # (N, K+2)
@@ -809,7 +810,8 @@ class Batch:
     tokens, positions, group, part: (1, T). part 0 is the prompt, 1..K a response; padding is group -1.
     predictor: (S,) index into the row of the hidden state that predicts target, (S,), the token; what is beyond
     len(response) is padding.
-    response: row-major index into (G, K) of each scored token.
+    response: row-major index into (G, K) of each scored token. lengths: (G, K), the responses' tokens.
+    labels: (G,) bool of unpaired examples, else None.
     ids: the G groups' numbers in the split. cuts: places between groups, at least 128 tokens apart.
     """
     tokens: object
@@ -819,6 +821,8 @@ class Batch:
     predictor: object
     target: object
     response: object
+    lengths: object
+    labels: object
     ids: list
     cuts: list
     K: int
@@ -826,8 +830,8 @@ class Batch:
     def on(self, device):
         """The same on `device`; to CUDA by way of pinned memory, without waiting for the copy."""
         def move(x):
-            return (x.pin_memory() if device.type == 'cuda' else x).to(device, non_blocking=True)
-        return Batch(*(move(getattr(self, f.name)) for f in dataclasses.fields(self)[:7]), self.ids, self.cuts, self.K)
+            return x if x is None else (x.pin_memory() if device.type == 'cuda' else x).to(device, non_blocking=True)
+        return Batch(*(move(getattr(self, f.name)) for f in dataclasses.fields(self)[:9]), self.ids, self.cuts, self.K)
 
 
 def pack(groups, ids, multiple=1):
@@ -853,8 +857,21 @@ def pack(groups, ids, multiple=1):
     row = (tensor(tokens, T), tensor(np.arange(n) - np.repeat(origin.ravel(), sizes.ravel()), T),
            tensor(np.repeat(np.arange(G), sizes.sum(1)), T, -1), tensor(part, T))
     response = np.repeat(np.arange(G * K), sizes[:, 1:].ravel())
-    return Batch(*(x[None] for x in row), tensor(before[part > 0], S), tensor(tokens[part > 0], S),
-                 tensor(response, len(response)), ids, cuts[1:], K)
+    labels = None if groups.labels is None else torch.from_numpy(groups.labels[np.array(ids, np.int64)])
+    return Batch(*(x[None] for x in row), tensor(before[part > 0], S), tensor(tokens[part > 0], S), tensor(response, len(response)),
+                 torch.from_numpy(sizes[:, 1:].astype(np.int64)), labels, ids, cuts[1:], K)
+
+
+def mismatched(groups, ids):
+    """Each group's prompt with the responses of the next of `ids`, going round, whose prompt is another: Sampled, or None
+    where there is only one prompt. Where the two exceed max_length, the prompt is cut from the left."""
+    some, found = [groups[i] for i in ids], []
+    for i, (prompt, *_) in enumerate(some):
+        for other, *responses in some[i + 1:] + some[:i]:
+            if not np.array_equal(prompt, other):
+                found.append([prompt[-(groups.meta['max_length'] - max(map(len, responses))):], *responses])
+                break
+    return Sampled(found) if found else None
 
 
 def packed_batches(groups, rows, device):

@@ -246,10 +246,12 @@ def main(argv=None):
                else val_prompts(val, cfg.num_prompts))
     if not prompts:
         raise UserError(f'{data_dir} has no prompts in val: set --prompt or --prompts_file')
-    beta = cfg.beta or record.get('config', {}).get('beta') or 0.1
+    trained = record.get('config', {})
+    per_token = trained.get('loss') in ('ipo_mean', 'dpo_norm', 'simpo', 'orpo')       # their beta is of other quantities
+    beta = cfg.beta or not per_token and trained.get('beta') or 0.1
     say(f'sample on {device_type}, implicit rewards with beta {beta:g}:\n{config.show(cfg)}')
-    if record.get('stage') == 'dpo' and record['init_fingerprint'] != fingerprint(before):
-        say('note: AFTER was trained from other weights than BEFORE: rewards and KL here are relative to BEFORE')
+    if record.get('stage') == 'dpo' and record.get('ref_fingerprint', record['init_fingerprint']) != fingerprint(before):
+        say('note: AFTER was trained against other weights than BEFORE: rewards and KL here are relative to BEFORE')
 
     size = min(before.config.block_size, after.config.block_size)
     longest = size - min(cfg.max_new_tokens, size // 2)

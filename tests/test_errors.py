@@ -117,7 +117,7 @@ CASES = {       # name: (stage, its arguments or what makes them, what the line 
     'a bin with one bit flipped': ('dpo', lambda: altered('data/tiny/val.bin'), r'val.bin is damaged'),
     'an index with one bit flipped': ('dpo', lambda: altered('data/tiny/train.idx.npy', 200), r'train.idx.npy is damaged'),
     'a broken meta.json': ('dpo', lambda: [Path('data/tiny/meta.json').write_text('{'), *DPO][1:], r'meta.json cannot be read'),
-    'groups of three': ('dpo', triples, r'groups of 3 responses; dpo needs pairs'),
+    'groups of three': ('dpo', triples, r'rankings of 3, loss=dpo needs pairs: --loss=plackett_luce takes them'),
     'another vocabulary size': ('dpo', other_vocabulary, r'vocabulary mismatch: data/tiny has 257 tokens.*557'),
     'another tokenizer': ('dpo', other_tokenizer, r'another tokenizer'),
     'data longer than the model': ('dpo', short_model, r'max_length=64.*32 positions: prepare with --max_length=32'),

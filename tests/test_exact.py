@@ -198,7 +198,8 @@ def test_dpo_loss_is_equation_7_and_its_gradient_is_the_paper_s():
     losses, chosen, rejected = dpo.dpo_loss(w, l, ref_w.detach(), ref_l.detach(), beta)
     h = beta * ((w - l) - (ref_w - ref_l))
     torch.testing.assert_close(losses.double(), -(1 / (1 + (-h).exp())).log(), rtol=1e-6, atol=1e-6)
-    assert losses.dtype == chosen.dtype == rejected.dtype == torch.float32
+    assert losses.dtype == chosen.dtype == rejected.dtype == torch.float64
+    assert {x.dtype for x in dpo.dpo_loss(*(x.bfloat16() for x in logps), beta)} == {torch.float32}
     assert losses.shape == (64,) and not chosen.requires_grad and not rejected.requires_grad
     torch.testing.assert_close(chosen.double(), (beta * (w - ref_w)).detach(), rtol=1e-6, atol=1e-6)
     losses.sum().backward()
@@ -277,9 +278,9 @@ def test_step_0_is_ln_2_with_rewards_0_and_accuracy_one_half(tmp_path, bf16):
         with torch.no_grad():
             ref = dpo.response_logps(reference, reference.wte.weight, batch, mask)
     losses, chosen, rejected = dpo.dpo_loss(*logps.t(), *ref.t(), 0.1)
-    stats = dict(zip(dpo.STATS, (dpo.batch_stats(losses, chosen, rejected, logps) / 16).tolist()))
+    stats = dpo.means(dpo.batch_stats(losses, torch.stack([chosen, rejected], 1), logps))
     assert stats['loss'] == pytest.approx(math.log(2), abs=1e-6)
-    assert stats['rewards/chosen'] == stats['rewards/rejected'] == 0 and stats['rewards/accuracies'] == 0.5
+    assert stats['rewards/chosen'] == stats['rewards/rejected'] == stats['rewards/margins'] == 0 and stats['rewards/accuracies'] == 0.5
 
 
 def test_activation_checkpointing_changes_no_gradient(tmp_path):
