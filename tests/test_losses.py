@@ -518,13 +518,13 @@ def test_kto_s_loss_z_and_gradient_are_those_of_one_at_a_time_log_probs(workplac
 @pytest.mark.parametrize('name, models', [('dpo', 2), ('simpo', 1), ('orpo', 1)])
 def test_a_loss_without_a_reference_holds_one_model(workplace, monkeypatch, name, models):
     gc.collect()
-    before = sum(isinstance(x, GPT) for x in gc.get_objects())
+    before = sum(type(x) is GPT for x in gc.get_objects())
     alive, scored = [], dpo.response_logps
 
     def counted(*arguments):
         if not alive:
             gc.collect()
-            alive.append(sum(isinstance(x, GPT) for x in gc.get_objects()) - before)
+            alive.append(sum(type(x) is GPT for x in gc.get_objects()) - before)
         return scored(*arguments)
     monkeypatch.setattr(dpo, 'response_logps', counted)
     dpo.main([*DPO, *QUIET, '--name=tiny', f'--loss={name}', '--max_steps=1'])
