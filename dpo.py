@@ -326,25 +326,20 @@ def main(argv=None):
         raise UserError(f'{init_from} holds no checkpoint: run sft.py with this config first, or set --init_from')
     try:
         policy, record = load_model(init_from, dropout=0.0, activation_checkpointing=cfg.activation_checkpointing)
+        reference, ref_record = load_model(cfg.ref_from, dropout=0.0) if cfg.ref_from else (None, {})
     except CheckpointError as error:
         raise UserError(error) from None
     train.check_model(policy.config, record.get('vocabulary'), init_from)
     policy.to(device)
     init_fingerprint = ref_fingerprint = fingerprint(policy)
-    reference = None
     if cfg.ref_from:
-        try:
-            reference, record = load_model(cfg.ref_from, dropout=0.0)
-        except CheckpointError as error:
-            raise UserError(error) from None
-        train.check_model(reference.config, record.get('vocabulary'), cfg.ref_from)
-        reference.to(device)
+        train.check_model(reference.config, ref_record.get('vocabulary'), cfg.ref_from)
         ref_fingerprint = fingerprint(reference)
-        init_fingerprint = f'{init_fingerprint} with reference {ref_fingerprint}'      # resuming needs both
+        init_fingerprint = f'{init_fingerprint} with reference {ref_fingerprint}'      # resuming needs both, sampling the last
     elif needs_reference:
         reference = copy.deepcopy(policy)
     if needs_reference:
-        reference.eval().requires_grad_(False)
+        reference.to(device).eval().requires_grad_(False)
 
     # -------------------------------------------------------------------------
     # resume
@@ -455,8 +450,7 @@ def main(argv=None):
             if rank == 0:
                 save_checkpoint(out_dir, step, policy, dict(
                     stage=stage, config=asdict(cfg), optimizer=optimizer.state_dict(), vocabulary=train.vocabulary,
-                    data_fingerprint=train.fingerprint, init_from=init_from, init_fingerprint=init_fingerprint,
-                    ref_fingerprint=ref_fingerprint))
+                    data_fingerprint=train.fingerprint, init_from=init_from, init_fingerprint=init_fingerprint))
         except OSError as os_error:
             error = (f'cannot save step {step} to {out_dir}: {os_error.strerror or os_error}; '
                      'the checkpoints before it are untouched')

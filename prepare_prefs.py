@@ -1,22 +1,27 @@
-"""Preference pairs in, token ids on disk out: data/<name>/, which sft.py, dpo.py and sample.py read.
+"""Preferences in, token ids on disk out: data/<name>/, which sft.py, dpo.py and sample.py read.
 
     python prepare_prefs.py                                   # the embedded experiment, config/reviews.py
     python prepare_prefs.py config/hh.py                      # Anthropic HH, from the hub
     python prepare_prefs.py --name=mine --source=pairs.jsonl  # your own pairs
 
 `source` is one of
-- a .jsonl file, a line a pair: {"prompt": "...", "chosen": "...", "rejected": "..."}; other keys are ignored,
-  blank lines skipped, texts taken as they are. A line that is no such pair, has a blank response or two equal
-  ones, is reported with its number and stops the run (see max_bad_lines).
+- a .jsonl file, all lines of one kind, which the first object tells:
+  a pair                {"prompt": "...", "chosen": "...", "rejected": "..."}
+  a ranking             {"prompt": "...", "responses": [best, ..., worst]}, as many in every line; with "scores": [...],
+                        a number each, in any order. Of two responses it is a pair.
+  an unpaired example   {"prompt": "...", "completion": "...", "label": true or false}, for dpo.py --loss=kto, which
+                        takes pairs as they are, too: each is two examples. sft.py learns from the true ones alone.
+  Other keys are ignored, blank lines skipped, texts taken as they are. A line that is not of the kind, has a
+  blank response or two equal ones, is reported with its number and stops the run (see max_bad_lines).
 - a directory with train.jsonl and, if there is one, val.jsonl (or validation.jsonl, test.jsonl).
 - a .py file that defines pairs(split, seed), which yields such dicts for 'train' and for 'val'.
-- a hub name, or a directory in a layout that `datasets` reads. Rows of prompt, chosen, rejected are taken as
-  they are. Rows of chosen and rejected alone are whole dialogues, as in Anthropic HH: each side is split
+- a hub name, or a directory in a layout that `datasets` reads. Rows of such columns are taken as they are.
+  Rows of chosen and rejected without prompt are whole dialogues, as in Anthropic HH: each side is split
   after its last '\\n\\nAssistant:', and the response keeps its leading space, but no white space at its end.
   Dropped, and counted under the first that fits: `no_assistant_turn` (a side does not end with one),
   `prompts_differ` (no one prompt belongs to both), `empty_response`, `identical`.
 
-Where there is no validation split, val_fraction of the pairs is held out, drawn by the seed; pairs with the
+Where there is no validation split, val_fraction of the rows is held out, drawn by the seed; rows with the
 same prompt go to the same side, so validation prompts are new to the model. Documents are held out likewise;
 of a lone one in a .txt file, the end.
 
@@ -40,6 +45,7 @@ import io
 import itertools
 import json
 import math
+import numbers
 import os
 import re
 import runpy
@@ -66,11 +72,11 @@ from config import In, UserError
 @dataclass
 class Config:
     name: str = 'reviews'           # the experiment: writes data/<name>/
-    source: str = ''                # pairs: a hub name, a directory, a .jsonl or a .py file; '' = no pairs
+    source: str = ''                # preferences: a hub name, a directory, a .jsonl or a .py file; '' = none
     data_dir: str = ''              # a subset inside source, e.g. harmless-base of Anthropic/hh-rlhf
     documents: str = ''             # text to pretrain on: a .py file with documents(split, seed), a .jsonl
                                     # file with `text`, a .txt file (<|endoftext|> lines between texts), or
-                                    # 'chosen': prompt + chosen of the pairs; '' = none
+                                    # 'chosen': prompt + chosen (best, desirable) of source; '' = none
     tokenizer: str = 'gpt2'         # one of tiktoken's, 'bytes', or 'bpe:N': N tokens learned from the text
     template: str = '{prompt}'      # what stands around a prompt; <|endoftext|> at its start is the end token
     max_length: In[int, 'x >= 2'] = 512             # tokens of a prompt and one response; the paper's
@@ -81,18 +87,25 @@ class Config:
 
 
 SPLITS = ('train', 'val', 'documents_train', 'documents_val')
-FILES = [f'{s}.bin' for s in SPLITS] + [f'{s}.idx.npy' for s in SPLITS] + ['tokenizer.json', 'meta.json']
+FILES = [f'{s}{end}' for end in ('.bin', '.idx.npy', '.labels.npy') for s in SPLITS] + ['tokenizer.json', 'meta.json']
 
 # -----------------------------------------------------------------------------
-# rows: a source's row as a list of texts, or ValueError(reason, what is wrong with it)
+# rows: a source's row as (list of texts, label), or ValueError(reason, what is wrong with it). The label is
+# None but for an unpaired example's
 
-def read_texts(row, *keys):
-    """The strings under `keys`; only a prompt may be blank."""
+def need(row, *keys):
+    """ValueError where a row is no object with `keys`."""
     if not isinstance(row, dict):
         raise ValueError('not_an_object', f'not an object with {", ".join(keys)}, but {type(row).__name__}')
     for key in keys:
         if key not in row:
             raise ValueError('missing_key', f"missing key '{key}'")
+
+
+def read_texts(row, *keys):
+    """The strings under `keys`; only a prompt may be blank."""
+    need(row, *keys)
+    for key in keys:
         if type(row[key]) is not str:
             raise ValueError('not_a_string', f"'{key}' is not a string, but {type(row[key]).__name__}")
         try:
@@ -105,15 +118,15 @@ def read_texts(row, *keys):
 
 
 def read_pair(row):
-    """[prompt, chosen, rejected] of a row that has them."""
+    """[prompt, chosen, rejected], None of a row that has them."""
     prompt, chosen, rejected = read_texts(row, 'prompt', 'chosen', 'rejected')
     if chosen == rejected:
         raise ValueError('identical', "'chosen' and 'rejected' are the same")
-    return [prompt, chosen, rejected]
+    return [prompt, chosen, rejected], None
 
 
 def read_dialogues(row):
-    """[prompt, chosen, rejected] of a row whose two sides are whole dialogues, as in Anthropic HH."""
+    """[prompt, chosen, rejected], None of a row whose two sides are whole dialogues, as in Anthropic HH."""
     sides = [text.rpartition('\n\nAssistant:') for text in read_texts(row, 'chosen', 'rejected')]
     (prompt, turn, chosen), (other, _, rejected) = sides
     if any(not turn or '\n\nHuman:' in response for _, turn, response in sides):
@@ -121,6 +134,57 @@ def read_dialogues(row):
     if prompt != other:
         raise ValueError('prompts_differ', 'the two sides have different prompts')
     return read_pair({'prompt': prompt + turn, 'chosen': chosen.rstrip(), 'rejected': rejected.rstrip()})
+
+
+def read_ranking(row):
+    """[prompt, best, ..., worst], None of a row with `responses`, in that order or in any with `scores`."""
+    need(row, 'prompt', 'responses')
+    responses, scores = row['responses'], row.get('scores')
+    for key in ('responses', 'scores'):
+        if key in row and type(row[key]) is not list:
+            raise ValueError('not_a_list', f"'{key}' is not a list, but {type(row[key]).__name__}")
+    if len(responses) < 2:
+        raise ValueError('ranking_of_one', f"'responses' holds {len(responses)}, a ranking needs two or more")
+    named = {f'response {i}': response for i, response in enumerate(responses, 1)}
+    prompt, *texts = read_texts({'prompt': row['prompt'], **named}, 'prompt', *named)
+    for i, text in enumerate(texts):
+        if text in texts[:i]:
+            raise ValueError('identical', f'responses {texts.index(text) + 1} and {i + 1} are the same')
+    if scores is None:
+        return [prompt, *texts], None
+    for score in scores:
+        if not isinstance(score, numbers.Real) or isinstance(score, bool) or score - score != 0:
+            raise ValueError('score_no_number', f"'scores' holds {score!r:.40}, which is no finite number")
+    if len(scores) != len(texts):
+        raise ValueError('score_count', f"'scores' holds {len(scores)} for {len(texts)} responses")
+    if len(set(scores)) < len(scores):
+        raise ValueError('tied_scores', "two 'scores' are equal: a ranking needs an order")
+    return [prompt, *(text for _, text in sorted(zip(scores, texts), reverse=True))], None
+
+
+def read_unpaired(row):
+    """[prompt, completion], label of a row that has them."""
+    need(row, 'prompt', 'completion', 'label')
+    if not isinstance(row['label'], (bool, np.bool_)):
+        raise ValueError('label_not_boolean', f"'label' is not true or false, but {row['label']!r:.40}")
+    return read_texts(row, 'prompt', 'completion'), bool(row['label'])
+
+
+def read_document(row):
+    """[text], None of a row that has it."""
+    return read_texts(row, 'text'), None
+
+
+KINDS = {read_pair: 'pairs', read_ranking: 'rankings', read_unpaired: 'unpaired examples'}
+
+
+def reader_of(keys):
+    """The one of KINDS for rows with these keys. What holds a whole pair is one, whatever else it holds."""
+    if 'chosen' in keys and 'rejected' in keys:
+        return read_pair
+    if 'responses' in keys:
+        return read_ranking
+    return read_unpaired if 'completion' in keys or 'label' in keys else read_pair
 
 
 def parse_line(line):
@@ -133,8 +197,8 @@ def parse_line(line):
         raise ValueError('not_json', f'not JSON ({error})') from None
 
 # -----------------------------------------------------------------------------
-# sources: {'train': (label, rows, read), 'val': the same}, or 'train' alone. rows() yields (number, row)
-# whenever called; read(row) gives texts; the label ('pairs.jsonl line') is for messages, '' where a bad row
+# sources: {'train': (where, rows, read), 'val': the same}, or 'train' alone. rows() yields (number, row)
+# whenever called; read(row) gives (texts, label); where ('pairs.jsonl line') is for messages, '' where a bad row
 # is dropped by rule and is not the user's mistake
 
 def from_lines(path, read):
@@ -144,8 +208,8 @@ def from_lines(path, read):
     return f'{path} line', rows, lambda line: read(parse_line(line))
 
 
-def from_items(items, label, read):
-    return label, functools.partial(enumerate, items, 1), read
+def from_items(items, where, read):
+    return where, functools.partial(enumerate, items, 1), read
 
 
 def from_python(path, function, seed, read):
@@ -202,12 +266,16 @@ def load_dataset(source, data_dir, cache_dir=None):
 
 def from_dataset(found, source):
     """The splits of a datasets.DatasetDict: rows of explicit columns, or of whole dialogues."""
-    for table in found.values():
-        if not {'chosen', 'rejected'} <= set(table.column_names):
-            raise UserError(f"source '{source}' has columns {', '.join(table.column_names)}; it needs "
-                            'chosen and rejected, and prompt unless they are whole dialogues')
-    return {split: from_items(table, '', read_pair if 'prompt' in table.column_names else read_dialogues)
-            for split, table in found.items()}
+    sources = {}
+    needed = {read_pair: {'chosen', 'rejected'}, read_ranking: {'prompt'}, read_unpaired: {'prompt', 'completion', 'label'}}
+    for split, table in found.items():
+        columns = set(table.column_names)
+        read = reader_of(columns)
+        if not needed[read] <= columns:
+            raise UserError(f"source '{source}' has columns {', '.join(table.column_names)}; it needs chosen and rejected, and "
+                            'prompt unless they are whole dialogues; or prompt and responses; or prompt, completion and label')
+        sources[split] = from_items(table, '', read_dialogues if read is read_pair and 'prompt' not in columns else read)
+    return sources
 
 
 def train_and_val(found, source):
@@ -219,17 +287,37 @@ def train_and_val(found, source):
     return {'train': found[train]} | {'val': found[split] for split in val[:1]}
 
 
-def open_pairs(cfg, hub, aside):
-    """The source of pairs. hub: its DatasetDict where it is on the hub; aside: a temporary folder."""
+def of_one_kind(splits):
+    """The splits of a source, where read(row) gives the object itself, with that one of KINDS in its place which the
+    first object of each split asks for."""
+    kinds = {}
+    for where, rows, read in splits.values():
+        for _, row in rows():
+            with contextlib.suppress(ValueError):           # a bad line is survey's to report
+                if isinstance(row := read(row), dict):
+                    kinds[where.rpartition(' ')[0]] = reader_of(row)
+                    break
+    if len(set(kinds.values())) > 1:
+        raise UserError(', '.join(f'{where} holds {KINDS[kind]}' for where, kind in kinds.items()) +
+                        ': both must be of one kind (their first lines tell)')
+    kind = next(iter(kinds.values()), read_pair)
+    return {split: (where, rows, lambda row, read=read: kind(read(row))) for split, (where, rows, read) in splits.items()}
+
+
+def open_preferences(cfg, hub, aside):
+    """The source of pairs, rankings or unpaired examples. hub: its DatasetDict where it is on the hub; aside: a
+    temporary folder."""
+    def as_it_is(row):
+        return row
     if cfg.source.endswith('.py'):
-        return from_python(cfg.source, 'pairs', cfg.seed, read_pair)
+        return of_one_kind(from_python(cfg.source, 'pairs', cfg.seed, as_it_is))
     if cfg.source.endswith('.jsonl'):
-        return {'train': from_lines(cfg.source, read_pair)}
+        return of_one_kind({'train': from_lines(cfg.source, as_it_is)})
     folder = os.path.join(cfg.source, cfg.data_dir)
     if os.path.isfile(os.path.join(folder, 'train.jsonl')):
         files = {file[:-6]: file for file in os.listdir(folder) if file.endswith('.jsonl')}
-        return {split: from_lines(os.path.join(folder, file), read_pair)
-                for split, file in train_and_val(files, folder).items()}
+        return of_one_kind({split: from_lines(os.path.join(folder, file), as_it_is)
+                            for split, file in train_and_val(files, folder).items()})
     # local files get a cache of their own: the shared one tells them by their times, and keeps a copy
     found = hub or load_dataset(cfg.source, cfg.data_dir, os.path.join(aside, 'cache'))
     return from_dataset(train_and_val(found, cfg.source), cfg.source)
@@ -238,10 +326,10 @@ def open_pairs(cfg, hub, aside):
 def open_documents(cfg):
     """The source of documents."""
     if cfg.documents.endswith('.jsonl'):
-        return {'train': from_lines(cfg.documents, lambda row: read_texts(row, 'text'))}
+        return {'train': from_lines(cfg.documents, read_document)}
 
     def read(text):
-        return read_texts({'text': text}, 'text')
+        return read_document({'text': text})
     if cfg.documents.endswith('.py'):
         return from_python(cfg.documents, 'documents', cfg.seed, read)
     return from_text(cfg.documents, cfg.val_fraction, read)
@@ -250,21 +338,29 @@ def open_documents(cfg):
 # the first pass: what is bad, what is held out
 
 def survey(source, bad):
-    """Read a split once. Returns (prompts, dropped): the number of each row's prompt, by order of appearance,
-    int (N,), -1 for a row that is dropped; and {reason: n}. Adds a line to `bad` on each of the user's."""
-    label, rows, read = source
-    prompts, seen, dropped = [], {}, collections.Counter()
+    """Read a split once. Returns (prompts, labels, K, dropped): the number of each row's prompt, by order of
+    appearance, int (N,), -1 for a row that is dropped; the labels, bool (N,), None but for unpaired examples; how
+    many texts a row has after its first; and {reason: n}. Adds a line to `bad` on each of the user's."""
+    where, rows, read = source
+    prompts, labels, K, seen, dropped = [], [], None, {}, collections.Counter()
     for number, row in tqdm(rows(), 'reading', unit=' rows', disable=None, leave=False):
         try:
-            digest = hashlib.sha256(read(row)[0].encode()).digest()
+            (prompt, *responses), label = read(row)
+            K = len(responses) if K is None else K
+            if len(responses) != K:
+                raise ValueError('another_count', f'{len(responses)} responses, but {K} in the first good line')
+            digest = hashlib.sha256(prompt.encode()).digest()
             prompts.append(seen.setdefault(digest, len(seen)))
+            labels.append(label)
         except ValueError as error:
             reason, message = error.args
             dropped[reason] += 1
             prompts.append(-1)
-            if label:
-                bad.append(f'{label} {number}: {message}')
-    return np.array(prompts, np.int64), dict(sorted(dropped.items()))
+            labels.append(None)
+            if where:
+                bad.append(f'{where} {number}: {message}')
+    labelled = any(label is not None for label in labels)
+    return np.array(prompts, np.int64), np.array(labels, bool) if labelled else None, K, dict(sorted(dropped.items()))
 
 
 def stop_at_bad(bad, allowed):
@@ -297,30 +393,50 @@ def hold_out(prompts, fraction, seed):
 
 
 def plan(splits, cfg, what):
-    """{split: (rows, n, dropped)} of a source: rows() yields the texts of the n rows that make the split."""
+    """{split: (rows, n, dropped, labels)} of a source: rows() yields the texts of the n rows that make the split;
+    labels: bool (n,), or None."""
     bad = []
     found = {split: survey(source, bad) for split, source in splits.items()}
     stop_at_bad(bad, cfg.max_bad_lines)
-    take = {split: prompts >= 0 for split, (prompts, _) in found.items()}
+    counts = {split: K for split, (_, _, K, _) in found.items() if K is not None}
+    if len(set(counts.values())) > 1:
+        raise UserError(f'{what}: ' + ', '.join(f'{split} has rankings of {K}' for split, K in counts.items()) +
+                        ': all groups of a set have as many responses')
+    take = {split: prompts >= 0 for split, (prompts, *_) in found.items()}
     if 'val' not in splits:
-        prompts, dropped = found['train']
+        prompts, labels, K, dropped = found['train']
         if prompts.max(initial=-1) < 1:
             raise UserError(f'{what}: two different prompts are needed, one to hold out for validation, of '
                             f'{take["train"].sum()} rows; dropped: {dropped or "none"}')
-        splits, found = splits | {'val': splits['train']}, found | {'val': (None, {})}
+        splits, found = splits | {'val': splits['train']}, found | {'val': (prompts, labels, K, {})}
         take['val'] = hold_out(prompts, cfg.val_fraction, cfg.seed)
         take['train'] &= ~take['val']
-    for split in splits:
+    plans = {}
+    for split, (_, labels, _, dropped) in found.items():
         if not take[split].any():
-            raise UserError(f'{what}: no rows are left for {split}; dropped: {found[split][1] or "none"}')
-    return {split: (functools.partial(kept_rows, splits[split], take[split]), int(take[split].sum()),
-                    found[split][1]) for split in splits}
+            raise UserError(f'{what}: no rows are left for {split}; dropped: {dropped or "none"}')
+        plans[split] = (functools.partial(kept_rows, splits[split], take[split]), int(take[split].sum()), dropped,
+                        None if labels is None else labels[take[split]])
+    return plans
 
 
 def kept_rows(source, take):
     """The texts of the rows that `take`, bool (N,), names."""
     _, rows, read = source
-    return (read(row) for (_, row), wanted in zip(rows(), take) if wanted)
+    return (read(row)[0] for (_, row), wanted in zip(rows(), take) if wanted)
+
+
+def chosen_documents(plans):
+    """Plans of documents from those of preferences: prompt + first response of each row, but for undesirable ones."""
+    found = {}
+    for split, (rows, n, _, labels) in plans.items():
+        keep = np.ones(n, bool) if labels is None else labels
+        if not keep.any():
+            raise UserError(f"documents='chosen': no desirable example is left for {split}")
+        found[f'documents_{split}'] = (
+            lambda rows=rows, keep=keep: ([prompt + best] for (prompt, best, *_), good in zip(rows(), keep) if good),
+            int(keep.sum()), {}, None)
+    return found
 
 # -----------------------------------------------------------------------------
 # a tokenizer of our own
@@ -394,7 +510,7 @@ def truncate(prompt, responses, max_length, max_prompt_length):
     return [prompt, *responses]
 
 
-def encode_pairs(rows, tokenizer, cfg):
+def encode_groups(rows, tokenizer, cfg):
     """Token ids of rows, lists of a prompt and K responses. Returns (parts, cut): the parts of all groups,
     one after another, lists of int; and how many prompts, responses and tokens were cut, int (3,)."""
     parts, cut = [], np.zeros(3, np.int64)
@@ -419,9 +535,10 @@ def encode_documents(rows, tokenizer, cfg):
     return parts, np.zeros(3, np.int64)
 
 
-def write_split(path, rows, n, K, encode, tokenizer, cfg):
-    """Write <path>.bin and <path>.idx.npy of n rows, as groups of K responses. Returns what meta.json says of
-    them. rows: iterator of lists of texts; encode: one of the functions above."""
+def write_split(path, rows, n, K, encode, tokenizer, cfg, labels=None):
+    """Write <path>.bin and <path>.idx.npy of n rows, as groups of K responses, and <path>.labels.npy where there are
+    labels, bool (n,). Returns what meta.json says of them. rows: iterator of lists of texts; encode: one of the
+    functions above."""
     dtype = np.uint16 if tokenizer.n_vocab <= 2**16 else np.uint32
     digest, pieces, cut = hashlib.sha256(), [], np.zeros(3, np.int64)
     with open(f'{path}.bin', 'wb') as f, tqdm(total=n, desc=os.path.basename(path), unit=' rows', disable=None) as bar:
@@ -436,14 +553,19 @@ def write_split(path, rows, n, K, encode, tokenizer, cfg):
     lengths = np.concatenate(pieces).reshape(-1, K + 1)                             # (N, K+1)
     ends = lengths.cumsum().reshape(-1, K + 1)                                      # (N, K+1)
     index = np.column_stack((ends[:, 0] - lengths[:, 0], ends)).astype(np.int64)    # (N, K+2)
-    file = io.BytesIO()
-    np.save(file, index)
-    with open(f'{path}.idx.npy', 'wb') as f:
-        f.write(file.getvalue())
-    return dict(groups=len(index), K=K, tokens=int(index[-1, -1]), longest=int(lengths.sum(1).max()),
+    info = dict(groups=len(index), K=K, tokens=int(index[-1, -1]), longest=int(lengths.sum(1).max()),
                 dtype=np.dtype(dtype).name, bin_sha256=digest.hexdigest(),
-                idx_sha256=hashlib.sha256(file.getvalue()).hexdigest(),
                 truncated=dict(zip(('prompts', 'responses', 'tokens'), cut.tolist())))
+    if labels is not None:
+        info |= dict(desirable=int(labels.sum()), undesirable=int((~labels).sum()))
+    for name, array in (('idx', index), ('labels', labels)):
+        if array is not None:
+            file = io.BytesIO()
+            np.save(file, array)
+            with open(f'{path}.{name}.npy', 'wb') as f:
+                f.write(file.getvalue())
+            info[f'{name}_sha256'] = hashlib.sha256(file.getvalue()).hexdigest()
+    return info
 
 # -----------------------------------------------------------------------------
 # the set on disk
@@ -494,10 +616,11 @@ def hash_inputs(cfg, hub):
 
 
 def hash_set(folder, meta):
-    """The fingerprint of a set: a hash over its tokens and its tokenizer."""
+    """The fingerprint of a set: a hash over its tokens, its labels and its tokenizer."""
     name, infos = meta['tokenizer'], meta['splits'].items()
     return sha256_json([name, name.endswith('.json') and sha256_file(os.path.join(folder, name)),
-                        {split: [info['bin_sha256'], info['idx_sha256']] for split, info in infos}])
+                        {split: [info[key] for key in ('bin_sha256', 'idx_sha256', 'labels_sha256') if key in info]
+                         for split, info in infos}])
 
 
 def why_remake(folder, inputs):
@@ -523,23 +646,22 @@ def write_set(cfg, aside, hub, inputs):
     name = 'tokenizer.json' if own else cfg.tokenizer
     if not own:
         load_tokenizer(aside, name)     # a wrong name is found before the long read
-    plans = plan(open_pairs(cfg, hub, aside), cfg, cfg.source) if cfg.source else {}
+    plans = plan(open_preferences(cfg, hub, aside), cfg, cfg.source) if cfg.source else {}
     if cfg.documents == 'chosen':
-        plans |= {f'documents_{split}': (lambda rows=rows: ([row[0] + row[1]] for row in rows()), n, {})
-                  for split, (rows, n, _) in plans.items()}
+        plans |= chosen_documents(plans)
     elif cfg.documents:
         found = plan(open_documents(cfg), cfg, cfg.documents)
         plans |= {f'documents_{split}': found[split] for split in found}
     if own:
-        train = [rows for split, (rows, _, _) in plans.items() if split.endswith('train')]
+        train = [rows for split, (rows, *_) in plans.items() if split.endswith('train')]
         make_tokenizer(cfg.tokenizer, (text for rows in train for row in rows() for text in row), aside)
     tokenizer = load_tokenizer(aside, name)
     knobs = ('name', 'source', 'data_dir', 'documents', 'template', 'max_length', 'max_prompt_length')
     meta = dict(format=FORMAT, **{key: getattr(cfg, key) for key in knobs}, tokenizer=name,
                 vocab_size=tokenizer.n_vocab, eot_token=tokenizer.eot_token, inputs=inputs, splits={})
-    for split, (rows, n, dropped) in plans.items():
-        K, encode = (1, encode_documents) if split.startswith('documents') else (2, encode_pairs)
-        info = write_split(os.path.join(aside, split), rows(), n, K, encode, tokenizer, cfg)
+    for split, (rows, n, dropped, labels) in plans.items():
+        K, encode = (1, encode_documents) if split.startswith('documents') else (len(next(rows())) - 1, encode_groups)
+        info = write_split(os.path.join(aside, split), rows(), n, K, encode, tokenizer, cfg, labels)
         meta['splits'][split] = dict(read=n + sum(dropped.values()), kept=n, dropped=dropped) | info
     meta['fingerprint'] = hash_set(aside, meta)
     with open(os.path.join(aside, 'meta.json'), 'w') as f:
@@ -579,13 +701,14 @@ def publish(aside, folder):
 def table(folder, meta):
     """What was read, dropped, cut and written, a column a split."""
     reasons = sorted({reason for info in meta['splits'].values() for reason in info['dropped']})
-    columns = [['', 'read', *(f'dropped: {reason}' for reason in reasons), 'kept', 'prompts truncated',
+    labels = ['desirable', 'undesirable'] if any('desirable' in info for info in meta['splits'].values()) else []
+    columns = [['', 'read', *(f'dropped: {reason}' for reason in reasons), 'kept', *labels, 'prompts truncated',
                 'responses truncated', 'tokens truncated', 'groups', 'tokens', 'longest group', 'mean group',
                 'MB on disk']]
     for split, i in meta['splits'].items():
         size = sum(os.path.getsize(os.path.join(folder, split + end)) for end in ('.bin', '.idx.npy'))
         numbers = [i['read'], *(i['dropped'].get(reason, 0) for reason in reasons), i['kept'],
-                   *i['truncated'].values(), i['groups'], i['tokens'], i['longest'],
+                   *(i.get(label, 0) for label in labels), *i['truncated'].values(), i['groups'], i['tokens'], i['longest'],
                    round(i['tokens'] / i['groups'], 1), round(size / 1e6, 2)]
         columns.append([split, *(f'{number:,}' for number in numbers)])
     width = [max(map(len, column)) for column in columns]
@@ -686,7 +809,9 @@ class Groups:
     """One split of data/<name>/, memory-mapped: N groups of a prompt and K responses.
 
     folder: data/<name>; split: 'train', 'val', or 'documents_train', 'documents_val'.
-    k: use only the first k responses of each group (k=1 on pairs: the chosen ones).
+    k: use only the first k responses of each group (k=1 on pairs: the chosen ones); k=1 on unpaired examples: the
+    desirable ones.
+    labels: (N,) bool, which of the unpaired examples are desirable; None where the groups are something else.
     Raises UserError where files are missing, cut short, altered or of another format.
     """
     def __init__(self, folder, split, k=None):
@@ -694,8 +819,9 @@ class Groups:
         if split not in self.meta['splits']:
             raise UserError(f"{folder} has no split '{split}', only {', '.join(self.meta['splits'])}")
         self.folder, self.split, info = folder, split, self.meta['splits'][split]
-        for path, key in ((f'{split}.bin', 'bin_sha256'), (f'{split}.idx.npy', 'idx_sha256')):
-            path = os.path.join(folder, path)
+        labelled = 'labels_sha256' in info
+        for end, key in (('.bin', 'bin_sha256'), ('.idx.npy', 'idx_sha256'), ('.labels.npy', 'labels_sha256'))[:2 + labelled]:
+            path = os.path.join(folder, split + end)
             if not os.path.isfile(path):
                 raise UserError(f'{path} is missing: run prepare_prefs.py again')
             if sha256_file(path) != info[key]:
@@ -704,13 +830,18 @@ class Groups:
         index = np.load(os.path.join(folder, f'{split}.idx.npy'), mmap_mode='r')
         self.K = k or index.shape[1] - 2
         assert self.K <= index.shape[1] - 2, f'{folder} {split} has {index.shape[1] - 2} responses a group, not {k}'
+        self.labels = np.load(os.path.join(folder, f'{split}.labels.npy')) if labelled else None
+        if labelled and k:
+            index, self.labels = index[self.labels], self.labels[self.labels]
+            if not len(index):
+                raise UserError(f'{folder} {split} holds no desirable example to learn from: prepare with more of them')
         self.index = index[:, :self.K + 2]                          # (N, K+2): prompt, responses, end
         self.lengths = self.index[:, -1] - self.index[:, 0]         # (N,) tokens of each group
-        self.labels = None                                          # (N,) bool of unpaired examples
         name = self.meta['tokenizer']       # the tokenizer's identity: models trained on another one do not fit
         self.vocabulary = sha256_file(os.path.join(folder, name))[:16] if name.endswith('.json') else name
-        # what the training result depends on: the tokens and how many responses are used
-        self.fingerprint = hashlib.sha256(f"{info['bin_sha256']} {info['idx_sha256']} {self.K}".encode()).hexdigest()
+        # what the training result depends on: the tokens and how many responses, or which examples, are used
+        parts = [info['bin_sha256'], info['idx_sha256'], self.K, *([info['labels_sha256'], k] if labelled else [])]
+        self.fingerprint = hashlib.sha256(' '.join(map(str, parts)).encode()).hexdigest()
 
     def __len__(self):
         return len(self.index)
@@ -911,12 +1042,15 @@ def pack(groups, ids, multiple=1):
 def mismatched(groups, ids):
     """Each group's prompt with the responses of the next of `ids`, going round, whose prompt is another: Sampled, or None
     where there is only one prompt. Where the two exceed max_length, the prompt is cut from the left."""
-    some, found = [groups[i] for i in ids], []
-    for i, (prompt, *_) in enumerate(some):
-        for other, *responses in some[i + 1:] + some[:i]:
-            if not np.array_equal(prompt, other):
-                found.append([prompt[-(groups.meta['max_length'] - max(map(len, responses))):], *responses])
-                break
+    some = [groups[i] for i in ids]
+    n, partner, found = len(some), [None] * len(some), []
+    for i in reversed(range(2 * n)):        # twice round, from behind, so that all have heard of a partner
+        j = (i + 1) % n
+        partner[i % n] = partner[j] if np.array_equal(some[i % n][0], some[j][0]) else j
+    for (prompt, *_), j in zip(some, partner):
+        if j is not None:
+            responses = some[j][1:]
+            found.append([prompt[-(groups.meta['max_length'] - max(map(len, responses))):], *responses])
     return Sampled(found) if found else None
 
 

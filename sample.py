@@ -250,7 +250,7 @@ def main(argv=None):
     per_token = trained.get('loss') in ('ipo_mean', 'dpo_norm', 'simpo', 'orpo')       # their beta is of other quantities
     beta = cfg.beta or not per_token and trained.get('beta') or 0.1
     say(f'sample on {device_type}, implicit rewards with beta {beta:g}:\n{config.show(cfg)}')
-    if record.get('stage') == 'dpo' and record.get('ref_fingerprint', record['init_fingerprint']) != fingerprint(before):
+    if record.get('stage') == 'dpo' and record['init_fingerprint'].split()[-1] != fingerprint(before):
         say('note: AFTER was trained against other weights than BEFORE: rewards and KL here are relative to BEFORE')
 
     size = min(before.config.block_size, after.config.block_size)

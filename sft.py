@@ -6,7 +6,8 @@
 
 Reads data/<name>/ (prepare_prefs.py); writes checkpoints and log.jsonl to out/<name>/sft, where dpo.py finds its
 policy and reference. A document's prompt is one end token, so that every token of the text is scored; of a pair
-only the chosen response is. The loss is per target token of the whole batch, over all ranks and micro-steps.
+only the chosen response is, of a ranking the best, of unpaired examples the desirable ones. The loss is per target
+token of the whole batch, over all ranks and micro-steps.
 """
 import gc
 import json
@@ -38,7 +39,7 @@ class Config:
     name: str = 'reviews'                           # of the experiment: reads data/<name>, writes out/<name>/sft
     init_from: str = 'gpt2'                         # scratch, a GPT-2 name on the hub, a directory in its layout, or a
                                                     # folder or .pt of ours
-    train_on: Literal['chosen', 'documents'] = 'chosen'  # the pairs' chosen responses, or prepare's documents
+    train_on: Literal['chosen', 'documents'] = 'chosen'  # the chosen (best, desirable) responses, or prepare's documents
     n_layer: In[int, 'x >= 1'] = 4                  # of a model from scratch, as the next three
     n_head: In[int, 'x >= 1'] = 4
     n_embd: In[int, 'x >= 1'] = 128

@@ -31,8 +31,9 @@ def plot(folder, path):
             for prefix, style in (('', dict(lw=1, alpha=0.6)), ('eval/', dict(marker='o', ms=4, lw=1.5))):
                 points = [(r['step'], r[prefix + key]) for r in records if prefix + key in r]
                 name = ' '.join(part for part in (label, 'validation' if prefix else 'training') if part)
-                ax.plot(*zip(*points), color=colour, label=name, **style)
-        if level:
+                if points:              # kto's batches may lack one side
+                    ax.plot(*zip(*points), color=colour, label=name, **style)
+        if level and (title != 'loss' or math.isclose(records[0].get('eval/loss', 0), math.log(2), abs_tol=1e-3)):     # not of every loss
             ax.axhline(level[0], color='0.6', lw=0.8, ls='--', label=level[1], zorder=0)
         ax.set_title(title, fontsize=10)
         ax.set_xlabel('step')

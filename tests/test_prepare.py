@@ -390,6 +390,232 @@ def test_knobs_and_sources_that_cannot_be_are_said_in_one_line(flags, expected):
 
 
 # -----------------------------------------------------------------------------
+# unpaired examples and rankings
+
+UNPAIRED = [dict(prompt=f'p{i % 30}', completion=f' c{i}', label=i % 3 == 0) for i in range(90)]
+RANKINGS = [dict(prompt=f'p{i % 30}', responses=[f' best {i}', f' middle {i}', f' worst {i}']) for i in range(90)]
+BY_SCORE = [dict(prompt=row['prompt'], responses=[row['responses'][j] for j in (1, 2, 0)], scores=[0.5, -10 ** 400, 2])
+            for row in RANKINGS]
+
+
+def write_source(how, rows):
+    """The rows as a source of each sort. -> its flag"""
+    if how == '.py':
+        Path('rows.py').write_text(f'def pairs(split, seed):\n    return {rows!r}[slice(5) if split == "val" else slice(5, None)]')
+    elif how == '.jsonl':
+        write_jsonl('rows.jsonl', rows)
+    elif how == 'folder':
+        write_jsonl('rows/train.jsonl', rows[5:])
+        write_jsonl('rows/test.jsonl', rows[:5])
+    else:
+        write_jsonl('rows/data.jsonl', rows)        # no train.jsonl: for `datasets`
+    return f'--source=rows{how if how.startswith(".") else ""}'
+
+
+def all_of(folder, tokenizer):
+    """Every group of train and val as strings, its label after it where it has one, sorted."""
+    found = []
+    for split in ('train', 'val'):
+        labels = Groups(folder, split).labels
+        texts = texts_of(folder, split, tokenizer)
+        found += texts if labels is None else [[*text, bool(label)] for text, label in zip(texts, labels, strict=True)]
+    return sorted(found)
+
+
+@pytest.mark.parametrize('how', ['.jsonl', '.py', 'folder', 'datasets'])
+def test_unpaired_examples_and_rankings_come_back_from_every_source(how):
+    folder, meta, tokenizer = prepare(write_source(how, UNPAIRED))
+    assert all_of(folder, tokenizer) == sorted([row['prompt'], row['completion'] + EOT, row['label']] for row in UNPAIRED)
+    assert Groups(folder, 'train').K == 1 and Groups(folder, 'train').labels.dtype == bool
+    assert sum(info['desirable'] for info in meta['splits'].values()) == 30
+    expected = sorted([row['prompt'], *(response + EOT for response in row['responses'])] for row in RANKINGS)
+    folder, meta, tokenizer = prepare(write_source(how, RANKINGS), name='ranked')
+    assert all_of(folder, tokenizer) == expected and Groups(folder, 'val').labels is None
+    assert [meta['splits'][split]['K'] for split in ('train', 'val')] == [3, 3] and 'desirable' not in meta['splits']['train']
+    scored = BY_SCORE if how != 'datasets' else [dict(row, scores=[0.5, -1, 2]) for row in BY_SCORE]    # its integers are 64 bits
+    folder, _, tokenizer = prepare(write_source(how, scored), name='scored')
+    assert all_of(folder, tokenizer) == expected
+
+
+def test_a_ranking_of_two_is_a_pair_byte_for_byte():
+    write_jsonl('pairs.jsonl', PAIRS)
+    write_jsonl('rankings.jsonl', [dict(prompt=p['prompt'], responses=[p['chosen'], p['rejected']]) for p in PAIRS])
+    write_jsonl('scored.jsonl', [dict(prompt=p['prompt'], responses=[p['rejected'], p['chosen']], scores=[-1, 1e3]) for p in PAIRS])
+    sets = [prepare(f'--source={name}.jsonl', '--documents=chosen', name=name, tokenizer='bpe:300')[0]
+            for name in ('pairs', 'rankings', 'scored')]
+    pairs, *others = [{file: data for file, data in content(folder).items() if file != 'meta.json'} for folder in sets]
+    assert len(pairs) == 9 and others == [pairs, pairs]
+    assert Groups(sets[0], 'train').fingerprint == Groups(sets[1], 'train').fingerprint
+
+
+def test_truncation_looks_at_all_responses_of_a_ranking():
+    write_jsonl('rankings.jsonl', [dict(prompt='abcdefgh', responses=['1', '12', '123456789']),     # 8 + 10 > 12
+                                   dict(prompt='ABCDEFGH', responses=['1', '12', '123'])] * 3)      # 8 + 4 fit
+    folder, meta, tokenizer = prepare('--source=rankings.jsonl', '--max_length=12', '--max_prompt_length=4')
+    cut, whole = ['efgh', f'1{EOT}', f'12{EOT}', '12345678'], ['ABCDEFGH', f'1{EOT}', f'12{EOT}', f'123{EOT}']
+    assert all_of(folder, tokenizer) == sorted([cut, whole] * 3)
+    counts = [meta['splits'][split]['truncated'] for split in ('train', 'val')]
+    assert {key: counts[0][key] + counts[1][key] for key in counts[0]} == dict(prompts=3, responses=3, tokens=3 * (4 + 2))
+
+
+def test_what_is_held_out_keeps_prompts_together_and_labels_with_their_rows():
+    write_jsonl('unpaired.jsonl', UNPAIRED)
+    folder, _, tokenizer = prepare('--source=unpaired.jsonl', '--val_fraction=0.2')
+    train, val = (texts_of(folder, split, tokenizer) for split in ('train', 'val'))
+    assert len(val) == 18 and not {group[0] for group in train} & {group[0] for group in val}
+    truth = {row['completion'] + EOT: row['label'] for row in UNPAIRED}
+    for split, texts in (('train', train), ('val', val)):
+        assert Groups(folder, split).labels.tolist() == [truth[text] for _, text in texts]
+
+
+def test_sft_and_documents_learn_from_the_desirable_examples_alone(capfd):
+    write_jsonl('unpaired.jsonl', [dict(prompt='x', completion='rejected', label=False), *UNPAIRED, b'{}'])
+    folder, meta, tokenizer = prepare('--source=unpaired.jsonl', '--documents=chosen', '--max_bad_lines=1')
+    printed = {line.split('  ')[0]: line.split()[-4:] for line in capfd.readouterr().out.split('\n')}
+    for split in ('train', 'val'):
+        every = Groups(folder, split)
+        good = Groups(folder, split, k=1)
+        assert good.labels.all() and len(good) == every.labels.sum() == meta['splits'][split]['desirable'] > 0
+        desirable = [texts for texts, label in zip(texts_of(folder, split, tokenizer), every.labels) if label]
+        assert [[tokenizer.decode(list(part)) for part in group] for group in good] == desirable
+        assert good.lengths.tolist() == [len(''.join(texts).replace(EOT, '$')) for texts in desirable]
+        assert good.fingerprint != every.fingerprint
+        assert texts_of(folder, f'documents_{split}', tokenizer) == [[EOT, prompt + text] for prompt, text in desirable]
+        assert int(printed['desirable'][split == 'val']) == len(desirable)
+        assert int(printed['undesirable'][split == 'val']) == len(every) - len(desirable)
+    write_jsonl('unpaired.jsonl', [dict(row, label=False) for row in UNPAIRED])
+    assert 'no desirable example is left for train' in error_of('--source=unpaired.jsonl', '--documents=chosen')
+    folder = prepare('--source=unpaired.jsonl')[0]
+    with pytest.raises(SystemExit, match='data/made train holds no desirable example'):
+        Groups(folder, 'train', k=1)
+
+
+RANKING, EXAMPLE = dict(prompt='a', responses=['b', 'c', 'd']), dict(prompt='a', completion='b', label=True)
+BAD_KINDS = [(RANKINGS, line, message) for line, message in [
+    (dict(prompt='a'), "missing key 'responses'"),
+    (dict(responses=['b', 'c', 'd']), "missing key 'prompt'"),
+    (dict(prompt='a', chosen='b', rejected='c'), "missing key 'responses'"),
+    (b'["a", ["b", "c", "d"]]', 'not an object with prompt, responses, but list'),
+    (dict(RANKING, prompt=3), "'prompt' is not a string, but int"),
+    (dict(RANKING, responses='bcd'), "'responses' is not a list, but str"),
+    (dict(RANKING, responses=['b', 3, 'd']), "'response 2' is not a string, but int"),
+    (dict(RANKING, responses=['b', 'c', ' \n']), "empty 'response 3'"),
+    (dict(RANKING, responses=['b', '\ud800', 'd']), "'response 2' holds half a character"),
+    (dict(RANKING, responses=[]), "'responses' holds 0, a ranking needs two or more"),
+    (dict(RANKING, responses=['b']), "'responses' holds 1, a ranking needs two or more"),
+    (dict(RANKING, responses=['b', 'c', 'b']), 'responses 1 and 3 are the same'),
+    (dict(RANKING, responses=['b', 'c', 'd', 'e']), '4 responses, but 3 in the first good line'),
+    (dict(RANKING, responses=['b', 'c']), '2 responses, but 3 in the first good line'),
+    (dict(RANKING, scores=None), "'scores' is not a list, but NoneType"),
+    (dict(RANKING, scores=dict(b=1)), "'scores' is not a list, but dict"),
+    (dict(RANKING, scores=[1, True, 3]), "'scores' holds True, which is no finite number"),
+    (dict(RANKING, scores=[1, '2', 3]), "'scores' holds '2', which is no finite number"),
+    (dict(RANKING, scores=[1, 2, float('nan')]), "'scores' holds nan, which is no finite number"),
+    (dict(RANKING, scores=[1, 2, float('inf')]), "'scores' holds inf, which is no finite number"),
+    (dict(RANKING, scores=[1, 2]), "'scores' holds 2 for 3 responses"),
+    (dict(RANKING, scores=[1, 2, 1.0]), "two 'scores' are equal: a ranking needs an order")]]
+BAD_KINDS += [(UNPAIRED, line, message) for line, message in [
+    (dict(prompt='a', completion='b'), "missing key 'label'"),
+    (dict(prompt='a', label=True), "missing key 'completion'"),
+    (dict(prompt='a', chosen='b', rejected='c'), "missing key 'completion'"),
+    (b'[]', 'not an object with prompt, completion, label, but list'),
+    (dict(EXAMPLE, label=1), "'label' is not true or false, but 1"),
+    (dict(EXAMPLE, label='true'), "'label' is not true or false, but 'true'"),
+    (dict(EXAMPLE, label=None), "'label' is not true or false, but None"),
+    (dict(EXAMPLE, completion=' '), "empty 'completion'"),
+    (dict(EXAMPLE, completion=None), "'completion' is not a string, but NoneType")]]
+BAD_KINDS += [(PAIRS, line, message) for line, message in [
+    (RANKING, "missing key 'chosen'"), (EXAMPLE, "missing key 'chosen'")]]
+
+
+@pytest.mark.parametrize('good, line, message', BAD_KINDS, ids=[message for _, _, message in BAD_KINDS])
+def test_a_bad_ranking_or_example_is_one_line_and_can_be_skipped(good, line, message, capfd):
+    write_jsonl('rows.jsonl', [b'nonsense', b'[1]', *good[:3], line, *good[3:6]])       # the kind: of the first object
+    flags = ('--source=rows.jsonl', '--max_bad_lines=2')
+    assert error_of(*flags) == 'error: 3 bad lines, 2 allowed (allow and skip bad lines with --max_bad_lines=N)'
+    assert capfd.readouterr().err.splitlines()[2].startswith(f'rows.jsonl line 6: {message}') and not os.path.exists('data')
+    folder, meta, _ = prepare('--source=rows.jsonl', '--max_bad_lines=3')
+    assert capfd.readouterr().err.splitlines()[2].startswith(f'skipped rows.jsonl line 6: {message}')
+    assert len(Groups(folder, 'train')) + len(Groups(folder, 'val')) == 6 and sum(meta['splits']['train']['dropped'].values()) == 3
+
+
+def test_each_reason_to_drop_a_line_has_its_name():
+    names = dict(zip(("two 'scores'", "'scores' holds 2", "'scores' holds True", "'responses' holds 1", '4 responses', "'label'"),
+                     ('tied_scores', 'score_count', 'score_no_number', 'ranking_of_one', 'another_count', 'label_not_boolean')))
+    for start, name in names.items():
+        good, line = next((good, line) for good, line, message in BAD_KINDS if message.startswith(start))
+        write_jsonl('rows.jsonl', [*good[:3], line])
+        assert prepare('--source=rows.jsonl', '--max_bad_lines=1')[1]['splits']['train']['dropped'] == {name: 1}
+
+
+def test_a_pair_is_a_pair_whatever_else_its_row_holds():
+    write_jsonl('pairs.jsonl', [dict(pair, label=3, responses='x', completion=None) for pair in PAIRS])
+    folder, meta, _ = prepare('--source=pairs.jsonl')
+    assert Groups(folder, 'train').K == 2 and meta['splits']['train']['dropped'] == {}
+
+
+@pytest.mark.parametrize('train, val, expected', [
+    (PAIRS, UNPAIRED, 'own/train.jsonl holds pairs, own/val.jsonl holds unpaired examples'),
+    (PAIRS, [dict(prompt='a', responses=['b', 'c'])], 'own/train.jsonl holds pairs, own/val.jsonl holds rankings'),
+    (RANKINGS, [dict(prompt='a', responses=['b', 'c'])], 'own: train has rankings of 3, val has rankings of 2'),
+])
+def test_train_and_val_of_two_kinds_are_refused_in_one_line_that_names_both(train, val, expected):
+    write_jsonl('own/train.jsonl', train)
+    write_jsonl('own/val.jsonl', val)
+    assert expected in error_of('--source=own') and not os.path.exists('data')
+
+
+def test_a_table_without_the_columns_of_its_kind_is_refused(capfd):
+    for row in (dict(prompt='a', completion='b'), dict(responses=['a', 'b']), dict(completion='a', label=True)):
+        write_jsonl('columns/data.jsonl', [row])
+        assert f"has columns {', '.join(row)}; it needs" in error_of('--source=columns')
+    write_jsonl('columns/data.jsonl', [dict(row, label=int(row['label'])) for row in UNPAIRED])
+    assert "dropped: {'label_not_boolean': 90}" in error_of('--source=columns')
+
+
+def test_labels_that_are_damaged_are_found_and_made_again(capfd):
+    write_jsonl('unpaired.jsonl', UNPAIRED)
+    folder = prepare('--source=unpaired.jsonl')[0]
+    good, fingerprint = content(), Groups(folder, 'train').fingerprint
+    labels = good['train.labels.npy']
+    flipped = labels[:-1] + bytes([labels[-1] ^ 1])
+    for wrong, said in ((flipped, 'train.labels.npy is damaged'), (labels[:-1], 'train.labels.npy is damaged'),
+                        (b'', 'train.labels.npy is damaged'), (None, 'train.labels.npy is missing: run prepare_prefs.py')):
+        Path(folder, 'train.labels.npy').write_bytes(wrong or b'')
+        if wrong is None:
+            os.remove(folder / 'train.labels.npy')
+        for k in (None, 1):
+            with pytest.raises(SystemExit, match=said):
+                Groups(folder, 'train', k)
+        capfd.readouterr()
+        prepare('--source=unpaired.jsonl')
+        assert said in capfd.readouterr().out and content() == good
+    prepare('--source=unpaired.jsonl')
+    assert 'data/made is reused' in capfd.readouterr().out
+    write_jsonl('unpaired.jsonl', [dict(row, label=not row['label']) for row in UNPAIRED])
+    made = prepare('--source=unpaired.jsonl')[1]
+    assert made['fingerprint'] != json.loads(good['meta.json'])['fingerprint'] and content()['train.bin'] == good['train.bin']
+    assert Groups(folder, 'train').fingerprint != fingerprint       # the labels alone
+    write_jsonl('pairs.jsonl', PAIRS)
+    prepare('--source=pairs.jsonl')
+    assert not list(folder.glob('*.labels.npy'))                    # nothing is left of the older set
+
+
+def test_a_failure_midway_brings_the_old_labels_back(monkeypatch):
+    write_jsonl('unpaired.jsonl', UNPAIRED)
+    prepare('--source=unpaired.jsonl')
+    old, replace = content(), os.replace
+
+    def fail_at(source, target):
+        if Path(source).parent.name.startswith('.tmp-') and Path(source).name == 'val.labels.npy':
+            raise OSError(28, 'No space left on device')
+        replace(source, target)
+    monkeypatch.setattr(os, 'replace', fail_at)
+    assert error_of('--source=unpaired.jsonl', '--seed=5').endswith('data/made is as it was')
+    assert content() == old
+
+
+# -----------------------------------------------------------------------------
 # tokenizers of our own
 
 @pytest.mark.parametrize('seed', range(5))
