@@ -44,17 +44,17 @@ LABELS = {'dpo': 'DPO', 'cdpo': 'cDPO', 'robust': 'robust DPO', 'ipo': 'IPO', 'i
           'dpo_nll': 'DPO + NLL'}
 FIXED = {'cdpo': {'label_smoothing': 0.2}, 'robust': {'label_smoothing': 0.2},      # the share that is flipped
          'simpo': {'gamma': 1.0}, 'dpo_nll': {'nll_coef': 0.2}}
-RATES = (3e-4, 6e-4, 1.2e-3)
+RATES = (1.2e-3, 2.4e-3)
 BETAS = {       # tried, with each of RATES
-    'dpo': (0.5, 1.0), 'cdpo': (0.5, 1.0), 'robust': (0.5, 1.0), 'ipo': (0.2, 0.5), 'ipo_mean': (5.0, 10.0), 'hinge': (0.5, 1.0),
-    'dpo_norm': (10.0, 30.0), 'simpo': (5.0, 10.0), 'orpo': (1.0, 5.0), 'kto': (0.5, 1.0), 'plackett_luce': (0.5, 1.0),
+    'dpo': (0.5, 1.0), 'cdpo': (0.2, 0.5), 'robust': (0.5, 1.0), 'ipo': (0.1, 0.2), 'ipo_mean': (1.5, 5.0), 'hinge': (0.2, 0.5),
+    'dpo_norm': (5.0, 15.0), 'simpo': (2.0, 5.0), 'orpo': (2.0, 5.0), 'kto': (0.25, 0.5), 'plackett_luce': (0.5, 1.0),
     'dpo_nll': (0.5, 1.0),
 }
 FOUND = {loss: {'learning_rate': 6e-4, 'beta': BETAS[loss][-1]} for loss in LABELS}
 MOST_KL, LEAST_FORMED = 4.0, 0.8        # the rule of the search: the highest true reward within these
 K, SAMPLES, FLIPPED = 4, 2, 0.2         # completions a prefix; samples of each held-out one; share of labels turned round
 BATCH = 32                              # pairs a step; of rankings half as many: 64 responses in both
-OVER = ('dpo', 'cdpo', 'robust', 'ipo')     # over-trained
+OVER = ('dpo', 'cdpo', 'ipo')     # over-trained
 QUICK, OVER_QUICK = ('dpo', 'ipo', 'simpo', 'plackett_luce'), ('dpo', 'ipo')
 FEW, OVER_EPOCHS = 250, (1, 2, 5, 10, 20)   # on so many pairs, judged after these
 
@@ -416,7 +416,7 @@ class Config:
     name: str = 'reviews'                           # of the experiment; the runs go to out/<name>/family
     reward: str = config.EMBEDDED                   # a Python file with the true reward: as in sample.py
     seeds: In[int, 'x >= 1'] = 3                    # 1 to so many
-    prefixes: In[int, 'x >= 1'] = 1000              # distinct ones of train, 4 completions and so 2 pairs each
+    prefixes: In[int, 'x >= 1'] = 800               # distinct ones of train, 4 completions and so 2 pairs each
     held_out: In[int, 'x >= 2'] = 250               # prefixes of val
     workers: In[int, 'x >= 1'] = os.cpu_count() or 1    # runs at a time, one thread each
     quick: bool = False                             # one seed, 200 prefixes, four losses, fewer epochs of over-training
