@@ -1249,12 +1249,15 @@ def pack(groups, ids, multiple=1):
 def mismatched(groups, ids):
     """Each group's prompt with the responses of the next of `ids`, going round, whose prompt is another: Sampled, or None
     where there is only one prompt. Where the two exceed max_length, the prompt is cut from the left."""
-    some, found = [groups[i] for i in ids], []
-    for i, (prompt, *_) in enumerate(some):
-        for other, *responses in some[i + 1:] + some[:i]:
-            if not np.array_equal(prompt, other):
-                found.append([prompt[-(groups.meta['max_length'] - max(map(len, responses))):], *responses])
-                break
+    some = [groups[i] for i in ids]
+    n, partner, found = len(some), [None] * len(some), []
+    for i in reversed(range(2 * n)):        # twice round, from behind, so that all have heard of a partner
+        j = (i + 1) % n
+        partner[i % n] = partner[j] if np.array_equal(some[i % n][0], some[j][0]) else j
+    for (prompt, *_), j in zip(some, partner):
+        if j is not None:
+            responses = some[j][1:]
+            found.append([prompt[-(groups.meta['max_length'] - max(map(len, responses))):], *responses])
     return Sampled(found) if found else None
 
 
@@ -1292,6 +1295,7 @@ def main(argv=None):
         if not why:
             say(f'{folder} is reused: same knobs, same source, undamaged')
             return
+<<<<<<< HEAD
         say(f'making {folder}: {why}', flush=True)
         if cfg.policy:
             drawn = draw_pairs(cfg, policy)
@@ -1303,6 +1307,11 @@ def main(argv=None):
         else:
             with new_files(folder) as aside:
                 meta = write_set(cfg, aside, hub, inputs)
+=======
+        print(f'making {folder}: {why}', flush=True)
+        with new_files(folder) as aside:
+            meta = write_set(cfg, aside, hub, inputs)
+>>>>>>> main
     except (OSError, ImportError) as error:
         raise UserError(f'{error}; {folder} is as it was') from None
     except KeyboardInterrupt:

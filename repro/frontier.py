@@ -16,20 +16,15 @@ changed is made again. Writes <out>.json, .md and .png.
 """
 import json
 import math
-import multiprocessing
 import os
-import signal
 import subprocess
 import sys
-import threading
 import time
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
@@ -43,6 +38,7 @@ from reward_model import RewardModel, all_rewards, bradley_terry_losses, judge, 
 from rollout import Task                                                                    # noqa: E402
 from prepare_prefs import Sampled, text_of                                                   # noqa: E402
 from sample import response_logps                                                           # noqa: E402
+from sweep import be_a_worker, path_of, sweep                                               # noqa: E402, F401 (temperature.py's)
 
 TARGETS = [{'target_kl': kl, 'kl_coef': coef} for kl, coef in ((3.0, 2.0), (6.0, 1.0), (9.0, 0.5), (12.0, 0.25))]
 GRID = {        # the paper's settings; where PPO's KL controller starts, and DPO's rate by beta, were found by --search
@@ -125,23 +121,7 @@ def grammar_frontier(starts, betas):
 
 
 # -----------------------------------------------------------------------------
-# jobs: a dict of settings each, done by a worker process, which writes its results to a file of its own
-
-def path_of(job):
-    """Where a job's results go, without the ending. Settings not in the name are in the file."""
-    knobs = [f'{key}={job[key]:g}' for key in sorted(job) if key not in ('method', 'seed', 'common')]
-    return os.path.join(job['common']['folder'], f"seed-{job['seed']}", '-'.join([job['method'], *knobs]))
-
-
-def result_of(job):
-    """What the job's file says, or None where it is to be done."""
-    try:
-        with open(path_of(job) + '.json') as f:
-            result = json.load(f)
-        return result if result['job'] == job else None
-    except (OSError, ValueError, KeyError):
-        return None
-
+# jobs: a dict of settings each, done by a worker process, as sweep.py says
 
 def needs(job, jobs):
     """The jobs whose files this one reads."""
@@ -150,15 +130,14 @@ def needs(job, jobs):
 
 
 def work(job, needed):
-    """Do a job: a worker's whole life. -> its result"""
+    """Do a job, in its worker. -> {'points': its evaluations, and what else there is to say}"""
     torch.set_num_threads(1)
-    began, common, seed = time.perf_counter(), job['common'], job['seed']
+    common, seed = job['common'], job['seed']
     task = Task(common['name'], common['reward'])
     reference = task.load('').requires_grad_(False)
     first, last = common['held_out']
     held_out = task.prompts('val', last)[first:]
     cpu = torch.device('cpu')
-    os.makedirs(path_of(job), exist_ok=True)
     for other in needed:
         if other['method'] == 'data':
             data = torch.load(path_of(other) + '.pt')
@@ -181,7 +160,7 @@ def work(job, needed):
             if step in looks:
                 yield step
 
-    result = {'job': job, 'points': []}
+    result = {'points': []}
     if job['method'] == 'data':
         prompts = task.prompts('train', common['prefixes'])
         repeated = [p for p in prompts for _ in range(K)]
@@ -235,56 +214,7 @@ def work(job, needed):
             except UserError as error:          # unlikelihood has no lower bound
                 result['stopped'] = error.message
         save_checkpoint(path_of(job), step, policy, dict(stage=job['method'], config=job, vocabulary=task.train.vocabulary))
-    result['seconds'] = time.perf_counter() - began
-    with open(path_of(job) + '.tmp', 'w') as f:
-        json.dump(result, f)
-    os.replace(path_of(job) + '.tmp', path_of(job) + '.json')
     return result
-
-
-def be_a_worker():
-    """Leave the bars and Ctrl-C to the parent, and end when it does, however it does."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.environ['TQDM_DISABLE'] = '1'
-    parent = os.getppid()
-
-    def watch():
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def sweep(jobs, workers):
-    """Do the jobs that are not done yet, each after those it needs, `workers` at a time. -> all results"""
-    results = {path_of(job): result_of(job) for job in jobs}
-    for job in jobs:            # what was made from something that is made again is made again
-        if any(results[path_of(other)] is None for other in needs(job, jobs)):
-            results[path_of(job)] = None
-    pending, running = [job for job in jobs if results[path_of(job)] is None], {}
-    print(f'{len(jobs)} runs, {len(jobs) - len(pending)} of them done before; {workers} at a time')
-    spawn = multiprocessing.get_context('spawn')        # torch's threads do not survive a fork
-    with (ProcessPoolExecutor(workers, spawn, be_a_worker) as pool,
-          tqdm(total=len(pending), desc='runs', unit='run', disable=None, smoothing=0) as bar):
-        try:
-            while pending or running:
-                ready = [job for job in pending if all(results[path_of(other)] for other in needs(job, jobs))]
-                for job in ready[:workers - len(running)]:
-                    pending.remove(job)
-                    running[pool.submit(work, job, needs(job, jobs))] = job
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    job = running.pop(future)
-                    results[path_of(job)] = result = future.result()
-                    tqdm.write(f'{path_of(job):90} {result["seconds"]:5.0f} s   {summary(result)}')
-                    bar.update()
-        except BaseException as error:
-            for process in multiprocessing.active_children():
-                process.terminate()
-            if isinstance(error, KeyboardInterrupt):
-                done = sum(result is not None for result in results.values())
-                raise UserError(f'stopped with {done} of {len(jobs)} runs done; the same command goes on') from None
-            raise
-    return [results[path_of(job)] for job in jobs]
 
 
 def best_at(points, budget):
@@ -440,7 +370,7 @@ def main(argv=None):
         for method, settings in grid.items():
             jobs += [{'method': method, 'seed': seed, 'common': common, **FOUND[method], **setting} for setting in settings]
     began = time.perf_counter()
-    results = sweep(jobs, cfg.workers)
+    results = sweep(jobs, cfg.workers, work, needs, summary)
     print(f'the sweep took {time.perf_counter() - began:,.0f} s; its runs {sum(r["seconds"] for r in results):,.0f} s of one core')
 
     out = cfg.out or os.path.join(ROOT, 'repro', 'results', 'frontier' + ('-quick' if cfg.quick else '-search' if cfg.search else ''))

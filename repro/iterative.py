@@ -75,8 +75,8 @@ def work(job, _):
                 sides = {'train': prompts[(r - 1) * common['prompts']:r * common['prompts']], 'val': others}
                 write_groups('data/prompts', source, {s: [[p, [task.tokenizer.eot_token]] for p in ps] for s, ps in sides.items()})
                 sampler = sft_folder if way == 'offline' else policy
-                prepare_prefs.main([f'--name=round-{r}', '--source=data/prompts', f'--policy={sampler}', f'--reward={common["reward"]}', f'--num_samples={common["num_samples"]}',
-                                    f'--max_new_tokens={LONGEST}', f'--seed={1000 * seed + r}', '--device=cpu'])
+                prepare_prefs.main([f'--name=round-{r}', '--source=data/prompts', f'--policy={sampler}', f'--reward={common["reward"]}',
+                                    f'--num_samples={common["num_samples"]}', f'--max_new_tokens={LONGEST}', f'--seed={1000 * seed + r}', '--device=cpu'])
                 for split in so_far:
                     so_far[split] += [[piece.tolist() for piece in group] for group in Groups(f'data/round-{r}', split)]
                 name, begin, n = f'round-{r}', policy, steps

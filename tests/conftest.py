@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT))
 if (SHARED / 'tiktoken_cache').is_dir():
     os.environ.setdefault('TIKTOKEN_CACHE_DIR', str(SHARED / 'tiktoken_cache'))
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
-torch.set_num_threads(2)
+torch.set_num_threads(1)        # for models this small a second one only costs, most of all on a busy machine
 
 import prepare_prefs                                    # noqa: E402
 from model import GPT, GPTConfig, save_checkpoint       # noqa: E402

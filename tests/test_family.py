@@ -1,0 +1,162 @@
+"""The comparison of losses: its data, its metrics against independent computations, the search's rule, and all of it on a tiny task."""
+import json
+import math
+import os
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import ROOT, small_gpt
+
+sys.path.insert(0, str(ROOT / 'repro'))
+import dpo                                                  # noqa: E402
+import family                                               # noqa: E402
+import sweep                                                # noqa: E402
+from config import UserError                                # noqa: E402
+from model import save_checkpoint                           # noqa: E402
+from prepare_prefs import Groups                            # noqa: E402
+from rollout import Task                                    # noqa: E402
+
+REWARD = 'def reward(prompts, responses):\n    return [(sum(map(ord, p + r)) % 997) / 100 for p, r in zip(prompts, responses)]\n'
+METRICS = 'def metrics(prompts, responses):\n    return {"well_formed": [len(r) % 2 == 0 for r in responses]}\n'
+
+
+@pytest.fixture
+def task(experiment):
+    (experiment / 'reward.py').write_text(REWARD + METRICS)
+    return Task('tiny', 'reward.py')
+
+
+def rewards_of(task, prompt, responses):
+    """By hand, from ids."""
+    def text(ids):
+        return bytes(int(t) for t in ids if t != 256).decode(errors='replace')
+    return [(sum(map(ord, text(prompt))) + sum(map(ord, text(r)))) % 997 / 100 for r in responses]
+
+
+# -----------------------------------------------------------------------------
+# data
+
+def test_pairs_and_rankings_hold_the_same_responses_and_only_train_is_flipped(task):
+    common = {'name': 'tiny', 'reward': 'reward.py', 'folder': 'out/tiny/family', 'prefixes': 30, 'val_prefixes': 6, 'held_out': [0, 4]}
+    job = {'method': 'data', 'seed': 3, 'common': common}
+    found = family.work(job, [])
+    sets = {ending: [Groups(f'data/tiny-family-3{ending}', split) for split in ('train', 'val')]
+            for ending in ('', '-flipped', '-few', '-rankings', '-rankings-flipped')}
+    parts = {ending: [[tuple(map(int, piece)) for piece in train[i]] for i in range(len(train))] for ending, (train, _) in sets.items()}
+
+    for prompt, *responses in parts['']:
+        assert np.greater(*rewards_of(task, prompt, responses))
+    by_prompt = {}
+    for prompt, chosen, rejected in parts['']:
+        by_prompt.setdefault(prompt, []).extend([chosen, rejected])
+    assert len(parts['-rankings']) == found['rankings'] >= 20 and len(parts['']) == found['pairs']
+    for prompt, *ranked in parts['-rankings']:
+        rewards = rewards_of(task, prompt, ranked)
+        assert sorted(ranked) == sorted(by_prompt[prompt]) and rewards == sorted(rewards, reverse=True) and len(set(rewards)) == 4
+    assert parts['-few'] == parts[''][:family.FEW]
+
+    for clean, flipped in (('', '-flipped'), ('-rankings', '-rankings-flipped')):
+        turned = [a != b for a, b in zip(parts[clean], parts[flipped], strict=True)]
+        assert sum(turned) == round(0.2 * len(turned)) > 3
+        assert all(b == ([a[0], *reversed(a[1:])] if t else a) for a, b, t in zip(parts[clean], parts[flipped], turned))
+    assert len({(val.fingerprint, val.K) for _, val in sets.values()}) == 1
+
+
+def test_what_is_flipped_depends_on_the_seed_alone():
+    groups = [[[i], [1], [2]] for i in range(100)]
+    a, b, c = (family.flipped(groups, 0.2, seed) for seed in (1, 1, 2))
+    assert a == b != c and groups[0] == [[0], [1], [2]]
+
+
+# -----------------------------------------------------------------------------
+# metrics
+
+def test_a_policy_is_judged_by_the_log_probs_of_its_own_samples(task):
+    policy, reference, prompts = small_gpt(5), small_gpt(0), task.prompts('val', 5)
+    found = family.judge(task, policy, reference, prompts, 7)
+    repeated = [p for p in prompts for _ in range(2)]
+    responses = task.draw(policy, repeated, 7)
+
+    def logp(model, prompt, response):
+        tokens = torch.tensor([prompt + response])
+        T = tokens.shape[1]
+        with torch.no_grad():
+            states = model(tokens, torch.arange(T)[None], torch.ones(1, 1, T, T, dtype=torch.bool).tril())[0]
+        logps = (states @ model.wte.weight.t()).double().log_softmax(-1)
+        return sum(logps[len(prompt) - 1 + t, token].item() for t, token in enumerate(response))
+    mine, its = ([logp(model, p, r) for p, r in zip(repeated, responses)] for model in (policy, reference))
+    assert found['entropy'] == pytest.approx(-np.mean(mine), abs=1e-3) and found['entropy'] > 1
+    assert found['kl'] == pytest.approx(np.mean(mine) - np.mean(its), abs=1e-3) and found['kl'] > 1
+    assert found['tokens'] == np.mean([len(r) for r in responses])
+    assert found['true_reward'] == pytest.approx(np.mean([rewards_of(task, p, [r]) for p, r in zip(repeated, responses)]))
+
+
+def test_distinct_3_counts_trigrams_of_words_within_a_text():
+    assert family.distinct_3(['A good film. A good', 'a good film!', 'one two']) == 3 / 4       # agf, gfa, fag; agf again
+    words = np.random.default_rng(0).integers(0, 3, (40, 12)).astype(str)
+    stacked = np.concatenate([words[:, i:i + 3] for i in range(10)])
+    assert family.distinct_3([' '.join(row) for row in words]) == len(np.unique(stacked, axis=0)) / len(stacked)
+    assert family.distinct_3(['', 'two words']) == 0
+
+
+# -----------------------------------------------------------------------------
+# the search and the runs
+
+def test_the_winner_has_the_highest_reward_within_4_nats_and_with_its_text_intact():
+    def run(reward, kl, formed):
+        return {'points': [{'true_reward': 9.0, 'kl': 0.1, 'well_formed': 1.0}, {'true_reward': reward, 'kl': kl, 'well_formed': formed}]}
+    far, broken, best, less = run(5, 4.1, 0.9), run(4, 3, 0.79), run(3, 4.0, 0.8), run(2, 1, 0.95)
+    assert family.winner([less, far, best, broken, {'points': [], 'stopped': 'not finite'}]) is best
+    assert family.winner([far, broken]) is None
+
+
+def test_dpo_is_a_process_of_its_own_whose_memory_is_not_ours(experiment):
+    ballast = bytearray(10**9)          # resident here, and no part of the child
+    knobs = {'name': 'tiny', 'loss': 'ipo', 'beta': 0.5, 'max_steps': 1, 'device': 'cpu', 'compile': False}
+    seconds, memory, error = family.run_dpo('.', knobs)
+    assert seconds > 0.1 and 1e8 < memory < len(ballast) and not error and os.path.isfile('out/tiny/dpo/log.jsonl')
+    with pytest.raises(UserError, match='dpo.py failed: .*loss'):
+        family.run_dpo('.', {**knobs, 'loss': 'ippo'})
+
+
+def test_the_comparison_of_two_losses_from_the_draws_to_the_figure(task, experiment, monkeypatch, capsys):
+    def run_dpo(folder, knobs):         # here, which saves the start of ten processes
+        with monkeypatch.context() as patch:
+            patch.chdir(folder)
+            dpo.main([f'--{key}={value}' for key, value in knobs.items()])
+        return 1.0, 2 * 10**6, ''
+
+    def in_turn(jobs, workers, work, needs, summary):
+        results = []
+        for job in jobs:
+            results.append(sweep.result_of(job) or sweep.do(work, job, needs(job, jobs)))
+            assert summary(results[-1])
+        return results
+    for name, value in (('run_dpo', run_dpo), ('sweep', in_turn), ('OVER', ('ipo',)), ('OVER_EPOCHS', (1, 3)),
+                        ('LABELS', {loss: family.LABELS[loss] for loss in ('ipo', 'plackett_luce')})):
+        monkeypatch.setattr(family, name, value)
+    save_checkpoint('out/tiny/sft', 1, small_gpt(0, spread=0.5), dict(config={}, vocabulary=task.train.vocabulary))
+    args = ['--name=tiny', '--reward=reward.py', '--seeds=2', '--prefixes=20', '--held_out=4', '--out=compared']
+    family.main(args)
+    results = json.load(open('compared.json'))
+    assert [(r['job']['method'], r['job'].get('labels')) for r in results[:6]] == [
+        ('data', None), ('ipo', 'clean'), ('ipo', 'flipped'), ('plackett_luce', 'clean'), ('plackett_luce', 'flipped'), ('ipo', 'few')]
+    assert all(math.isfinite(value) for r in results for p in r['points'] for value in p.values())
+    few = results[5]['points']
+    assert [p['epochs'] for p in few] == [1, 3] and few[1]['margin'] > few[0]['margin'] + 0.02       # it learned
+    log = [json.loads(line) for line in open(sweep.path_of({**results[5]['job'], 'common': {'folder': 'out/tiny/family'}}) + '/log.jsonl')]
+    assert [row['eval/rewards/margins'] for row in log if 'eval/loss' in row][1:] == [p['held_out_margin'] for p in few]   # resumed, one log
+    text = open('compared.md').read()
+    rewards = [r['points'][-1]['true_reward'] for r in results if r['job'].get('labels') == 'flipped' and r['job']['method'] == 'ipo']
+    assert f'{np.mean(rewards):+.2f} ± {abs(rewards[0] - rewards[1]) / 2:.2f} |' in text and '| 2 ± 0 |' in text
+    assert os.path.getsize('compared.png') > 30_000
+
+    monkeypatch.setattr(family, 'RATES', (1e-3,))
+    family.main(['--search', *args[:-1], '--out=searched'])
+    text = open('searched.md').read()
+    assert text.count('\n| **') <= 2 and text.count('learning_rate 0.001') >= 4 and 'FOUND = {' in text
+    with pytest.raises(UserError, match='held_out=9: .* has 10 distinct prompts in val, and 18 are needed'):
+        family.main(['--name=tiny', '--reward=reward.py', '--search', '--held_out=9'])
