@@ -1295,7 +1295,6 @@ def main(argv=None):
         if not why:
             say(f'{folder} is reused: same knobs, same source, undamaged')
             return
-<<<<<<< HEAD
         say(f'making {folder}: {why}', flush=True)
         if cfg.policy:
             drawn = draw_pairs(cfg, policy)
@@ -1307,11 +1306,6 @@ def main(argv=None):
         else:
             with new_files(folder) as aside:
                 meta = write_set(cfg, aside, hub, inputs)
-=======
-        print(f'making {folder}: {why}', flush=True)
-        with new_files(folder) as aside:
-            meta = write_set(cfg, aside, hub, inputs)
->>>>>>> main
     except (OSError, ImportError) as error:
         raise UserError(f'{error}; {folder} is as it was') from None
     except KeyboardInterrupt:
