@@ -154,7 +154,7 @@ def figure(results, optimum, path):
         for ax, key in zip(axes, ('true_reward', 'kl')):
             ax.plot(rounds, mean[key], **style)
             ax.fill_between(rounds, mean[key] - error[key], mean[key] + error[key], color=COLOURS[way], alpha=0.2, lw=0)
-        axes[2].errorbar(mean['kl'], mean['true_reward'], error['true_reward'], error['kl'], capsize=2, **style)
+        axes[2].errorbar(mean['kl'], mean['true_reward'], error['true_reward'], error['kl'], capsize=2, **style | {'label': None})
     reach = max(result['points'][-1]['kl'] for result in results) * 1.1
     axes[2].plot(*optimum[optimum[:, 0] <= reach].T, color='k', lw=1.2, ls=':', label='the optimum on the grammar, exact')
     per_round = next(iter(over_seeds(results).values()))['pairs'][1].mean()
@@ -187,24 +187,24 @@ class Config:
     batch_size: In[int, 'x >= 1'] = 16              # pairs a step
     held_out: In[int, 'x >= 2'] = 250               # prompts of val; the drawn sets take theirs from the others
     workers: In[int, 'x >= 1'] = os.cpu_count() or 1    # runs at a time, one thread each
-    quick: bool = False                             # one seed, two rounds, 200 prompts
+    quick: bool = False                             # one seed, two rounds, 200 prompts, 100 held out
     out: str = ''                                   # '' = repro/results/iterative, with -quick
 
 
 def main(argv=None):
     cfg = config.load(Config, 'iterative', argv)
-    seeds, rounds, prompts = (1, 2, 200) if cfg.quick else (cfg.seeds, cfg.rounds, cfg.prompts)
+    seeds, rounds, prompts, held_out = (1, 2, 200, 100) if cfg.quick else (cfg.seeds, cfg.rounds, cfg.prompts, cfg.held_out)
     if cfg.name == 'reviews':
         prepare(cfg.name)
     reward = os.path.abspath(cfg.reward)
     task = Task(cfg.name, reward)
-    for split, needed in (('train', rounds * prompts), ('val', cfg.held_out + 1)):
+    for split, needed in (('train', rounds * prompts), ('val', held_out + 1)):
         if (there := len(task.prompts(split, needed))) < needed:
             raise UserError(f'data/{cfg.name} has {there:,} distinct prompts in {split}, {needed:,} are needed: lower rounds, prompts '
                             'or held_out')
     common = {'name': cfg.name, 'reward': reward, 'folder': os.path.join('out', cfg.name, 'iterative' + '-quick' * cfg.quick),
-              'rounds': rounds, 'prompts': prompts, **{key: getattr(cfg, key) for key in (
-                  'num_samples', 'beta', 'learning_rate', 'epochs', 'batch_size', 'held_out')}, 'sft': fingerprint(task.load('')), 'data': task.train.fingerprint}
+              'rounds': rounds, 'prompts': prompts, 'held_out': held_out, **{key: getattr(cfg, key) for key in (
+                  'num_samples', 'beta', 'learning_rate', 'epochs', 'batch_size')}, 'sft': fingerprint(task.load('')), 'data': task.train.fingerprint}
     jobs = [{'method': way, 'seed': seed, 'common': common} for seed in range(1, seeds + 1) for way in ('offline', 'fixed', 'moved')]
     began = time.perf_counter()
     results = sweep(jobs, cfg.workers, work, lambda job, jobs: [], summary)
@@ -212,7 +212,7 @@ def main(argv=None):
 
     out = cfg.out or os.path.join(ROOT, 'repro', 'results', 'iterative' + '-quick' * cfg.quick)
     os.makedirs(os.path.dirname(out) or '.', exist_ok=True)
-    starts = [text_of(task.tokenizer, ids) + ' ' for ids in task.prompts('val', cfg.held_out)]
+    starts = [text_of(task.tokenizer, ids) + ' ' for ids in task.prompts('val', held_out)]
     text = table(results)
     figure(results, grammar_frontier(starts, [1e9, *np.geomspace(30, 0.08, 40)]), out + '.png')
     with open(out + '.md', 'w') as f:

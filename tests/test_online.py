@@ -19,15 +19,6 @@ from reward_model import RewardModel, all_rewards           # noqa: E402
 from sweep import path_of                                   # noqa: E402
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """As run_stage's processes have, whose numbers are compared; and faster, the models being tiny."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def save(folder, model, **record):
     os.makedirs(folder)
     save_checkpoint(folder, 1, model, record)
