@@ -244,3 +244,5 @@ def test_rounds_draw_new_prompts_from_the_last_policy_at_equal_pairs_and_steps(d
     assert f'{gap:+.2f} and ' in iterative.table(results).splitlines()[-2]
     iterative.figure(results, np.zeros((2, 2)), 'figure.png')
     assert os.path.getsize('figure.png') > 10_000
+    with pytest.raises(UserError, match='48 distinct prompts in train, 2,000 are needed'):
+        iterative.main(['--name=tiny', '--reward=reward.py'])
