@@ -3,6 +3,8 @@
     python prepare_prefs.py                                   # the embedded experiment, config/reviews.py
     python prepare_prefs.py config/hh.py                      # Anthropic HH, from the hub
     python prepare_prefs.py --name=mine --source=pairs.jsonl  # your own pairs
+    python prepare_prefs.py --name=online --source=data/reviews --policy=out/reviews/sft --reward=config/reviews.py
+                                                              # pairs drawn from a policy; torchrun shares the work
 
 `source` is one of
 - a .jsonl file, all lines of one kind, which the first object tells:
@@ -29,6 +31,11 @@ Truncation, only where prompt + longest response exceed max_length: the prompt i
 max_prompt_length, then responses from the right to what is left. A response ends with the end token, which
 counts, unless it was cut. A document follows an end token and ends with one; of a long one, the last token of
 one piece is the prompt of the next, so that every token is predicted once.
+
+With `policy`, pairs are drawn: `source` is a prepared set, whose distinct prompts, train's and val's, get num_samples
+responses each from the policy; `reward` ranks them, and best against worst, or all that differ, become pairs. Equal
+rewards make none (`tied`). Tokenizer, template and lengths are those of the source. The result does not depend on the
+number of processes.
 
 A set that is undamaged and was made from the same knobs and the same bytes is reused; of a .py file only its
 own bytes are looked at, not what it imports. A run that fails or is stopped leaves the set as it was.
@@ -64,7 +71,7 @@ import numpy as np
 from tqdm import tqdm
 
 import config
-from config import In, UserError
+from config import In, Literal, UserError
 
 # -----------------------------------------------------------------------------
 # the knobs
@@ -83,10 +90,22 @@ class Config:
     max_prompt_length: In[int, 'x >= 1'] = 256      # a prompt is cut to this, only where too long together
     val_fraction: In[float, '0 < x < 1'] = 0.05     # held out, where the source has no validation split
     max_bad_lines: In[int, 'x >= 0'] = 0            # of your own data: more than this many stop the run
-    seed: In[int, 'x >= 0'] = 1337                  # of what is held out; a .py source gets it too
+    seed: In[int, 'x >= 0'] = 1337                  # of what is held out, or drawn; a .py source gets it too
+    # to draw pairs from a policy:
+    policy: str = ''                # a checkpoint, as dpo.py's init_from; source is then a prepared set, for its prompts
+    reward: str = ''                # a .py file with reward(prompts, responses), or a folder of repro/reward_model.py
+    num_samples: In[int, 'x >= 2'] = 4              # of each prompt
+    num_prompts: In[int, 'x >= 0'] = 0              # distinct ones of train, and as many of val at most; 0 = all
+    pairing: Literal['best_worst', 'all'] = 'best_worst'    # one pair a prompt, or all pairs of different rewards
+    temperature: In[float, 'x > 0'] = 1.0           # of the draws
+    max_new_tokens: In[int, 'x >= 1'] = 128         # of a response; fewer where max_length leaves less
+    batch_size: In[int, 'x >= 1'] = 64              # responses drawn at once
+    device: Literal['auto', 'cpu', 'cuda', 'mps'] = 'auto'  # auto = cuda where there is one, else cpu
 
 
 SPLITS = ('train', 'val', 'documents_train', 'documents_val')
+DRAWING = ('reward', 'num_samples', 'num_prompts', 'pairing', 'temperature', 'max_new_tokens', 'batch_size', 'device')
+READING = ('data_dir', 'documents', 'tokenizer', 'template', 'max_length', 'max_prompt_length', 'val_fraction', 'max_bad_lines')
 FILES = [f'{s}{end}' for end in ('.bin', '.idx.npy', '.labels.npy') for s in SPLITS] + ['tokenizer.json', 'meta.json']
 
 # -----------------------------------------------------------------------------
@@ -572,6 +591,14 @@ def write_split(path, rows, n, K, encode, tokenizer, cfg, labels=None):
 
 def check(cfg):
     """UserError where knobs do not fit one another or name what is not there, before anything is read."""
+    for key in READING if cfg.policy else DRAWING:
+        if key in cfg.origin:
+            why = 'with policy, where the source decides' if cfg.policy else 'without policy'
+            raise UserError(f'{cfg.origin[key]}: {key}={getattr(cfg, key)} is of no use {why}: leave it out')
+    if cfg.policy:
+        return check_drawing(cfg)
+    if int(os.environ.get('WORLD_SIZE', 1)) > 1:
+        raise UserError('one process reads a source: run without torchrun (drawing pairs from a policy alone is shared out)')
     if cfg.max_prompt_length >= cfg.max_length:
         raise UserError(f'max_prompt_length={cfg.max_prompt_length} must be less than max_length='
                         f'{cfg.max_length}, to leave room for a response')
@@ -597,12 +624,15 @@ def sha256_json(value):
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def hash_inputs(cfg, hub):
-    """A hash over all that decides the result: the format, the knobs, the content of the sources."""
+def hash_inputs(cfg, hub, policy):
+    """A hash over all that decides the result: the format, the knobs, the content of the sources, the policy's weights."""
     knobs, files = dataclasses.asdict(cfg), {}
-    del knobs['name']
+    for key in ('name', 'policy', *(READING if cfg.policy else DRAWING)):
+        del knobs[key]
+    if cfg.policy:
+        knobs['policy'], knobs['reward'] = policy, sha256_file(reward_file(cfg.reward))
     for key in ('source', 'documents'):         # of what is here the content counts, not the path
-        path = knobs[key]
+        path = knobs.get(key, '')
         if os.path.isfile(path):
             knobs[key] = os.path.splitext(path)[1]
             files[key] = sha256_file(path)
@@ -746,6 +776,183 @@ def write_groups(folder, source, splits, dropped=None, **facts):
         with open(os.path.join(aside, 'meta.json'), 'w') as f:
             json.dump(meta, f, indent=1)
     return meta
+
+
+def check_drawing(cfg):
+    """check, where pairs are drawn from a policy."""
+    if not cfg.reward:
+        raise UserError('policy is set, reward is not: a .py file with reward(prompts, responses), or a folder of '
+                        'repro/reward_model.py')
+    reward_file(cfg.reward)
+    if not os.path.isdir(cfg.source):
+        raise UserError(f"source={cfg.source!r} must be a prepared set (data/<name>), whose prompts the policy continues")
+    if os.path.realpath(cfg.source) == os.path.realpath(os.path.join('data', cfg.name)):
+        raise UserError(f'{cfg.source} would be replaced by what is drawn from its prompts: set another --name')
+    read_meta(cfg.source)
+
+
+def reward_file(path):
+    """The file behind the knob `reward`: itself, or the last checkpoint of a folder."""
+    from model import find_checkpoints
+    found = [path] if os.path.isfile(path) and path.endswith('.py') else find_checkpoints(path)
+    if not found:
+        raise UserError(f'reward {path} is neither a .py file nor a folder with a checkpoint of repro/reward_model.py')
+    return found[-1]
+
+
+def open_policy(cfg):
+    """The policy, on the CPU, and the fingerprint of its weights."""
+    from model import CheckpointError, fingerprint, load_model
+    try:
+        policy, record = load_model(cfg.policy, dropout=0.0)
+    except CheckpointError as error:
+        raise UserError(error) from None
+    Groups(cfg.source, 'train').check_model(policy.config, record.get('vocabulary'), cfg.policy)
+    return policy, fingerprint(policy)
+
+
+def response_rewards(model, head, batch):
+    """A reward model's reward of each response of a packed batch: (G, K). head: (1, C), read at the response's last token."""
+    import torch
+    from model import packed_mask
+    where = batch.group[0] * (batch.K + 1) + batch.part[0]                              # (T,) which piece of which group
+    last = torch.cat([where[1:] != where[:-1], where.new_ones(1, dtype=torch.bool)])    # a piece's last token
+    at = (last & (batch.part[0] > 0)).nonzero()[:, 0]                                   # (G*K,)
+    states = model(batch.tokens, batch.positions, packed_mask(batch.group, batch.part, batch.cuts), at)
+    return torch.nn.functional.linear(states, head).view(-1, batch.K)
+
+
+def open_reward(path, groups, device):
+    """What the knob `reward` names, as a function: [[prompt, response_1, ..., response_K], ...] of ids -> (N, K) float64.
+    groups: a split of the set that it must fit."""
+    if path.endswith('.py'):
+        score, tokenizer = read_reward(path), load_tokenizer(groups.folder, groups.meta['tokenizer'])
+
+        def rewards(made):
+            texts = [(text_of(tokenizer, prompt), text_of(tokenizer, ids)) for prompt, *responses in made for ids in responses]
+            return np.array(score(*zip(*texts))['true_reward'], np.float64).reshape(len(made), -1)
+        return rewards
+    import torch
+    from model import GPT, CheckpointError, GPTConfig, read_checkpoint
+    try:
+        state = read_checkpoint(reward_file(path))
+        head = state['model'].pop('reward.weight').to(device)
+        model = GPT(GPTConfig(**state['model_config']))
+        model.load_state_dict(state['model'])
+    except CheckpointError as error:
+        raise UserError(error) from None
+    except (KeyError, RuntimeError, TypeError):
+        raise UserError(f'{reward_file(path)} is no reward model: run repro/reward_model.py') from None
+    groups.check_model(model.config, state.get('vocabulary'), path)
+    model.to(device).eval()
+
+    @torch.no_grad()
+    def rewards(made):
+        made = Sampled(made)
+        found = np.zeros((len(made.lengths), made.K))
+        rows = plan_rows(np.arange(len(found)), made.lengths, 1, row_limit([made], 0, device.type))[0]
+        for batch in tqdm(packed_batches(made, rows, device), 'rewards', len(rows), unit=' rows', disable=None, leave=False):
+            found[batch.ids] = response_rewards(model, head, batch).double().cpu().numpy()
+        if not np.isfinite(found).all():
+            raise UserError(f'{path}: a reward is not finite')
+        return found
+    return rewards
+
+
+def drawn_prompts(groups, n, seed):
+    """The first n distinct prompts of a split, 0 = all, in an order that the seed shuffles: lists of ids."""
+    found = {}
+    for i in np.random.default_rng(seed).permutation(len(groups)):
+        prompt = groups[i][0]
+        found.setdefault(prompt.tobytes(), prompt.tolist())
+    return list(found.values())[:n or None]
+
+
+def pair_up(groups, rewards, pairing):
+    """Pairs [prompt, chosen, rejected] of groups [prompt, response_1, ..., response_K], their rewards (n, 2), and how many
+    were tied. rewards: (N, K). best_worst: the first of the best against the last of the worst."""
+    pairs, kept, tied = [], [], 0
+    for (prompt, *responses), r in zip(groups, rewards):
+        if pairing == 'best_worst':
+            candidates = [(r.argmax(), len(r) - 1 - r[::-1].argmin())]
+        else:
+            candidates = itertools.combinations(range(len(r)), 2)
+        for i, j in candidates:
+            w, l = (i, j) if r[i] > r[j] else (j, i)
+            if r[w] == r[l]:
+                tied += 1
+                continue
+            pairs.append([prompt, responses[w], responses[l]])
+            kept.append((r[w], r[l]))
+    return pairs, np.array(kept), tied
+
+
+def draw_pairs(cfg, policy):
+    """Draw from the policy, score, and make pairs, on all ranks.
+
+    Returns on rank 0 {split: pairs}, {split: {'tied': n}} and {split: mean rewards of samples, chosen, rejected}, on the
+    others None. A batch of prompts is always the same one, and has its own seed: it does not matter who draws it.
+    """
+    import torch
+    import torch.distributed as dist
+    world, rank, local_rank = (int(os.environ.get(key, default)) for key, default in
+                               (('WORLD_SIZE', 1), ('RANK', 0), ('LOCAL_RANK', 0)))
+    device_type = cfg.device if cfg.device != 'auto' else 'cuda' if torch.cuda.is_available() else 'cpu'
+    gpus = torch.cuda.device_count()
+    if device_type == 'cuda' and local_rank >= gpus or device_type == 'mps' and not torch.backends.mps.is_available():
+        raise UserError(f'device={device_type}: torch sees {gpus} GPUs here: --device=cpu' + ', or fewer processes' * (gpus > 0))
+    device = torch.device(device_type, local_rank) if device_type == 'cuda' else torch.device(device_type)
+    bf16 = device_type == 'cuda' and torch.cuda.is_bf16_supported()
+    if world > 1:
+        dist.init_process_group('gloo')
+
+    # the reward, on rank 0, before the long work
+    sources, error = {split: Groups(cfg.source, split) for split in ('train', 'val')}, ['']
+    if rank == 0:
+        try:
+            rewards_of = open_reward(cfg.reward, sources['train'], device)
+        except UserError as user_error:
+            error = [user_error.message]
+    if world > 1:
+        dist.broadcast_object_list(error)       # so that none is left waiting
+    if error[0]:
+        raise UserError(error[0])
+
+    # responses
+    policy.to(device).eval()
+    prompts = {split: drawn_prompts(groups, cfg.num_prompts, cfg.seed) for split, groups in sources.items()}
+    size, meta = max(1, cfg.batch_size // cfg.num_samples), sources['train'].meta
+    batches = [(s, j) for s, split in enumerate(prompts) for j in range(math.ceil(len(prompts[split]) / size))]
+    drawn = {}
+    for s, j in tqdm(batches[rank::world], 'drawing', unit=' batches', disable=None if rank == 0 else True):
+        some = [p for p in list(prompts.values())[s][j * size:(j + 1) * size] for _ in range(cfg.num_samples)]
+        seed = int(np.random.SeedSequence([cfg.seed, s, j]).generate_state(1, np.uint64)[0] >> 1)
+        with torch.autocast(device_type, torch.bfloat16, enabled=bf16):
+            made = policy.generate(some, cfg.max_new_tokens, meta['eot_token'], meta['vocab_size'], cfg.temperature, seed=seed)
+        drawn[s, j] = [ids[:meta['max_length'] - len(prompt)] for prompt, ids in zip(some, made)]
+    if world > 1:
+        gathered = [None] * world if rank == 0 else None
+        dist.gather_object(drawn, gathered)
+        dist.destroy_process_group()
+        if rank:
+            return None
+        drawn = {key: made for part in gathered for key, made in part.items()}
+
+    # rewards and pairs
+    splits, dropped, means = {}, {}, {}
+    for s, split in enumerate(prompts):
+        responses = [ids for key in batches if key[0] == s for ids in drawn[key]]
+        groups = [[p, *responses[i * cfg.num_samples:(i + 1) * cfg.num_samples]] for i, p in enumerate(prompts[split])]
+        rewards = rewards_of(groups)
+        for r, (_, *some) in zip(rewards, groups):      # copies are equal, whatever rounding or a noisy judge says
+            r[:] = r[[some.index(ids) for ids in some]]
+        splits[split], kept, tied = pair_up(groups, rewards, cfg.pairing)
+        if not splits[split]:
+            raise UserError(f'no pairs for {split}: all {cfg.num_samples} samples of each of its {len(groups):,} prompts have '
+                            'equal rewards')
+        dropped[split] = {'tied': tied}
+        means[split] = dict(zip(('samples', 'chosen', 'rejected'), (float(rewards.mean()), *kept.mean(0).tolist())))
+    return splits, dropped, means
 
 # -----------------------------------------------------------------------------
 # the reader half: what sft.py, dpo.py and sample.py import
@@ -1075,28 +1282,41 @@ def packed_batches(groups, rows, device):
 def main(argv=None):
     started = time.time()
     cfg = config.load(Config, 'prepare', argv)
-    print(config.show(cfg), flush=True)
+    say = print if os.environ.get('RANK', '0') == '0' else lambda *_, **__: None
+    say(config.show(cfg), flush=True)
     check(cfg)
     folder = os.path.join('data', cfg.name)
     try:
         on_hub = cfg.source and not os.path.exists(cfg.source)
         hub = load_dataset(cfg.source, cfg.data_dir) if on_hub else None
-        inputs = hash_inputs(cfg, hub)
+        policy, fingerprint = open_policy(cfg) if cfg.policy else (None, '')
+        inputs = hash_inputs(cfg, hub, fingerprint)
         why = why_remake(folder, inputs)
         if not why:
-            print(f'{folder} is reused: same knobs, same source, undamaged')
+            say(f'{folder} is reused: same knobs, same source, undamaged')
             return
-        print(f'making {folder}: {why}', flush=True)
-        with new_files(folder) as aside:
-            meta = write_set(cfg, aside, hub, inputs)
+        say(f'making {folder}: {why}', flush=True)
+        if cfg.policy:
+            drawn = draw_pairs(cfg, policy)
+            if drawn is None:           # rank 0 alone goes on
+                return
+            splits, dropped, rewards = drawn
+            meta = write_groups(folder, cfg.source, splits, dropped, inputs=inputs, rewards=rewards, policy=cfg.policy,
+                                policy_fingerprint=fingerprint, seed=cfg.seed, **{key: getattr(cfg, key) for key in DRAWING})
+        else:
+            with new_files(folder) as aside:
+                meta = write_set(cfg, aside, hub, inputs)
     except (OSError, ImportError) as error:
         raise UserError(f'{error}; {folder} is as it was') from None
     except KeyboardInterrupt:
         raise UserError(f'stopped; {folder} is as it was') from None
     print(table(folder, meta))
+    for split, means in meta.get('rewards', {}).items():
+        print(f'mean reward, {split}: ' + ', '.join(f'{mean:+.3f} {what}' for what, mean in means.items()))
     print(f'{folder} is ready, {time.time() - started:.1f} s')
 
 
 if __name__ == '__main__':
-    signal.signal(signal.SIGTERM, signal.default_int_handler)       # clean up as after Ctrl-C
+    if os.environ.get('RANK', '0') == '0':
+        signal.signal(signal.SIGTERM, signal.default_int_handler)   # clean up as after Ctrl-C; other ranks write nothing
     main()

@@ -23,8 +23,9 @@ from tqdm import tqdm
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import config                                                                               # noqa: E402
+import prepare_prefs                                                                        # noqa: E402
 from config import In, Literal                                                              # noqa: E402
-from model import GPT, CheckpointError, GPTConfig, find_checkpoints, open_run, packed_mask, read_checkpoint, save_checkpoint    # noqa: E402
+from model import GPT, CheckpointError, GPTConfig, find_checkpoints, open_run, read_checkpoint, save_checkpoint    # noqa: E402
 from offline import first_is_better, rows_of, train                                         # noqa: E402
 from rollout import Task                                                                    # noqa: E402
 
@@ -59,11 +60,7 @@ class RewardModel(GPT):
 
 def response_rewards(model, batch):
     """The reward of each response of a packed batch: (G, K)."""
-    where = batch.group[0] * (batch.K + 1) + batch.part[0]                              # (T,) which piece of which group
-    last = torch.cat([where[1:] != where[:-1], where.new_ones(1, dtype=torch.bool)])    # a piece's last token
-    at = (last & (batch.part[0] > 0)).nonzero()[:, 0]                                   # (G*K,)
-    states = model(batch.tokens, batch.positions, packed_mask(batch.group, batch.part, batch.cuts), at)
-    return model.reward(states).view(-1, batch.K)
+    return prepare_prefs.response_rewards(model, model.reward.weight, batch)
 
 
 def bradley_terry_losses(rewards):

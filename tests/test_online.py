@@ -1,6 +1,6 @@
 """Pairs drawn from a policy: what is written is what an independent drawing, scoring and pairing of the same prompts gives."""
-import json
 import os
+import shutil
 import sys
 
 import numpy as np
@@ -8,8 +8,29 @@ import pytest
 import torch
 
 import prepare_prefs
-from conftest import ROOT, random_groups, run_stage, small_gpt, write_data
-from prepare_prefs import Groups, read_meta, write_groups
+from config import UserError
+from conftest import ROOT, random_groups, run_stage, small_gpt
+from model import fingerprint, load_model, save_checkpoint
+from prepare_prefs import Groups, Sampled, load_tokenizer, open_reward, pair_up, read_meta, write_groups
+
+sys.path.insert(0, str(ROOT / 'repro'))
+import iterative                                            # noqa: E402
+from reward_model import RewardModel, all_rewards           # noqa: E402
+from sweep import path_of                                   # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """As run_stage's processes have, whose numbers are compared; and faster, the models being tiny."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def save(folder, model, **record):
+    os.makedirs(folder)
+    save_checkpoint(folder, 1, model, record)
 
 
 def as_lists(groups):
@@ -31,3 +52,204 @@ def test_written_groups_are_read_back_and_replace_a_set_whole_or_not_at_all(expe
     with pytest.raises(AssertionError, match='max_length'):
         write_groups('data/three', 'data/tiny', splits | {'val': [[[1] * 60, [2] * 5, [3], [4]]]})
     assert before == {path.name: path.read_bytes() for path in (experiment / 'data/three').iterdir()}
+
+
+# -----------------------------------------------------------------------------
+# pairs
+
+def test_pairs_equal_a_brute_force_over_rewards_with_ties():
+    rng = np.random.default_rng(2)
+    rewards = rng.integers(0, 3, (40, 4)).astype(float)
+    groups = [[[i], *([i, k] for k in range(4))] for i in range(40)]
+    pairs, kept, tied = pair_up(groups, rewards, 'all')
+    expected = {(i, w, l) for i in range(40) for w in range(4) for l in range(4) if rewards[i, w] > rewards[i, l]}
+    assert len(pairs) == len(expected) and {(p[0], w[1], l[1]) for p, w, l in pairs} == expected and tied == 40 * 6 - len(expected)
+    assert [tuple(row) for row in kept] == [(rewards[p[0], w[1]], rewards[p[0], l[1]]) for p, w, l in pairs]
+    pairs, kept, tied = pair_up(groups, rewards, 'best_worst')
+    spread = [i for i in range(40) if len(set(rewards[i])) > 1]
+    assert [p[0] for p, _, _ in pairs] == spread and tied == 40 - len(spread) > 0
+    assert all(rewards[p[0], w[1]] == max(rewards[p[0]]) and rewards[p[0], l[1]] == min(rewards[p[0]]) for p, w, l in pairs)
+
+
+REWARD = 'def reward(prompts, responses):\n    return [round(sum(map(ord, r)) / 1000, 1) for r in responses]\n'     # rounded: it has ties
+
+
+@pytest.fixture
+def drawn(experiment):
+    """The flags of a small drawing in a directory with data/tiny, out/tiny/sft and reward.py."""
+    (experiment / 'reward.py').write_text(REWARD)
+    return ['--name=drawn', '--source=data/tiny', '--policy=out/tiny/sft', '--reward=reward.py', '--num_samples=3', '--max_new_tokens=12',
+            '--batch_size=15']
+
+
+def content(folder):
+    return {name: open(os.path.join(folder, name), 'rb').read() for name in os.listdir(folder)}
+
+
+def read_drawn(split='train'):
+    """{prompt: [(chosen, rejected), ...]} of data/drawn, tuples of ids."""
+    found = {}
+    for prompt, chosen, rejected in as_lists(Groups('data/drawn', split)):
+        found.setdefault(tuple(prompt), []).append((tuple(chosen), tuple(rejected)))
+    return found
+
+
+def test_drawn_pairs_are_ranked_by_the_reward_and_best_worst_are_the_ends_of_all(drawn, capsys):
+    prepare_prefs.main([*drawn, '--pairing=all'])
+    everything, meta = read_drawn(), read_meta('data/drawn')
+    tokenizer = load_tokenizer('data/drawn', 'tokenizer.json')
+    source = {tuple(group[0]) for group in as_lists(Groups('data/tiny', 'train'))}
+
+    def reward(ids):
+        return round(sum(map(ord, tokenizer.decode([t for t in ids if t != 256]))) / 1000, 1)
+
+    info = meta['splits']['train']
+    assert set(everything) <= source and info['read'] == 3 * len(source) == info['kept'] + info['dropped']['tied'] and info['dropped']['tied'] > 0
+    assert all(reward(w) > reward(l) for pairs in everything.values() for w, l in pairs)
+    pieces = [(p, ids) for p, pairs in everything.items() for pair in pairs for ids in pair]
+    for prompt, ids in pieces:          # whole, or as long as may be
+        assert 256 not in ids[:-1] and (ids[-1] == 256 and len(ids) <= 12 or len(ids) == min(12, 64 - len(prompt)))
+    assert info['truncated']['responses'] == sum(ids[-1] != 256 for _, ids in pieces) > 0
+    assert meta['rewards']['train']['chosen'] == pytest.approx(np.mean([reward(w) for pairs in everything.values() for w, _ in pairs]))
+    assert meta['policy_fingerprint'] == fingerprint(load_model('out/tiny/sft')[0]) and meta['pairing'] == 'all'
+    prepare_prefs.main(drawn)
+    ends = read_drawn()
+    assert set(ends) == set(everything) and all(len(pairs) == 1 for pairs in ends.values())
+    for prompt, [(best, worst)] in ends.items():
+        assert reward(best) == max(reward(w) for w, _ in everything[prompt]) and reward(worst) == min(reward(l) for _, l in everything[prompt])
+    assert read_drawn('val').keys() <= {tuple(group[0]) for group in as_lists(Groups('data/tiny', 'val'))}
+    text = capsys.readouterr().out
+    assert 'dropped: tied' in text and f'mean reward, train: {read_meta("data/drawn")["rewards"]["train"]["samples"]:+.3f} samples' in text
+
+
+def test_two_processes_draw_what_one_does_and_only_a_change_draws_again(drawn, experiment, capsys):
+    prepare_prefs.main(drawn)
+    one, before = capsys.readouterr().out, content('data/drawn')
+    shutil.rmtree('data/drawn')
+    two = run_stage('prepare_prefs.py', *drawn, cwd=experiment, processes=2)
+    assert content('data/drawn') == before and 'Traceback' not in two.stderr
+    assert one.splitlines()[:-1] == two.stdout.splitlines()[:-1]                        # but for the seconds
+
+    def last_line(*flags):
+        prepare_prefs.main([*drawn, *flags])
+        return capsys.readouterr().out.splitlines()[-1]
+
+    assert 'is reused' in last_line() and content('data/drawn') == before
+    (experiment / 'reward.py').write_text(REWARD.replace('1000', '900'))
+    assert 'is ready' in last_line() and content('data/drawn') != before
+    before = content('data/drawn')
+    save_checkpoint('out/tiny/sft', 2, small_gpt(7), {})
+    assert 'is ready' in last_line() and content('data/drawn')['train.bin'] != before['train.bin']
+    assert 'is ready' in last_line('--seed=2') and 'is ready' in last_line('--seed=2', '--temperature=0.9')
+
+
+def test_copies_of_a_response_are_tied_whatever_a_noisy_judge_says(drawn, experiment):
+    """A reward of its own for every call, and a policy so sharp that its samples are often the same."""
+    (experiment / 'reward.py').write_text('def reward(prompts, responses):\n    return list(range(len(responses)))\n')
+    prepare_prefs.main([*drawn, '--temperature=0.2', '--pairing=all'])
+    assert read_meta('data/drawn')['splits']['train']['dropped']['tied'] > 0
+    assert all(w != l for pairs in read_drawn().values() for w, l in pairs)
+
+
+def test_num_prompts_limits_both_splits_and_the_seed_chooses(drawn):
+    prompts = []
+    for seed in (1, 2):
+        prepare_prefs.main([*drawn, '--num_prompts=12', f'--seed={seed}'])
+        assert [i['read'] for i in read_meta('data/drawn')['splits'].values()] == [12, 10]
+        prompts.append(set(read_drawn()))
+    assert prompts[0] != prompts[1]
+
+
+def test_a_reward_models_rewards_equal_one_response_at_a_time(experiment):
+    groups = [[[int(t) for t in piece] for piece in group] for group in random_groups(6, 3, np.random.default_rng(4))]
+    model = RewardModel.from_policy(small_gpt(2))
+    torch.nn.init.normal_(model.reward.weight)
+    tiny = Groups('data/tiny', 'train')
+    save('out/rm', model, vocabulary=tiny.vocabulary)
+    found = open_reward('out/rm', tiny, torch.device('cpu'))(groups)
+    np.testing.assert_array_equal(found, all_rewards(model, Sampled(groups)))
+    for i, (prompt, *responses) in enumerate(groups):
+        for k, response in enumerate(responses):
+            T = len(prompt + response)
+            with torch.no_grad():
+                states = model(torch.tensor([prompt + response]), torch.arange(T)[None], torch.ones(1, 1, T, T, dtype=torch.bool).tril())
+            assert found[i, k] == pytest.approx((states[0, -1] @ model.reward.weight[0]).item(), abs=1e-4)
+
+
+# -----------------------------------------------------------------------------
+# mistakes
+
+@pytest.mark.parametrize('flags, message', [
+    (['--documents=x.txt'], 'documents=x.txt is of no use with policy'),
+    (['--max_length=32'], 'max_length=32 is of no use with policy'),
+    (['--policy='], 'reward=reward.py is of no use without policy'),
+    (['--reward='], 'policy is set, reward is not'),
+    (['--reward=nowhere.py'], 'reward nowhere.py is neither'),
+    (['--reward=empty.py'], 'defines no function reward(prompts, responses)'),
+    (['--reward=short.py'], 'true_reward has 1 results for 144 responses'),
+    (['--reward=nan.py'], 'true_reward of response 1 is nan'),
+    (['--reward=flat.py'], 'no pairs for train: all 3 samples of each of its 48 prompts have equal rewards'),
+    (['--reward=out/tiny/sft'], 'step-000001.pt is no reward model'),
+    (['--reward=out/foreign'], 'was trained with another tokenizer'),
+    (['--policy=nowhere.pt'], 'nowhere.json'),
+    (['--policy=out/foreign'], 'its weights are not those of its model_config'),
+    (['--policy=out/other'], 'was trained with another tokenizer'),
+    (['--source=nowhere'], "source='nowhere' must be a prepared set"),
+    (['--source=out'], 'out/meta.json does not exist'),
+    (['--name=tiny'], 'data/tiny would be replaced'),
+    (['--num_samples=1'], 'num_samples=1 is out of range'),
+    (['--temperature=0'], 'temperature=0.0 is out of range'),
+    (['--pairing=some'], "pairing='some' must be one of"),
+])
+def test_a_mistake_ends_in_one_line_and_leaves_the_set(drawn, experiment, flags, message):
+    write_groups('data/drawn', 'data/tiny', {'train': [[[1], [2], [3]]], 'val': [[[1], [2], [3]]]})
+    before = content('data/drawn')
+    for name, text in (('empty', ''), ('short', 'def reward(p, r):\n    return [0.0]'), ('flat', 'def reward(p, r):\n    return [0] * len(r)'),
+                       ('nan', 'def reward(p, r):\n    return [float("nan")] * len(r)')):
+        (experiment / f'{name}.py').write_text(text)
+    save('out/foreign', RewardModel.from_policy(small_gpt(2)), vocabulary='gpt2')
+    save('out/other', small_gpt(2), vocabulary='gpt2')
+    with pytest.raises(UserError) as error:
+        prepare_prefs.main([*drawn, *flags])
+    assert message in error.value.message and '\n' not in error.value.code
+    assert content('data/drawn') == before and not [f for f in os.listdir('data') if f not in ('tiny', 'drawn')]
+
+
+def test_torchrun_is_for_drawing_alone_and_an_error_of_rank_0_ends_all(drawn, experiment, monkeypatch):
+    done = run_stage('prepare_prefs.py', *drawn, '--reward=out/tiny/sft', cwd=experiment, processes=2, check=False)
+    said = [line for line in done.stderr.splitlines() if line.startswith('error:')]
+    assert done.returncode != 0 and said == ['error: out/tiny/sft/step-000001.pt is no reward model: run repro/reward_model.py']
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    with pytest.raises(UserError, match='run without torchrun'):
+        prepare_prefs.main(['--name=mine', '--source=pairs.jsonl'])
+
+
+# -----------------------------------------------------------------------------
+# repro/iterative.py
+
+def test_rounds_draw_new_prompts_from_the_last_policy_at_equal_pairs_and_steps(drawn, experiment):
+    common = {'name': 'tiny', 'reward': str(experiment / 'reward.py'), 'folder': 'runs', 'rounds': 2, 'prompts': 16, 'num_samples': 3,
+              'beta': 0.1, 'learning_rate': 1e-3, 'epochs': 1, 'batch_size': 8, 'held_out': 4}
+    found, jobs = {}, {way: {'method': way, 'seed': 1, 'common': common} for way in iterative.LABELS}
+    for way, job in jobs.items():
+        os.makedirs(path_of(job))
+        found[way] = iterative.work(job, [])['points']
+        assert os.getcwd() == str(experiment)
+        assert [p['steps'] for p in found[way]] == [0, 2, 4] and found[way][0]['kl'] == 0 and found[way][2]['kl'] != 0
+        folder = lambda r: os.path.join(path_of(job), 'data', f'round-{r}')
+        first, second = ({tuple(group[0].tolist()) for group in Groups(folder(r), 'train')} for r in (1, 2))
+        assert not first & second                   # other prompts in every round
+    sft, start = (fingerprint(load_model(path)[0]) for path in ('out/tiny/sft', path_of(jobs['moved']) + '/out/round-1/dpo'))
+    assert sft != start
+    for way, sampler, reference in (('fixed', start, sft), ('moved', start, start), ('offline', sft, sft)):
+        run = path_of(jobs[way])
+        record = load_model(f'{run}/out/{"rounds-1-to-2" if way == "offline" else "round-2"}/dpo')[1]
+        assert read_meta(f'{run}/data/round-2')['policy_fingerprint'] == sampler and record['init_fingerprint'].endswith(reference)
+    assert found['fixed'][1] == found['moved'][1] == found['offline'][1]        # until then they are the same
+    run = path_of(jobs['offline'])
+    assert as_lists(Groups(f'{run}/data/rounds-1-to-2', 'train')) == sum((as_lists(Groups(f'{run}/data/round-{r}', 'train')) for r in (1, 2)), [])
+    results = [{'job': jobs[way], 'points': points} for way, points in found.items()]
+    gap = found['fixed'][2]['true_reward'] - found['offline'][2]['true_reward']
+    assert f'{gap:+.2f} and ' in iterative.table(results).splitlines()[-2]
+    iterative.figure(results, np.zeros((2, 2)), 'figure.png')
+    assert os.path.getsize('figure.png') > 10_000
