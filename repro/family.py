@@ -379,7 +379,7 @@ def figure(results, path):
     for tick, loss in zip(drop.get_yticklabels(), losses):
         tick.set_color(COLOURS[loss])
 
-    styles = dict(zip(OVER, (('#0072B2', '-', 'o'), ('#56B4E9', '--', 's'), ('#009E73', '-.', '^'), ('#D55E00', '-', 'D'))))
+    styles = {'dpo': ('#0072B2', '-', 'o'), 'cdpo': ('#56B4E9', '--', 's'), 'ipo': ('#D55E00', '-', 'D')}
     few = {loss: runs for loss in OVER if (runs := runs_of(results, loss, 'few'))}
     epochs = []
     for loss, runs in few.items():

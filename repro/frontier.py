@@ -38,7 +38,7 @@ from reward_model import RewardModel, all_rewards, bradley_terry_losses, judge, 
 from rollout import Task                                                                    # noqa: E402
 from prepare_prefs import Sampled, text_of                                                   # noqa: E402
 from sample import response_logps                                                           # noqa: E402
-from sweep import be_a_worker, path_of, sweep                                               # noqa: E402, F401 (temperature.py's)
+from sweep import path_of, sweep                                                            # noqa: E402
 
 TARGETS = [{'target_kl': kl, 'kl_coef': coef} for kl, coef in ((3.0, 2.0), (6.0, 1.0), (9.0, 0.5), (12.0, 0.25))]
 GRID = {        # the paper's settings; where PPO's KL controller starts, and DPO's rate by beta, were found by --search

@@ -27,9 +27,10 @@ sys.path.insert(0, ROOT)
 import config                                                                               # noqa: E402
 from config import In, UserError                                                            # noqa: E402
 from best_of_n import best_of_n                                                             # noqa: E402
-from frontier import BATCH, FOUND, GRID, WARMUP, be_a_worker                                # noqa: E402
+from frontier import BATCH, FOUND, GRID, WARMUP                                             # noqa: E402
 from offline import dpo_losses, even_steps, policy_logps, train                             # noqa: E402
 from reward_model import RewardModel, all_rewards                                           # noqa: E402
+from sweep import be_a_worker                                                               # noqa: E402
 from rollout import Task                                                                    # noqa: E402
 from prepare_prefs import Sampled                                                           # noqa: E402
 
