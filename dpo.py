@@ -86,7 +86,7 @@ def ipo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_r
 
 def ipo_mean_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, chosen_tokens,
                   rejected_tokens, tau):
-    """ipo_loss on means over tokens, as TRL and the authors of arXiv 2310.12036 advise for texts of unequal length."""
+    """ipo_loss on means over tokens: how some peers read arXiv 2310.12036, whose eq. 17 has sums. tau is then of nats a token."""
     return ipo_loss(policy_chosen_logps / chosen_tokens, policy_rejected_logps / rejected_tokens,
                     ref_chosen_logps / chosen_tokens, ref_rejected_logps / rejected_tokens, tau)
 
@@ -113,7 +113,7 @@ def simpo_loss(policy_chosen_logps, policy_rejected_logps, chosen_tokens, reject
 
 def orpo_loss(policy_chosen_logps, policy_rejected_logps, chosen_tokens, rejected_tokens, lam):
     """-m(w) - lam log sigmoid(odds(w) - odds(l)), odds = m - log(1 - exp m), m the mean of log pi over tokens; no reference
-    (arXiv 2403.07691). Rewards are lam odds. 1 - exp m is kept at the type's eps or more, so that m = 0 stays finite."""
+    (arXiv 2403.07691). Rewards are lam odds. Above -eps of the type, m counts as -eps, so that p = 1 stays finite."""
     means = wide(policy_chosen_logps) / chosen_tokens, wide(policy_rejected_logps) / rejected_tokens
     chosen, rejected = (m - torch.log(-torch.expm1(m.clamp(max=-torch.finfo(m.dtype).eps))) for m in means)
     return -means[0] - lam * F.logsigmoid(chosen - rejected), lam * chosen.detach(), lam * rejected.detach()

@@ -859,15 +859,6 @@ def open_reward(path, groups, device):
     return rewards
 
 
-def drawn_prompts(groups, n, seed):
-    """The first n distinct prompts of a split, 0 = all, in an order that the seed shuffles: lists of ids."""
-    found = {}
-    for i in np.random.default_rng(seed).permutation(len(groups)):
-        prompt = groups[i][0]
-        found.setdefault(prompt.tobytes(), prompt.tolist())
-    return list(found.values())[:n or None]
-
-
 def pair_up(groups, rewards, pairing):
     """Pairs [prompt, chosen, rejected] of groups [prompt, response_1, ..., response_K], their rewards (n, 2), and how many
     were tied. rewards: (N, K). best_worst: the first of the best against the last of the worst."""
@@ -920,7 +911,7 @@ def draw_pairs(cfg, policy):
 
     # responses
     policy.to(device).eval()
-    prompts = {split: drawn_prompts(groups, cfg.num_prompts, cfg.seed) for split, groups in sources.items()}
+    prompts = {split: distinct_prompts(groups, cfg.num_prompts, cfg.seed) for split, groups in sources.items()}
     size, meta = max(1, cfg.batch_size // cfg.num_samples), sources['train'].meta
     batches = [(s, j) for s, split in enumerate(prompts) for j in range(math.ceil(len(prompts[split]) / size))]
     drawn = {}
@@ -1082,6 +1073,17 @@ class Groups:
         if self.meta['max_length'] > model_config.block_size:
             raise UserError(f"{self.folder} was prepared with max_length={self.meta['max_length']}, {where} has "
                             f'{model_config.block_size} positions: prepare with --max_length={model_config.block_size} or less')
+
+
+def distinct_prompts(groups, n, seed):
+    """The first n distinct prompts of a split, 0 = all, in an order that the seed shuffles: lists of ids."""
+    found = {}
+    for i in np.random.default_rng(seed).permutation(len(groups)):
+        prompt = groups[i][0]
+        found.setdefault(prompt.tobytes(), prompt.tolist())
+        if len(found) == n:
+            break
+    return list(found.values())
 
 
 class Sampled:

@@ -29,7 +29,7 @@ from tqdm import tqdm
 import config
 from config import In, Literal, UserError
 from model import CheckpointError, find_checkpoints, fingerprint, load_model, packed_mask, token_logps
-from prepare_prefs import (Groups, Sampled, load_tokenizer, packed_batches, plan_rows, prompt_ids, read_reward, row_limit,
+from prepare_prefs import (Groups, Sampled, distinct_prompts, load_tokenizer, packed_batches, plan_rows, prompt_ids, read_reward, row_limit,
                            text_of)
 
 
@@ -116,12 +116,7 @@ def read_prompts(path):
 
 def val_prompts(groups, n):
     """The first n distinct prompts of a split in an order that depends on nothing else: lists of ids."""
-    found = {}
-    for i in np.random.default_rng(0).permutation(len(groups)):
-        found.setdefault(groups[i][0].tobytes(), groups[i][0].tolist())
-        if len(found) == n:
-            break
-    return list(found.values())
+    return distinct_prompts(groups, n, 0)
 
 
 def load(init_from, default, groups, device):

@@ -38,7 +38,7 @@ import prepare_prefs                                                            
 from config import In, UserError                                                            # noqa: E402
 from frontier import grammar_frontier, mean_and_error, prepare                              # noqa: E402
 from model import fingerprint, load_model                                                   # noqa: E402
-from prepare_prefs import Groups, drawn_prompts, text_of, write_groups                      # noqa: E402
+from prepare_prefs import Groups, distinct_prompts, text_of, write_groups                      # noqa: E402
 from rollout import Task                                                                    # noqa: E402
 from sweep import path_of, sweep                                                            # noqa: E402
 
@@ -57,7 +57,7 @@ def work(job, _):
     common, way, seed, home = job['common'], job['method'], job['seed'], os.getcwd()
     task = Task(common['name'], common['reward'])
     sft = task.load('')
-    rounds, prompts = common['rounds'], drawn_prompts(task.train, common['rounds'] * common['prompts'], seed)
+    rounds, prompts = common['rounds'], distinct_prompts(task.train, common['rounds'] * common['prompts'], seed)
     val = task.prompts('val', 10**9)
     held_out, others = val[:common['held_out']], val[common['held_out']:]
     steps = math.ceil(common['prompts'] / common['batch_size']) * common['epochs']
