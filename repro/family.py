@@ -44,19 +44,19 @@ LABELS = {'dpo': 'DPO', 'cdpo': 'cDPO', 'robust': 'robust DPO', 'ipo': 'IPO', 'i
           'dpo_nll': 'DPO + NLL'}
 FIXED = {'cdpo': {'label_smoothing': 0.2}, 'robust': {'label_smoothing': 0.2},      # the share that is flipped
          'simpo': {'gamma': 1.0}, 'dpo_nll': {'nll_coef': 0.2}}
-RATES = (1.2e-3, 2.4e-3)
-BETAS = {       # tried, with each of RATES
-    'dpo': (0.5, 1.0), 'cdpo': (0.2, 0.5), 'robust': (0.5, 1.0), 'ipo': (0.1, 0.2), 'ipo_mean': (1.5, 5.0), 'hinge': (0.2, 0.5),
-    'dpo_norm': (5.0, 15.0), 'simpo': (2.0, 5.0), 'orpo': (2.0, 5.0), 'kto': (0.25, 0.5), 'plackett_luce': (0.5, 1.0),
+RATES = (6e-4, 1.2e-3)
+BETAS = {       # tried: the first with both of RATES, the second with the higher
+    'dpo': (0.5, 1.0), 'cdpo': (0.25, 0.5), 'robust': (0.5, 1.0), 'ipo': (0.1, 0.2), 'ipo_mean': (2.0, 5.0), 'hinge': (0.25, 0.5),
+    'dpo_norm': (10.0, 20.0), 'simpo': (10.0, 5.0), 'orpo': (5.0, 2.0), 'kto': (0.25, 0.5), 'plackett_luce': (0.5, 1.0),
     'dpo_nll': (0.5, 1.0),
 }
 FOUND = {loss: {'learning_rate': 6e-4, 'beta': BETAS[loss][-1]} for loss in LABELS}
 MOST_KL, LEAST_FORMED = 4.0, 0.8        # the rule of the search: the highest true reward within these
 K, SAMPLES, FLIPPED = 4, 2, 0.2         # completions a prefix; samples of each held-out one; share of labels turned round
-BATCH = 32                              # pairs a step; of rankings half as many: 64 responses in both
+BATCH = 16                              # pairs a step; of rankings half as many: 32 responses in both
 OVER = ('dpo', 'cdpo', 'ipo')     # over-trained
 QUICK, OVER_QUICK = ('dpo', 'ipo', 'simpo', 'plackett_luce'), ('dpo', 'ipo')
-FEW, OVER_EPOCHS = 250, (1, 2, 5, 10, 20)   # on so many pairs, judged after these
+FEW, OVER_EPOCHS = 250, (1, 2, 6, 16)        # on so many pairs, judged after these
 
 
 # -----------------------------------------------------------------------------
@@ -416,7 +416,7 @@ class Config:
     name: str = 'reviews'                           # of the experiment; the runs go to out/<name>/family
     reward: str = config.EMBEDDED                   # a Python file with the true reward: as in sample.py
     seeds: In[int, 'x >= 1'] = 3                    # 1 to so many
-    prefixes: In[int, 'x >= 1'] = 800               # distinct ones of train, 4 completions and so 2 pairs each
+    prefixes: In[int, 'x >= 1'] = 1600              # distinct ones of train, 4 completions and so 2 pairs each
     held_out: In[int, 'x >= 2'] = 250               # prefixes of val
     workers: In[int, 'x >= 1'] = os.cpu_count() or 1    # runs at a time, one thread each
     quick: bool = False                             # one seed, 200 prefixes, four losses, fewer epochs of over-training
@@ -439,13 +439,14 @@ def main(argv=None):
               'sft': fingerprint(task.load(''))}
     jobs = []
     for seed in [0] if cfg.search else [1] if cfg.quick else range(1, cfg.seeds + 1):
-        def job(loss, labels, epochs=2, **knobs):
+        def job(loss, labels, epochs=1, **knobs):
             return {'method': loss, 'seed': seed, 'common': common, 'labels': labels, **FIXED.get(loss, {}), **knobs, 'epochs': epochs}
         jobs.append({'method': 'data', 'seed': seed, 'common': common})
         if cfg.search:
-            jobs += [job(loss, 'clean', learning_rate=rate, beta=beta) for loss in LABELS for beta in BETAS[loss] for rate in RATES]
+            jobs += [job(loss, 'clean', learning_rate=rate, beta=beta) for loss, (first, second) in BETAS.items()
+                     for beta, rate in ((first, RATES[0]), (first, RATES[1]), (second, RATES[1]))]
             continue
-        jobs += [job(loss, labels, 4 if cfg.quick else 2, **FOUND[loss]) for loss in (QUICK if cfg.quick else LABELS) for labels in ('clean', 'flipped')]
+        jobs += [job(loss, labels, 4 if cfg.quick else 1, **FOUND[loss]) for loss in (QUICK if cfg.quick else LABELS) for labels in ('clean', 'flipped')]
         jobs += [job(loss, 'few', common['over_epochs'][-1], **FOUND[loss]) for loss in (OVER_QUICK if cfg.quick else OVER)]
     left = [job for job in jobs if result_of(job) is None]
     print(f'about {minutes(left, cfg.workers):.0f} minutes')
