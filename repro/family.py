@@ -44,13 +44,21 @@ LABELS = {'dpo': 'DPO', 'cdpo': 'cDPO', 'robust': 'robust DPO', 'ipo': 'IPO', 'i
           'dpo_nll': 'DPO + NLL'}
 FIXED = {'cdpo': {'label_smoothing': 0.2}, 'robust': {'label_smoothing': 0.2},      # the share that is flipped
          'simpo': {'gamma': 1.0}, 'dpo_nll': {'nll_coef': 0.2}}
-RATES = (6e-4, 1.2e-3)
-BETAS = {       # tried: the first with both of RATES, the second with the higher
-    'dpo': (0.5, 1.0), 'cdpo': (0.25, 0.5), 'robust': (0.5, 1.0), 'ipo': (0.1, 0.2), 'ipo_mean': (2.0, 5.0), 'hinge': (0.25, 0.5),
-    'dpo_norm': (10.0, 20.0), 'simpo': (10.0, 5.0), 'orpo': (5.0, 2.0), 'kto': (0.25, 0.5), 'plackett_luce': (0.5, 1.0),
-    'dpo_nll': (0.5, 1.0),
+TRIED = {       # (beta, learning rate); where those ended too far out or nowhere, more
+    'dpo': ((0.5, 6e-4), (0.5, 1.2e-3), (1.0, 1.2e-3)),
+    'cdpo': ((0.25, 6e-4), (0.25, 1.2e-3), (0.5, 1.2e-3)),
+    'robust': ((0.5, 6e-4), (0.5, 1.2e-3), (1.0, 1.2e-3), (0.5, 9e-4)),
+    'ipo': ((0.1, 6e-4), (0.1, 1.2e-3), (0.2, 1.2e-3)),
+    'ipo_mean': ((2.0, 6e-4), (2.0, 1.2e-3), (5.0, 1.2e-3)),
+    'hinge': ((0.25, 6e-4), (0.25, 1.2e-3), (0.5, 1.2e-3), (0.5, 9e-4)),
+    'dpo_norm': ((10.0, 6e-4), (10.0, 1.2e-3), (20.0, 1.2e-3)),
+    'simpo': ((10.0, 6e-4), (10.0, 1.2e-3), (5.0, 1.2e-3), (10.0, 9e-4)),
+    'orpo': ((5.0, 6e-4), (5.0, 1.2e-3), (2.0, 1.2e-3)),
+    'kto': ((0.25, 6e-4), (0.25, 1.2e-3), (0.5, 1.2e-3), (1.0, 6e-4), (1.0, 1.2e-3)),
+    'plackett_luce': ((0.5, 6e-4), (0.5, 1.2e-3), (1.0, 1.2e-3)),
+    'dpo_nll': ((0.5, 6e-4), (0.5, 1.2e-3), (1.0, 1.2e-3)),
 }
-FOUND = {loss: {'learning_rate': 6e-4, 'beta': BETAS[loss][-1]} for loss in LABELS}
+FOUND = {loss: {'beta': settings[0][0], 'learning_rate': settings[0][1]} for loss, settings in TRIED.items()}
 MOST_KL, LEAST_FORMED = 4.0, 0.8        # the rule of the search: the highest true reward within these
 K, SAMPLES, FLIPPED = 4, 2, 0.2         # completions a prefix; samples of each held-out one; share of labels turned round
 BATCH = 16                              # pairs a step; of rankings half as many: 32 responses in both
@@ -443,8 +451,7 @@ def main(argv=None):
             return {'method': loss, 'seed': seed, 'common': common, 'labels': labels, **FIXED.get(loss, {}), **knobs, 'epochs': epochs}
         jobs.append({'method': 'data', 'seed': seed, 'common': common})
         if cfg.search:
-            jobs += [job(loss, 'clean', learning_rate=rate, beta=beta) for loss, (first, second) in BETAS.items()
-                     for beta, rate in ((first, RATES[0]), (first, RATES[1]), (second, RATES[1]))]
+            jobs += [job(loss, 'clean', learning_rate=rate, beta=beta) for loss in TRIED for beta, rate in TRIED[loss]]
             continue
         jobs += [job(loss, labels, 4 if cfg.quick else 1, **FOUND[loss]) for loss in (QUICK if cfg.quick else LABELS) for labels in ('clean', 'flipped')]
         jobs += [job(loss, 'few', common['over_epochs'][-1], **FOUND[loss]) for loss in (OVER_QUICK if cfg.quick else OVER)]
