@@ -58,7 +58,14 @@ TRIED = {       # (beta, learning rate); where those ended too far out or nowher
     'plackett_luce': ((0.5, 6e-4), (0.5, 1.2e-3), (1.0, 1.2e-3)),
     'dpo_nll': ((0.5, 6e-4), (0.5, 1.2e-3), (1.0, 1.2e-3)),
 }
-FOUND = {loss: {'beta': settings[0][0], 'learning_rate': settings[0][1]} for loss, settings in TRIED.items()}
+FOUND = {       # by --search, repro/results/family-search.md
+    'dpo': {'beta': 0.5, 'learning_rate': 1.2e-3}, 'cdpo': {'beta': 0.25, 'learning_rate': 1.2e-3},
+    'robust': {'beta': 0.5, 'learning_rate': 6e-4}, 'ipo': {'beta': 0.1, 'learning_rate': 1.2e-3},
+    'ipo_mean': {'beta': 2.0, 'learning_rate': 1.2e-3}, 'hinge': {'beta': 0.5, 'learning_rate': 9e-4},
+    'dpo_norm': {'beta': 10.0, 'learning_rate': 1.2e-3}, 'simpo': {'beta': 10.0, 'learning_rate': 9e-4},
+    'orpo': {'beta': 5.0, 'learning_rate': 1.2e-3}, 'kto': {'beta': 1.0, 'learning_rate': 1.2e-3},
+    'plackett_luce': {'beta': 0.5, 'learning_rate': 1.2e-3}, 'dpo_nll': {'beta': 0.5, 'learning_rate': 1.2e-3},
+}
 MOST_KL, LEAST_FORMED = 4.0, 0.8        # the rule of the search: the highest true reward within these
 K, SAMPLES, FLIPPED = 4, 2, 0.2         # completions a prefix; samples of each held-out one; share of labels turned round
 BATCH = 16                              # pairs a step; of rankings half as many: 32 responses in both
