@@ -615,3 +615,23 @@ def test_a_reference_of_its_own_is_cached_apart_from_the_policy_s(workplace, cap
         dpo.main([*flags, '--ref_from=out/other', '--precompute_ref'])
         assert capsys.readouterr().out.count(says) == 2
         assert losses(f'out/{kind}/dpo') == pytest.approx(live, abs=1e-5, rel=1e-5)
+
+
+@pytest.mark.parametrize('good, bad, weights, says', [
+    (900, 300, (1.0, 1.0), 'note: 900 desirable and 300 undesirable examples; weighted 3.00 to 1, .* --desirable_weight=1 --undesirable_weight=2.25 to 3'),
+    (300, 900, (1.0, 1.0), 'weighted 0.33 to 1, .* --undesirable_weight=1 --desirable_weight=3 to 4'),
+    (300, 900, (3.5, 1.0), '300 desirable and 900 undesirable examples; weighted 1.17 to 1, recommended are 1 to 1.33'),
+    (300, 0, (1.0, 1.0), 'note: 300 desirable and 0 undesirable examples: kto learns from the contrast of both'),
+])
+def test_kto_names_the_weights_that_balance_uneven_classes(good, bad, weights, says):
+    """arXiv 2402.01306: lam_D n_D from 1 to 4/3 times lam_U n_U. Either end of the advice, taken, is no longer advised against."""
+    class Examples:
+        labels = np.array([True] * good + [False] * bad)
+
+        def __len__(self):
+            return good + bad
+    line = dpo.kto_balance(Examples(), *weights)
+    assert re.fullmatch('.*' + says, line)
+    for value in re.findall(r'([\d.]+) to ([\d.]+)$', line) if '--' in line else ():
+        for end in map(float, value):
+            assert not dpo.kto_balance(Examples(), *((1.0, end) if good > bad else (end, 1.0))).startswith('note')
