@@ -71,6 +71,7 @@ K, SAMPLES, FLIPPED = 4, 2, 0.2         # completions a prefix; samples of each 
 BATCH = 16                              # pairs a step; of rankings half as many: 32 responses in both
 OVER = ('dpo', 'cdpo', 'ipo')     # over-trained
 QUICK, OVER_QUICK = ('dpo', 'ipo', 'simpo', 'plackett_luce'), ('dpo', 'ipo')
+FURTHEST = 20.0                         # nats of KL that the figure shows
 FEW, OVER_EPOCHS = 250, (1, 2, 6, 16)        # on so many pairs, judged after these
 
 
@@ -99,7 +100,8 @@ def rankings_of(groups, rewards):
 
 def flipped(groups, share, seed):
     """The same groups, the responses of `share` of them in reverse."""
-    chosen = set(np.random.default_rng(seed).permutation(len(groups))[:round(share * len(groups))].tolist())
+    rng = np.random.default_rng([seed, 0, 1])       # not [seed], which is [seed, 0]: the order that dpo.py takes the groups in
+    chosen = set(rng.permutation(len(groups))[:round(share * len(groups))].tolist())
     return [[group[0], *group[:0:-1]] if i in chosen else group for i, group in enumerate(groups)]
 
 
@@ -314,7 +316,7 @@ def costs(results):
     """The table of settings, time and memory."""
     rows = [['loss', 'settings', 'dpo.py, s of CPU', 'ms a step', 'peak memory, MB']]
     for loss in LABELS:
-        if runs := runs_of(results, loss, 'clean') + runs_of(results, loss, 'flipped'):
+        if runs := runs_of(results, loss, 'clean'):
             rows.append([LABELS[loss], ', '.join(f'{key} {value:g}' for key, value in own_knobs(runs[0]['job']).items()),
                          cell([r['cpu_seconds'] for r in runs], '.0f'), cell([r['ms_a_step'] for r in runs], '.0f'),
                          cell([r['peak_memory'] for r in runs], '.0f', 1e-6)])
@@ -381,7 +383,9 @@ def figure(results, path):
     losses = sorted((loss for loss in LABELS if (loss, 'clean') in mean), key=lambda loss: mean[loss, 'clean'][1][0])
     for y, loss in enumerate(losses):
         colour = COLOURS[loss]
-        ends = [mean[loss, labels] for labels in ('clean', 'flipped') if (loss, labels) in mean]
+        ends = [mean[loss, labels] for labels in ('clean', 'flipped') if mean.get((loss, labels), [[math.inf]])[0][0] <= FURTHEST]
+        if mean.get((loss, 'flipped'), [[0]])[0][0] > FURTHEST:
+            drop.text(ends[0][1][0] - 0.15, y, 'flipped: fell apart, off the scale', color=colour, fontsize=8, ha='right', va='center')
         scatter.plot(*([end[i][0] for end in ends] for i in (0, 1)), color=colour, lw=0.6, alpha=0.35, zorder=1)
         drop.plot([end[1][0] for end in ends], [y] * len(ends), color=colour, lw=1, alpha=0.5, zorder=1)
         for (kl, reward), fill in zip(ends, (colour, 'white')):
@@ -416,7 +420,7 @@ def figure(results, path):
     for ax in axes.flat:
         ax.grid(alpha=0.2)
         ax.spines[['top', 'right']].set_visible(False)
-    crosses = [(kl + dx, reward + dy) for (kl, e), (reward, f) in mean.values()
+    crosses = [(kl + dx, reward + dy) for (kl, e), (reward, f) in mean.values() if kl <= FURTHEST
                for dx, dy in ((0, 0), *((s * np.nan_to_num(e), 0) for s in (-1, -.5, .5, 1)), *((0, s * np.nan_to_num(f)) for s in (-1, -.5, .5, 1)))]
     label_points(scatter, [[mean[loss, 'clean'][i][0] for i in (0, 1)] for loss in losses], [LABELS[loss] for loss in losses],
                  [COLOURS[loss] for loss in losses], crosses)

@@ -16,7 +16,7 @@ import family                                               # noqa: E402
 import sweep                                                # noqa: E402
 from config import UserError                                # noqa: E402
 from model import save_checkpoint                           # noqa: E402
-from prepare_prefs import Groups                            # noqa: E402
+from prepare_prefs import Groups, epoch_order                  # noqa: E402
 from rollout import Task                                    # noqa: E402
 
 REWARD = 'def reward(prompts, responses):\n    return [(sum(map(ord, p + r)) % 997) / 100 for p, r in zip(prompts, responses)]\n'
@@ -63,6 +63,16 @@ def test_pairs_and_rankings_hold_the_same_responses_and_only_train_is_flipped(ta
         assert sum(turned) == round(0.2 * len(turned)) > 3
         assert all(b == ([a[0], *reversed(a[1:])] if t else a) for a, b, t in zip(parts[clean], parts[flipped], turned))
     assert len({(val.fingerprint, val.K) for _, val in sets.values()}) == 1
+
+
+def test_what_is_flipped_has_nothing_to_do_with_the_order_of_training():
+    """Of any tenth of the first epoch about a fifth is flipped: 20 +- 4.5 percent points are 5 standard deviations of 2,000 draws."""
+    groups = [[[i], [1], [2]] for i in range(20_000)]
+    for seed in (0, 1, 2):
+        turned = np.array([a != b for a, b in zip(groups, family.flipped(groups, 0.2, seed))])
+        assert turned.sum() == 4000
+        for tenth in np.split(turned[epoch_order(len(groups), seed, 0)], 10):
+            assert abs(tenth.mean() - 0.2) < 0.045
 
 
 def test_what_is_flipped_depends_on_the_seed_alone():
