@@ -462,7 +462,7 @@ def main(argv=None):
             return {'method': loss, 'seed': seed, 'common': common, 'labels': labels, **FIXED.get(loss, {}), **knobs, 'epochs': epochs}
         jobs.append({'method': 'data', 'seed': seed, 'common': common})
         if cfg.search:
-            jobs += [job(loss, 'clean', learning_rate=rate, beta=beta) for loss in TRIED for beta, rate in TRIED[loss]]
+            jobs += [job(loss, 'clean', learning_rate=rate, beta=beta) for loss in LABELS for beta, rate in TRIED[loss]]
             continue
         jobs += [job(loss, labels, 4 if cfg.quick else 1, **FOUND[loss]) for loss in (QUICK if cfg.quick else LABELS) for labels in ('clean', 'flipped')]
         jobs += [job(loss, 'few', common['over_epochs'][-1], **FOUND[loss]) for loss in (OVER_QUICK if cfg.quick else OVER)]

@@ -164,7 +164,7 @@ def test_the_comparison_of_two_losses_from_the_draws_to_the_figure(task, experim
     assert f'{np.mean(rewards):+.2f} ± {abs(rewards[0] - rewards[1]) / 2:.2f} |' in text and '| 2 ± 0 |' in text
     assert os.path.getsize('compared.png') > 30_000
 
-    monkeypatch.setattr(family, 'RATES', (1e-3,))
+    monkeypatch.setattr(family, 'TRIED', dict.fromkeys(family.LABELS, ((0.2, 1e-3), (0.5, 1e-3))))
     family.main(['--search', *args[:-1], '--out=searched'])
     text = open('searched.md').read()
     assert text.count('\n| **') <= 2 and text.count('learning_rate 0.001') >= 4 and 'FOUND = {' in text
