@@ -77,7 +77,7 @@ def synthetic(n, seed):
     sizes = np.stack([prompt, *np.minimum(responses, 512 - prompt)], 1)                 # (n, 3)
     ends = sizes.cumsum().reshape(n, 3)
     index = np.column_stack([np.append(0, ends[:-1, -1]), ends])                        # (n, K+2)
-    return SimpleNamespace(index=index, lengths=sizes.sum(1), K=2, tokens=rng.integers(0, 50257, sizes.sum(), dtype=np.uint16))
+    return SimpleNamespace(labels=None, index=index, lengths=sizes.sum(1), K=2, tokens=rng.integers(0, 50257, sizes.sum(), dtype=np.uint16))
 
 
 def row_work(groups, ids):
