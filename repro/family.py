@@ -37,7 +37,7 @@ from model import fingerprint                                                   
 from prepare_prefs import text_of, write_groups                                             # noqa: E402
 from rollout import Task                                                                    # noqa: E402
 from sample import response_logps                                                           # noqa: E402
-from sweep import path_of, result_of, sweep                                                 # noqa: E402
+from sweep import path_of, result_of, sweep, write_results                                             # noqa: E402
 
 LABELS = {'dpo': 'DPO', 'cdpo': 'cDPO', 'robust': 'robust DPO', 'ipo': 'IPO', 'ipo_mean': 'IPO, token means', 'hinge': 'hinge',
           'dpo_norm': 'DPO, token means', 'simpo': 'SimPO', 'orpo': 'ORPO', 'kto': 'KTO', 'plackett_luce': 'Plackett-Luce',
@@ -480,10 +480,7 @@ def main(argv=None):
         stopped = [f"- {path_of(r['job'])}: {r['stopped']}" for r in results if r.get('stopped')]
         text = '\n'.join([comparison(results), costs(results), over_training(results), *stopped])
         figure(results, out + '.png')
-    with open(out + '.md', 'w') as f:
-        f.write(text)
-    with open(out + '.json', 'w') as f:
-        json.dump([{**r, 'job': {k: v for k, v in r['job'].items() if k != 'common'}} for r in results], f)
+    write_results(out, text, results)
     print(f'\n{text}\nwritten: {out}.md, .json' + ('' if cfg.search else ', .png'))
 
 

@@ -14,7 +14,6 @@ grammar of config/reviews.py, and the grammar's own reward-KL frontier is comput
 Runs go to out/reviews/frontier, one file each: a sweep that was stopped goes on where it stopped, and a run whose settings
 changed is made again. Writes <out>.json, .md and .png.
 """
-import json
 import math
 import os
 import subprocess
@@ -38,7 +37,7 @@ from reward_model import RewardModel, all_rewards, bradley_terry_losses, judge, 
 from rollout import Task                                                                    # noqa: E402
 from prepare_prefs import Sampled, text_of                                                   # noqa: E402
 from sample import response_logps                                                           # noqa: E402
-from sweep import path_of, sweep                                                            # noqa: E402
+from sweep import path_of, sweep, write_results                                                        # noqa: E402
 
 TARGETS = [{'target_kl': kl, 'kl_coef': coef} for kl, coef in ((3.0, 2.0), (6.0, 1.0), (9.0, 0.5), (12.0, 0.25))]
 GRID = {        # the paper's settings; where PPO's KL controller starts, and DPO's rate by beta, were found by --search
@@ -382,10 +381,7 @@ def main(argv=None):
         optimum = grammar_frontier(starts, [1e9, *np.geomspace(30, 0.08, 40)])
         text = table(results, optimum)
         figure(results, optimum, out + '.png')
-    with open(out + '.md', 'w') as f:
-        f.write(text)
-    with open(out + '.json', 'w') as f:
-        json.dump([{**r, 'job': {k: v for k, v in r['job'].items() if k != 'common'}} for r in results], f)
+    write_results(out, text, results)
     print(f'\n{text}\nwritten: {out}.md, .json' + ('' if cfg.search else ', .png'))
 
 

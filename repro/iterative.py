@@ -18,7 +18,6 @@ Runs go to out/reviews/iterative, with what they drew and trained: one that was 
 Writes <out>.json, .md and .png.
 """
 import contextlib
-import json
 import math
 import os
 import shutil
@@ -40,7 +39,7 @@ from frontier import grammar_frontier, mean_and_error, prepare                  
 from model import fingerprint, load_model                                                   # noqa: E402
 from prepare_prefs import Groups, distinct_prompts, text_of, write_groups                      # noqa: E402
 from rollout import Task                                                                    # noqa: E402
-from sweep import path_of, sweep                                                            # noqa: E402
+from sweep import path_of, sweep, write_results                                                        # noqa: E402
 
 LABELS = {'fixed': 'online, reference fixed', 'moved': 'online, reference moved', 'offline': 'offline'}
 COLOURS = {'fixed': 'C0', 'moved': 'C3', 'offline': 'C7'}
@@ -194,8 +193,7 @@ class Config:
 def main(argv=None):
     cfg = config.load(Config, 'iterative', argv)
     seeds, rounds, prompts, held_out = (1, 2, 200, 100) if cfg.quick else (cfg.seeds, cfg.rounds, cfg.prompts, cfg.held_out)
-    if cfg.name == 'reviews':
-        prepare(cfg.name)
+    prepare(cfg.name)
     reward = os.path.abspath(cfg.reward)
     task = Task(cfg.name, reward)
     for split, needed in (('train', rounds * prompts), ('val', held_out + 1)):
@@ -215,10 +213,7 @@ def main(argv=None):
     starts = [text_of(task.tokenizer, ids) + ' ' for ids in task.prompts('val', held_out)]
     text = table(results)
     figure(results, grammar_frontier(starts, [1e9, *np.geomspace(30, 0.08, 40)]), out + '.png')
-    with open(out + '.md', 'w') as f:
-        f.write(text)
-    with open(out + '.json', 'w') as f:
-        json.dump([{**r, 'job': {k: v for k, v in r['job'].items() if k != 'common'}} for r in results], f)
+    write_results(out, text, results)
     print(f'\n{text}\nwritten: {out}.md, .json, .png')
 
 

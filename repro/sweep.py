@@ -1,4 +1,4 @@
-"""Many runs on one machine: what frontier.py and family.py share.
+"""Many runs on one machine: what frontier.py, family.py and iterative.py share.
 
 A job is a dict of settings: `method`, `seed`, `common` (what all jobs of the sweep share, its `folder` among them) and its own
 knobs. A worker process does it and writes what it found to a file of its own, so a sweep that was stopped goes on where it
@@ -100,3 +100,11 @@ def sweep(jobs, workers, work, needs, summary):
                 raise UserError(f'{path_of(job)}: {error.message}') from None
             raise
     return [results[path_of(job)] for job in jobs]
+
+
+def write_results(out, text, results):
+    """Write <out>.md, the text, and <out>.json, what sweep gave, without what all jobs have in common."""
+    with open(out + '.md', 'w') as f:
+        f.write(text)
+    with open(out + '.json', 'w') as f:
+        json.dump([{**r, 'job': {k: v for k, v in r['job'].items() if k != 'common'}} for r in results], f)
