@@ -636,9 +636,9 @@ def suspicions(folder, meta, seen, labels=None):
         n, K = len(hashes), info['K']
         what = {1: 'examples', 2: 'pairs'}.get(K, 'rankings')
         if lost := info['dropped'].get('identical'):
-            notes.append(f'{split}: {lost:,} rows are dropped as identical: two of their responses are the same')
+            notes.append(f'{split}: identical, {lost:,} rows dropped: two of their responses are the same')
         if equal := info.get('equal_once_cut'):
-            notes.append(f'{split}: {equal:,} {what} have equal responses, once these are cut: they teach nothing')
+            notes.append(f'{split}: equal responses once cut, {equal:,} of {n:,} {what}: they teach nothing')
 
         # the same texts twice: keys[split] in whatever order, `exact` in the same
         weights = np.array([0x9E3779B97F4A7C15 * (2 * j + 1) % 2**63 for j in range(K + 1)])
@@ -647,30 +647,30 @@ def suspicions(folder, meta, seen, labels=None):
         _, first, inverse = np.unique(exact, return_index=True, return_inverse=True)
         if len(first) < n:
             i = int((first[inverse] < np.arange(n)).argmax())
-            notes.append(f'{split}: {n - len(first):,} of {n:,} {what} are exact duplicates: {split}[{i}] repeats '
+            notes.append(f'{split}: exact duplicates, {n - len(first):,} of {n:,} {what}: {split}[{i}] repeats '
                          f'{split}[{first[inverse][i]}], {text(split, i)}')
         first = np.sort(first)
         _, other, inverse = np.unique(keys[split][first], return_index=True, return_inverse=True)
         if len(other) < len(first):
             i = int((other[inverse] < np.arange(len(first))).argmax())
-            how = 'labelled both ways' if K == 1 else 'with the same responses in another order'
-            notes.append(f'{split}: {len(first) - len(other):,} {what} contradict another, {how}: {split}[{first[i]}] '
+            how = 'labelled both ways' if K == 1 else 'the same responses in another order'
+            notes.append(f'{split}: contradictions, {len(first) - len(other):,} of {n:,} {what}: {how}, {split}[{first[i]}] '
                          f'and {split}[{first[other[inverse][i]]}], {text(split, first[i])}')
 
         for part, name in enumerate(['prompt', *response_names(K)]):
             _, first, counts = np.unique(hashes[:, part], return_index=True, return_counts=True)
             if (most := int(counts.max())) >= max(COUNT, SHARE * n):
-                notes.append(f'{split}: {most:,} of {n:,} {what} have the same {name}{" response" * (K == 2 and part > 0)}: '
+                notes.append(f'{split}: the same {name}{" response" * (K == 2 and part > 0)} in {most:,} of {n:,} {what}: '
                              f'{text(split, first[counts.argmax()], part)}')
         if info['truncated']['responses'] >= max(COUNT, 0.5 * n * K):
-            notes.append(f"{split}: {info['truncated']['responses']:,} of {n * K:,} responses are cut: few show where a "
-                         f"response ends (max_length={meta['max_length']})")
+            notes.append(f"{split}: responses cut at max_length={meta['max_length']}, {info['truncated']['responses']:,} of "
+                         f'{n * K:,}: few show where one ends')
         longer, unequal = info.get('chosen_longer', 0), n - info.get('as_long', n)
         off = abs(longer - unequal / 2)
         if unequal and off >= SHARE * unequal and off >= ERRORS * 0.5 * math.sqrt(unequal):
             which = 'longer' if longer > unequal / 2 else 'shorter'
-            notes.append(f'{split}: chosen is the {which} one in {0.5 + off / unequal:.1%} of {unequal:,} pairs of unequal length: a '
-                         'model that only counts tokens is right as often')
+            notes.append(f'{split}: length bias, chosen is the {which} one in {0.5 + off / unequal:.1%} of {unequal:,} pairs of '
+                         'unequal length: a model that only counts tokens is right as often')
 
     if len(keys) == 2:
         found = np.isin(seen['val'].hashes[:, 0], seen['train'].hashes[:, 0])
@@ -678,8 +678,8 @@ def suspicions(folder, meta, seen, labels=None):
         if found.any():
             i = int((found + 1 * both).argmax())
             j = int((1 * (seen['train'].hashes[:, 0] == seen['val'].hashes[i, 0]) + (keys['train'] == keys['val'][i])).argmax())
-            notes.append(f'val overlaps train: {found.sum():,} of its {len(found):,} prompts occur there, and {both.sum():,} of its '
-                         f'{what} whole: val[{i}] and train[{j}], {text("val", i)}')
+            notes.append(f'val: overlap with train, the prompt of {found.sum():,} of {len(found):,} {what} and {both.sum():,} whole: '
+                         f'val[{i}] and train[{j}], {text("val", i)}')
     return notes
 
 
@@ -697,14 +697,16 @@ def paint(text, style):
 
 def shown_piece(title, style, ids, lost, tokenizer, width):
     """A prompt or a response as training sees it, with its tokens. lost: how many were cut, of a prompt from the left."""
-    prompt, end, cut = title == 'prompt', MARK.format('end'), MARK.format(f'{lost:,} tokens cut') * (lost > 0)
+    def tokens(n):
+        return f'{n:,} token{"s" * (n != 1)}'
+    prompt, end, cut = title == 'prompt', MARK.format('end'), MARK.format(f'{tokens(lost)} cut') * (lost > 0)
     text = visible(text_of(tokenizer, ids))
     if len(text) > 600:
         text = text[:350] + MARK.format(f'{len(text) - 550:,} characters not shown') + text[-200:]
     text = re.sub('^ +| +$', lambda spaces: '·' * len(spaces[0]), text)
     text = (end * (ids[0] == tokenizer.eot_token) + cut + text if prompt else
             text + (end if ids[-1] == tokenizer.eot_token else cut))
-    lines = [f'{title}, {len(ids):,} tokens' + f' and {lost:,} cut' * (lost > 0)]
+    lines = [f'{title}, {tokens(len(ids))}' + f' and {lost:,} cut' * (lost > 0)]
     for line in re.sub('\n+', lambda breaks: '⏎' * len(breaks[0]) + '\n', text).split('\n'):
         lines += textwrap.wrap(line, width - 4, replace_whitespace=False) or ['']
     return '\n'.join([f'  {paint(lines[0], "1")}', *(f'    {paint(line, style)}' for line in lines[1:])])

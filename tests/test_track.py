@@ -12,7 +12,7 @@ import torch
 
 import dpo
 import sft
-from conftest import ROOT, random_groups, read_log, run_stage, small_gpt, write_data
+from conftest import random_groups, read_log, run_stage, small_gpt, write_data
 from model import GPT, find_checkpoints, read_checkpoint, save_checkpoint
 from prepare_prefs import Groups
 
