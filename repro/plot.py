@@ -21,7 +21,7 @@ PANELS = [      # title, keys (the second one dashed), a level to compare with
     ('perplexity', ['perplexity'], None),
     ('accuracy: chosen reward above rejected', ['rewards/accuracies'], (0.5, 'chance')),
     ('reward margin, chosen − rejected', ['rewards/margins'], None),
-    ('rewards, β log(policy / reference): chosen —, rejected - -', ['rewards/chosen', 'rewards/rejected'], (0, '')),
+    ('implicit rewards, β log(policy / reference)', ['rewards/chosen', 'rewards/rejected'], (0, '')),
     ('KL(policy || reference), nats a response', ['kl'], None),
     ('learning rate', ['lr'], None),
 ]
@@ -69,13 +69,17 @@ def plot(folders, out):
     """Read the log of each of `folders` and write the figure to `out`."""
     runs = [read_run(folder) for folder in folders]
     logged = {key.removeprefix('eval/') for records in runs for record in records for key in record}
-    panels = [panel for panel in PANELS if panel[1][0] in logged and not (panel[0] == 'learning rate' and 'rewards/margins' in logged)]
+    preferences = 'rewards/margins' in logged
+    panels = [panel for panel in PANELS if logged & set(panel[1]) and not (panel[0] == 'learning rate' and preferences)]
+    if not panels:
+        raise UserError(f'nothing to draw: {", ".join(folders)} logged {", ".join(sorted(logged))}')
     try:
         import matplotlib
     except ImportError as error:
         raise UserError(f'the figure needs {error.name}: pip install {error.name}') from None
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
+    import numpy as np
     from matplotlib.lines import Line2D
     columns = 3 if len(panels) > 3 else 2
     rows = len(panels) // columns + 1               # one place is the legend's
@@ -89,13 +93,15 @@ def plot(folders, out):
                     if points:              # kto's batches may lack one side
                         ax.plot(*zip(*points), **{**style, 'ls': dashes, **look})
             if keys == ['kl']:
-                band = [(r['step'], r['eval/kl'] - r['eval/kl_error'], r['eval/kl'] + r['eval/kl_error']) for r in records if 'eval/kl_error' in r]
-                ax.fill_between(*(zip(*band) if band else ([], [], [])), color=style['color'], alpha=0.15, lw=0)
-        starts = [r[0].get('eval/loss', math.nan) for r in runs]
-        if level and (title != 'loss' or all(math.isclose(start, level[0], abs_tol=1e-3) for start in starts)):     # not of every loss
+                band = np.array([(r['step'], r['eval/kl'], r['eval/kl_error']) for r in records if 'eval/kl_error' in r]).reshape(-1, 3)
+                ax.fill_between(band[:, 0], *(band[:, 1] + sign * band[:, 2] for sign in (-1, 1)), color=style['color'], alpha=0.15, lw=0)
+        starts = [records[0].get('eval/loss', math.nan) for records in runs]
+        if level and (title != 'loss' or all(math.isclose(start, level[0], abs_tol=1e-3) for start in starts)):     # DPO's alone
             ax.axhline(level[0], color='0.6', lw=0.8, ls=':', zorder=0)
             ax.annotate(level[1], (1, level[0]), xycoords=('axes fraction', 'data'), ha='right', va='bottom', fontsize=7, color='0.4')
-        if title == 'learning rate':
+        if title == 'perplexity':
+            ax.set_yscale('log')
+        elif title == 'learning rate':
             ax.ticklabel_format(axis='y', style='sci', scilimits=(-2, 3))
         ax.set_title(title, fontsize=9)
         ax.set_xlabel('step', fontsize=8)
@@ -104,8 +110,9 @@ def plot(folders, out):
         ax.spines[['top', 'right']].set_visible(False)
     for ax in axes.flat[len(panels):]:
         ax.set_axis_off()
-    lines = [Line2D([], [], **style, label=name) for style, name in zip(styles, names_of(folders))]
-    lines += [Line2D([], [], color='0.3', lw=0.8, alpha=0.6, label='training, thin'), Line2D([], [], color='0.3', marker='o', ms=4, label='validation')]
+    lines = [Line2D([], [], **style, label=name.replace('$', r'\$')) for style, name in zip(styles, names_of(folders))]
+    lines += [Line2D([], [], color='0.3', lw=0.8, label='training'), Line2D([], [], color='0.3', marker='o', ms=4, label='validation')]
+    lines += [Line2D([], [], color='0.3', ls='--', label='rejected, dashed')] * preferences
     axes.flat[len(panels)].legend(handles=lines, loc='center left', fontsize=9, frameon=False)
     try:
         figure.savefig(out + '.tmp', dpi=110, format='png')

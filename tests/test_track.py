@@ -203,3 +203,93 @@ def test_what_wandb_refuses_is_one_line_before_an_old_run_is_moved(experiment, m
         dpo.main([*DPO, '--max_steps=1', '--track=wandb'])
     assert stop.value.code == 'error: track=wandb: no key at all. WANDB_MODE=offline needs neither a login nor a network'
     assert not os.path.exists('out/tiny/dpo')
+
+
+# -----------------------------------------------------------------------------
+# the curves
+
+def write_log(folder, records):
+    os.makedirs(folder, exist_ok=True)
+    Path(folder, 'log.jsonl').write_text(''.join(json.dumps(record) + '\n' for record in records))
+
+
+def dpo_log(slope, steps=5):
+    """A log whose every value tells run, key and step."""
+    keys = ['loss', 'rewards/accuracies', 'rewards/margins', 'rewards/chosen', 'rewards/rejected', 'kl']
+    log = [{'step': 0, **{f'eval/{key}': 0.0 for key in keys}, 'eval/kl_error': 0.0}]
+    for step in range(1, steps):
+        log += [{'step': step, **{key: slope + i + step / 100 for i, key in enumerate(keys[:5])}, 'lr': 1e-3},
+                {'step': step, **{f'eval/{key}': slope + i + step / 10 for i, key in enumerate(keys)}, 'eval/kl_error': 0.1}]
+    return log
+
+
+def figure_of(monkeypatch, *args):
+    """The figure that plot.py writes, and its PNG."""
+    pytest.importorskip('matplotlib', reason='matplotlib is not installed')
+    from matplotlib.figure import Figure
+    from repro import plot
+    kept, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, 'savefig', lambda self, *a, **k: kept.append(self) or save(self, *a, **k))
+    plot.main([str(arg) for arg in args])
+    return kept[-1]
+
+
+def test_the_curves_of_several_runs_are_the_numbers_of_their_logs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    logs = {'out/a/dpo': dpo_log(1), 'out/b/dpo': dpo_log(20, 9)}
+    for folder, log in logs.items():
+        write_log(folder, log)
+    with open('out/b/dpo/log.jsonl', 'a') as f:
+        f.write('{"step": 10, "loss": 3')           # torn
+    figure = figure_of(monkeypatch, *logs, '--out=both.png')
+    assert Path('both.png').read_bytes()[:8] == b'\x89PNG\r\n\x1a\n' and capsys.readouterr().out == 'both.png\n'
+    drawn, colours = {}, {}
+    for ax in figure.axes:
+        for line in ax.lines:
+            points = [point for point in zip(*map(list, line.get_data())) if len(line.get_xdata()) > 2]
+            drawn[tuple(points)] = line
+    for folder, log in logs.items():
+        for key in ('loss', 'rewards/accuracies', 'rewards/margins', 'rewards/chosen', 'rewards/rejected', 'kl'):
+            for prefix in ('', 'eval/')[key == 'kl':]:
+                line = drawn.pop(tuple((r['step'], r[prefix + key]) for r in log if prefix + key in r))
+                assert line.get_linestyle() == ('--' if key == 'rewards/rejected' else '-')
+                assert (line.get_marker() == 'o') == bool(prefix)
+                colours.setdefault(folder, set()).add(line.get_color())
+    assert set(drawn) <= {()} and len(set.union(*colours.values())) == 2 and all(len(some) == 1 for some in colours.values())
+    legend, = (ax.get_legend() for ax in figure.axes if ax.get_legend())
+    assert [text.get_text() for text in legend.get_texts()][:2] == ['a', 'b']
+
+
+def test_one_run_and_an_sft_run_have_their_panels(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_log('out/a/sft', [{'step': s, 'loss': 3 - s, 'perplexity': 2.0 ** s, 'lr': s * 1e-3} for s in range(3)])
+    figure = figure_of(monkeypatch, 'out/a/sft')
+    assert [ax.get_title() for ax in figure.axes] == ['loss', 'perplexity', 'learning rate', ''] and os.path.exists('out/a/sft/curves.png')
+    write_log('out/a/dpo', dpo_log(1))
+    titles = [ax.get_title().split(',')[0].split(':')[0] for ax in figure_of(monkeypatch, 'out/a/dpo').axes]
+    assert titles == ['loss', 'accuracy', 'reward margin', 'implicit rewards', 'KL(policy || reference)', '']
+
+
+@pytest.mark.parametrize('content, message', [
+    (None, 'has no log.jsonl'), ('', 'holds no record'), ('{"step": 1', 'holds no record'), ('what\n{"step": 1, "loss": 2}\n', 'line 1 is no record'),
+    ('{"step": 1, "loss": "low"}\n', 'line 1 is no record'), ('[1]\n', 'line 1 is no record'), ('{"step": 1, "x": 2}\n', 'nothing to draw'),
+    (b'\xff\xfe\n', 'cannot be read')])
+def test_a_log_that_is_none_is_one_line_and_no_figure(tmp_path, monkeypatch, content, message):
+    from repro import plot
+    monkeypatch.chdir(tmp_path)
+    write_log('good', dpo_log(1))
+    os.mkdir('bad')
+    if content is not None:
+        Path('bad/log.jsonl').write_bytes(content if isinstance(content, bytes) else content.encode())
+    runs = ['bad'] if message == 'nothing to draw' else ['good', 'bad']
+    with pytest.raises(SystemExit, match=message) as stop:
+        plot.main([*runs, '--out=both.png'])
+    assert '\n' not in stop.value.code and not os.path.exists('both.png')
+
+
+def test_runs_are_named_by_what_tells_them_apart():
+    from repro.plot import names_of
+    assert names_of(['out/a/dpo', 'out/b/dpo']) == ['a', 'b'] and names_of(['out/a/sft/', 'out/a/dpo']) == ['sft', 'dpo']
+    assert names_of(['out/a/dpo']) == ['a/dpo'] and names_of(['x', 'y']) == ['x', 'y']
+    assert len(set(names_of(['out/a/dpo', 'out/a/dpo.previous', 'out/a']))) == 3
+    assert len(set(names_of(['out/a/b/dpo', 'out/a/dpo', 'out/b/dpo']))) == 3
