@@ -759,7 +759,7 @@ def histograms(meta, seen, labels):
                 n, share = counts[edges.index(after)], counts[edges.index(after)] / max(1, len(values))
                 bar = '█' * math.ceil(8 * n / max(1, counts.max()))
                 cells.append(f'  {bar:8}{f"{share:.1%}" if n else "":>7}')
-            lines.append(f'{f"{after + 1:,}-{upto:,}" if after + 1 < upto else upto:<12}' + ''.join(cells).rstrip())
+            lines.append((f'{f"{after + 1:,}-{upto:,}" if after + 1 < upto else upto:<12}' + ''.join(cells)).rstrip())
         if upto in limits:
             name, what, values = limits[upto]
             lines.append(f'-- {name}={upto} -- {(values > upto).mean():.1%} of the {what} are longer '.ljust(80, '-'))
