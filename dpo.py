@@ -30,7 +30,7 @@ import config
 from config import In, Literal, UserError
 from model import (CheckpointError, find_checkpoints, fingerprint, load_model, open_run, packed_mask, peak_flops,
                    read_checkpoint, save_checkpoint, token_logps)
-from prepare_prefs import Groups, mismatched, packed_batches, plan_rows, row_limit, step_groups
+from prepare_prefs import Groups, Sampled, distinct_prompts, mismatched, packed_batches, plan_rows, row_limit, step_groups
 
 
 def dpo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta):
@@ -206,6 +206,8 @@ class Config:
     row_tokens: In[int, 'x >= 0'] = 0               # tokens a micro-step at most: speed and memory, not results; 0 =
                                                     # 8192 on CUDA, 2048 elsewhere, more where a pair is longer
     eval_interval: In[int, 'x >= 0'] = 100          # steps between evaluations on all of val; 0 = first and last only
+    kl_prompts: In[int, 'x >= 0'] = 64              # distinct prompts of val, one response drawn to each, that estimate eval/kl;
+                                                    # 0 = none, nor without a live reference (simpo, orpo, precompute_ref)
     log_interval: In[int, 'x >= 1'] = 10            # steps a log line sums up
     save_interval: In[int, 'x >= 0'] = 500          # steps between checkpoints; the last step always has one
     track: Literal['', 'wandb', 'tensorboard'] = '' # also log there
@@ -409,22 +411,29 @@ def main(argv=None):
     error = ''
     try:
         if rank == 0:
-            log_file = open_run(out_dir, start_step)
-            if cfg.track == 'wandb':
+            if cfg.track == 'wandb':        # all that may fail before open_run moves an old run away
                 import wandb
-                tracker = wandb.init(project='nanodpo', name=f'{cfg.name}-{stage}', config=asdict(cfg))
+                folder = os.path.join('out', cfg.name)
+                os.makedirs(folder, exist_ok=True)
+                tracker = wandb.init(project='nanodpo', name=f'{cfg.name}-{stage}', config=asdict(cfg), dir=folder)
             elif cfg.track == 'tensorboard':
                 from torch.utils.tensorboard import SummaryWriter
-                tracker = SummaryWriter(out_dir)
+            log_file = open_run(out_dir, start_step)
+            if cfg.track == 'tensorboard':  # after a resume, what a killed run wrote past its checkpoint goes
+                tracker = SummaryWriter(out_dir, purge_step=start_step + 1)
     except OSError as os_error:
         error = f'cannot write to {out_dir}: {os_error.strerror}'
     except ImportError as import_error:
         error = f'track={cfg.track} needs {import_error.name}: pip install {import_error.name}'
+    except Exception as problem:        # wandb's own: no key, no network
+        if cfg.track != 'wandb':
+            raise
+        error = f'track=wandb: {problem} WANDB_MODE=offline needs neither a login nor a network'
     agree(error)
     columns = {'loss': 'loss {:.4f}', 'rewards/accuracies': 'acc {:.3f}', 'rewards/margins': 'margin {:+.4f}',
-               'rewards/chosen': 'chosen {:+.4f}', 'rewards/rejected': 'rejected {:+.4f}', 'perplexity': 'ppl {:.2f}',
-               'grad_norm': 'grad {:.2f}', 'lr': 'lr {:.2e}', 'tokens_per_second': '{:,.0f} tok/s', 'mfu': 'mfu {:.1%}',
-               'memory_gb': '{:.1f} GB'}
+               'rewards/chosen': 'chosen {:+.4f}', 'rewards/rejected': 'rejected {:+.4f}', 'kl': 'kl {:.2f}',
+               'perplexity': 'ppl {:.2f}', 'grad_norm': 'grad {:.2f}', 'lr': 'lr {:.2e}',
+               'tokens_per_second': '{:,.0f} tok/s', 'mfu': 'mfu {:.1%}', 'memory_gb': '{:.1f} GB'}
 
     def log(step, record, prefix=''):
         """One aligned line to the terminal, one JSON line to log.jsonl."""
@@ -550,6 +559,30 @@ def main(argv=None):
     # -------------------------------------------------------------------------
     # evaluation: all of val, each pair once, sums over ranks
 
+    kl_prompts = distinct_prompts(val, cfg.kl_prompts, cfg.seed) if cfg.kl_prompts and ref_net is not None else []
+
+    @torch.no_grad()
+    def estimate_kl():
+        """KL(policy || reference) of whole responses, in nats: the mean of log pi - log ref over one response of the policy to
+        each of kl_prompts, and its standard error. The draws have seeds of their own, the same ones every time, whoever
+        draws them."""
+        size, n, room = 16, len(kl_prompts), val.meta['max_length']
+        sums = torch.zeros(2, dtype=exact, device=device)           # of the ratios, and of their squares
+        for j in range(rank, math.ceil(n / size), world):
+            prompts = kl_prompts[j * size:(j + 1) * size]
+            with autocast:
+                drawn = policy.generate(prompts, room - min(map(len, prompts)), val.meta['eot_token'], val.meta['vocab_size'],
+                                        seed=cfg.seed * 1_000_003 + j)
+            made = Sampled([[prompt, ids[:room - len(prompt)]] for prompt, ids in zip(prompts, drawn)])
+            rows = plan_rows(np.arange(len(prompts)), made.lengths, 1, max(row_tokens, int(made.lengths.max())))[0]
+            for batch in packed_batches(made, rows, device):
+                with autocast:
+                    mask = packed_mask(batch.group, batch.part, batch.cuts)
+                    ratios = (response_logps(net, policy.wte.weight, batch, mask) - response_logps(ref_net, ref_head, batch, mask)).to(exact)
+                sums += torch.stack([ratios.sum(), ratios.square().sum()])
+        mean, square = (reduced(sums) / n).tolist()
+        return {'kl': mean} | ({'kl_error': math.sqrt(max(0, square - mean ** 2) / (n - 1))} if n > 1 else {})
+
     @torch.no_grad()
     def evaluate():
         policy.eval()
@@ -561,8 +594,9 @@ def main(argv=None):
                 logps = response_logps(net, policy.wte.weight, batch, mask)                 # (G, K)
                 ref_logps = reference_logps(val, batch, mask)
             sums += batch_stats(*losses_and_rewards(cfg, logps, ref_logps, batch.lengths, batch.labels, z), logps, batch.labels, z)
+        found = means(reduced(sums)) | (estimate_kl() if kl_prompts else {})
         policy.train()
-        return means(reduced(sums))
+        return found
 
     # -------------------------------------------------------------------------
     # the loop

@@ -3,6 +3,7 @@
     python prepare_prefs.py                                   # the embedded experiment, config/reviews.py
     python prepare_prefs.py config/hh.py                      # Anthropic HH, from the hub
     python prepare_prefs.py --name=mine --source=pairs.jsonl  # your own pairs
+    python prepare_prefs.py config/hh.py --dry_run            # only look: three pairs, lengths, what would be lost
     python prepare_prefs.py --name=online --source=data/reviews --policy=out/reviews/sft --reward=config/reviews.py
                                                               # pairs drawn from a policy; torchrun shares the work
 
@@ -37,6 +38,9 @@ responses each from the policy; `reward` ranks them, and best against worst, or 
 rewards make none (`tied`). Tokenizer, template and lengths are those of the source. The result does not depend on the
 number of processes.
 
+Odd data is named in `note:` lines, which meta.json keeps: duplicates, contradictions, validation data that train holds,
+too, a length that tells which response is chosen, one text too often. train[7] is the group of that number, from 0.
+
 A set that is undamaged and was made from the same knobs and the same bytes is reused; of a .py file only its
 own bytes are looked at, not what it imports. A run that fails or is stopped leaves the set as it was.
 """
@@ -56,12 +60,15 @@ import numbers
 import os
 import re
 import runpy
+import shlex
 import shutil
 import signal
 import sys
 import tempfile
+import textwrap
 import time
 import traceback
+import unicodedata
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
@@ -91,6 +98,7 @@ class Config:
     val_fraction: In[float, '0 < x < 1'] = 0.05     # held out, where the source has no validation split
     max_bad_lines: In[int, 'x >= 0'] = 0            # of your own data: more than this many stop the run
     seed: In[int, 'x >= 0'] = 1337                  # of what is held out, or drawn; a .py source gets it too
+    dry_run: bool = False           # read, count and print all of it, with three examples, and write nothing
     # to draw pairs from a policy:
     policy: str = ''                # a checkpoint, as dpo.py's init_from; source is then a prepared set, for its prompts
     reward: str = ''                # a .py file with reward(prompts, responses), or a folder of repro/reward_model.py
@@ -530,18 +538,15 @@ def truncate(prompt, responses, max_length, max_prompt_length):
 
 
 def encode_groups(rows, tokenizer, cfg):
-    """Token ids of rows, lists of a prompt and K responses. Returns (parts, cut): the parts of all groups,
-    one after another, lists of int; and how many prompts, responses and tokens were cut, int (3,)."""
-    parts, cut = [], np.zeros(3, np.int64)
+    """Token ids of rows, lists of a prompt and K responses. Returns (parts, whole): the parts of all groups, one after
+    another, lists of int; and the same before they were cut."""
+    parts, whole = [], []
     for prompt, *responses in rows:
         prompt = prompt_ids(tokenizer, prompt, cfg.template)
         responses = [tokenizer.encode_ordinary(response) + [tokenizer.eot_token] for response in responses]
-        group = truncate(prompt, responses, cfg.max_length, cfg.max_prompt_length)
-        lost = [len(whole) - len(part) for whole, part in zip([prompt, *responses], group)]
-        if any(lost):
-            cut += lost[0] > 0, sum(n > 0 for n in lost[1:]), sum(lost)
-        parts += group
-    return parts, cut
+        parts += truncate(prompt, responses, cfg.max_length, cfg.max_prompt_length)
+        whole += [prompt, *responses]
+    return parts, whole
 
 
 def encode_documents(rows, tokenizer, cfg):
@@ -551,30 +556,46 @@ def encode_documents(rows, tokenizer, cfg):
         ids = [tokenizer.eot_token, *tokenizer.encode_ordinary(text), tokenizer.eot_token]
         for i in range(0, len(ids) - 1, step):
             parts += ids[i:i + 1], ids[i + 1:i + 1 + step]
-    return parts, np.zeros(3, np.int64)
+    return parts, parts
+
+
+@dataclass
+class Seen:
+    """What is remembered of a split's groups, int64 (N, K+1), of the prompt and each response: its tokens, and before it
+    was cut its tokens and a hash of them."""
+    lengths: np.ndarray
+    whole: np.ndarray
+    hashes: np.ndarray
 
 
 def write_split(path, rows, n, K, encode, tokenizer, cfg, labels=None):
     """Write <path>.bin and <path>.idx.npy of n rows, as groups of K responses, and <path>.labels.npy where there are
-    labels, bool (n,). Returns what meta.json says of them. rows: iterator of lists of texts; encode: one of the
+    labels, bool (n,). Returns what meta.json says of them, and Seen. rows: iterator of lists of texts; encode: one of the
     functions above."""
     dtype = np.uint16 if tokenizer.n_vocab <= 2**16 else np.uint32
-    digest, pieces, cut = hashlib.sha256(), [], np.zeros(3, np.int64)
+    digest, seen, equal = hashlib.sha256(), [], 0
     with open(f'{path}.bin', 'wb') as f, tqdm(total=n, desc=os.path.basename(path), unit=' rows', disable=None) as bar:
         while chunk := list(itertools.islice(rows, 1000)):
-            parts, chunk_cut = encode(chunk, tokenizer, cfg)
+            parts, whole = encode(chunk, tokenizer, cfg)
             tokens = np.array(list(itertools.chain.from_iterable(parts)), dtype)
             f.write(tokens)
             digest.update(tokens)
-            pieces.append([len(part) for part in parts])
-            cut += chunk_cut
+            seen.append(np.array([[len(part) for part in parts], [len(part) for part in whole],
+                                  [hash(tuple(part)) for part in whole]], np.int64))
+            responses = (parts[i + 1:i + 1 + K] for i in range(0, len(parts), K + 1))
+            equal += sum(any(a == b for a, b in itertools.combinations(some, 2)) for some in responses)
             bar.update(len(chunk))
-    lengths = np.concatenate(pieces).reshape(-1, K + 1)                             # (N, K+1)
+    seen = Seen(*np.concatenate(seen, 1).reshape(3, -1, K + 1))                     # (N, K+1) each
+    lengths, cut = seen.lengths, seen.whole - seen.lengths
     ends = lengths.cumsum().reshape(-1, K + 1)                                      # (N, K+1)
     index = np.column_stack((ends[:, 0] - lengths[:, 0], ends)).astype(np.int64)    # (N, K+2)
     info = dict(groups=len(index), K=K, tokens=int(index[-1, -1]), longest=int(lengths.sum(1).max()),
                 dtype=np.dtype(dtype).name, bin_sha256=digest.hexdigest(),
-                truncated=dict(zip(('prompts', 'responses', 'tokens'), cut.tolist())))
+                truncated=dict(prompts=int((cut[:, 0] > 0).sum()), responses=int((cut[:, 1:] > 0).sum()), tokens=int(cut.sum())))
+    if K == 2:
+        info |= dict(chosen_longer=int((lengths[:, 1] > lengths[:, 2]).sum()), as_long=int((lengths[:, 1] == lengths[:, 2]).sum()))
+    if equal:
+        info['equal_once_cut'] = equal
     if labels is not None:
         info |= dict(desirable=int(labels.sum()), undesirable=int((~labels).sum()))
     for name, array in (('idx', index), ('labels', labels)):
@@ -584,13 +605,194 @@ def write_split(path, rows, n, K, encode, tokenizer, cfg, labels=None):
             with open(f'{path}.{name}.npy', 'wb') as f:
                 f.write(file.getvalue())
             info[f'{name}_sha256'] = hashlib.sha256(file.getvalue()).hexdigest()
-    return info
+    return info, seen
+
+# -----------------------------------------------------------------------------
+# a look before anything is written
+
+SHARE, COUNT, ERRORS = 0.1, 10, 3       # what is odd: a share of all, of at least so many; so many standard errors
+MARK = '⟨{}⟩'                           # what is no text but said of it
+
+
+def response_names(K):
+    return {1: ['response'], 2: ['chosen', 'rejected']}.get(K) or [f'response {k}' for k in range(1, K + 1)]
+
+
+def suspicions(folder, meta, seen, labels=None):
+    """What is odd about the preferences of the set in `folder`, list of str. seen: {split: Seen}; labels: {split: bool (n,)}
+    of unpaired examples. Texts are compared whole, before they are cut; lengths are those that training sees."""
+    tokenizer, labels, notes, keys = load_tokenizer(folder, meta['tokenizer']), labels or {}, [], {}
+
+    def text(split, i, part=0):
+        """The beginning of a prompt or a response, quoted."""
+        info, lengths = meta['splits'][split], seen[split].lengths
+        dtype, start = np.dtype(info['dtype']), int(lengths[:i].sum() + lengths[i, :part].sum())
+        ids = np.fromfile(os.path.join(folder, f'{split}.bin'), dtype, lengths[i, part], offset=start * dtype.itemsize)
+        found = visible(' '.join(text_of(tokenizer, ids.tolist()).split()))
+        return f"'{found if len(found) < 50 else found[:49] + '…'}'"
+
+    for split in [s for s in ('train', 'val') if s in seen]:
+        info, hashes = meta['splits'][split], seen[split].hashes
+        n, K = len(hashes), info['K']
+        what = {1: 'examples', 2: 'pairs'}.get(K, 'rankings')
+        if lost := info['dropped'].get('identical'):
+            notes.append(f'{split}: identical, {lost:,} rows dropped: two of their responses are the same')
+        if equal := info.get('equal_once_cut'):
+            notes.append(f'{split}: equal responses once cut, {equal:,} of {n:,} {what}: they teach nothing')
+
+        # the same texts twice: keys[split] in whatever order, `exact` in the same
+        weights = np.array([0x9E3779B97F4A7C15 * (2 * j + 1) % 2**63 for j in range(K + 1)])
+        keys[split] = np.column_stack([hashes[:, 0], np.sort(hashes[:, 1:], 1)]) @ weights
+        exact = hashes @ weights + (labels[split] if split in labels else 0)
+        _, first, inverse = np.unique(exact, return_index=True, return_inverse=True)
+        if len(first) < n:
+            i = int((first[inverse] < np.arange(n)).argmax())
+            notes.append(f'{split}: exact duplicates, {n - len(first):,} of {n:,} {what}: {split}[{i}] repeats '
+                         f'{split}[{first[inverse][i]}], {text(split, i)}')
+        first = np.sort(first)
+        _, other, inverse = np.unique(keys[split][first], return_index=True, return_inverse=True)
+        if len(other) < len(first):
+            i = int((other[inverse] < np.arange(len(first))).argmax())
+            how = 'labelled both ways' if K == 1 else 'the same responses in another order'
+            notes.append(f'{split}: contradictions, {len(first) - len(other):,} of {n:,} {what}: {how}, {split}[{first[i]}] '
+                         f'and {split}[{first[other[inverse][i]]}], {text(split, first[i])}')
+
+        for part, name in enumerate(['prompt', *response_names(K)]):
+            _, first, counts = np.unique(hashes[:, part], return_index=True, return_counts=True)
+            if (most := int(counts.max())) >= max(COUNT, SHARE * n):
+                notes.append(f'{split}: the same {name}{" response" * (K == 2 and part > 0)} in {most:,} of {n:,} {what}: '
+                             f'{text(split, first[counts.argmax()], part)}')
+        if info['truncated']['responses'] >= max(COUNT, 0.5 * n * K):
+            notes.append(f"{split}: responses cut at max_length={meta['max_length']}, {info['truncated']['responses']:,} of "
+                         f'{n * K:,}: few show where one ends')
+        longer, unequal = info.get('chosen_longer', 0), n - info.get('as_long', n)
+        off = abs(longer - unequal / 2)
+        if unequal and off >= SHARE * unequal and off >= ERRORS * 0.5 * math.sqrt(unequal):
+            which = 'longer' if longer > unequal / 2 else 'shorter'
+            notes.append(f'{split}: length bias, chosen is the {which} one in {0.5 + off / unequal:.1%} of {unequal:,} pairs of '
+                         'unequal length: a model that only counts tokens is right as often')
+
+    if len(keys) == 2:
+        found = np.isin(seen['val'].hashes[:, 0], seen['train'].hashes[:, 0])
+        both = np.isin(keys['val'], keys['train'])
+        if found.any():
+            i = int((found + 1 * both).argmax())
+            j = int((1 * (seen['train'].hashes[:, 0] == seen['val'].hashes[i, 0]) + (keys['train'] == keys['val'][i])).argmax())
+            notes.append(f'val: overlap with train, the prompt of {found.sum():,} of {len(found):,} {what} and {both.sum():,} whole: '
+                         f'val[{i}] and train[{j}], {text("val", i)}')
+    return notes
+
+
+def visible(text):
+    """Text that cannot move the cursor or reverse the line: control characters as escapes, line breaks kept."""
+    def hidden(c):
+        return unicodedata.category(c) in ('Cc', 'Cf', 'Cs', 'Zl', 'Zp') and c not in '\n\u200c\u200d'     # joiners shape real writing
+    return ''.join(c.encode('unicode_escape').decode() if hidden(c) else c for c in text)
+
+
+def paint(text, style):
+    """Coloured on a terminal, plain elsewhere and where NO_COLOR is set."""
+    return f'\x1b[{style}m{text}\x1b[0m' if sys.stdout.isatty() and not os.environ.get('NO_COLOR') else text
+
+
+def shown_piece(title, style, ids, lost, tokenizer, width):
+    """A prompt or a response as training sees it, with its tokens. lost: how many were cut, of a prompt from the left."""
+    def tokens(n):
+        return f'{n:,} token{"s" * (n != 1)}'
+    prompt, end, cut = title == 'prompt', MARK.format('end'), MARK.format(f'{tokens(lost)} cut') * (lost > 0)
+    text = visible(text_of(tokenizer, ids))
+    if len(text) > 600:
+        text = text[:350] + MARK.format(f'{len(text) - 550:,} characters not shown') + text[-200:]
+    text = re.sub('^ +| +$', lambda spaces: '·' * len(spaces[0]), text)
+    text = (end * (ids[0] == tokenizer.eot_token) + cut + text if prompt else
+            text + (end if ids[-1] == tokenizer.eot_token else cut))
+    lines = [f'{title}, {tokens(len(ids))}' + f' and {lost:,} cut' * (lost > 0)]
+    for line in re.sub('\n+', lambda breaks: '⏎' * len(breaks[0]) + '\n', text).split('\n'):
+        lines += textwrap.wrap(line, width - 4, replace_whitespace=False) or ['']
+    return '\n'.join([f'  {paint(lines[0], "1")}', *(f'    {paint(line, style)}' for line in lines[1:])])
+
+
+def examples(folder, meta, seen, labels, seed):
+    """Three groups of train, in an order that the seed fixes, as training sees them: str."""
+    split = 'train' if 'train' in seen else 'documents_train'
+    groups, tokenizer = Groups(folder, split), load_tokenizer(folder, meta['tokenizer'])
+    width, blocks = min(max(40, shutil.get_terminal_size().columns), 120), []
+    for i in np.random.default_rng(seed).permutation(len(groups))[:3]:
+        titles = ['prompt', *response_names(groups.K)]
+        if split in labels:
+            titles[1] = 'desirable' if labels[split][i] else 'undesirable'
+        lines = [f'{split}[{i}] of {len(groups):,}']
+        for title, ids, lost in zip(titles, groups[i], seen[split].whole[i] - seen[split].lengths[i]):
+            style = {'prompt': '34', 'rejected': '31', 'undesirable': '31'}.get(title, '32' if title == titles[1] else '33')
+            lines.append(shown_piece(title, style, ids.tolist(), int(lost), tokenizer, width))
+        blocks.append('\n'.join(lines))
+    return '\n\n'.join(blocks)
+
+
+def histograms(meta, seen, labels):
+    """The lengths of train's preferences in tokens before truncation, a column a part, in at most 80 columns: str."""
+    whole, K = seen['train'].whole, meta['splits']['train']['K']
+    if K > 1:
+        first, others = ('chosen', 'rejected') if K == 2 else ('best', 'others')
+        columns = {first: whole[:, 1], others: whole[:, 2:].ravel()}
+    elif 'train' in labels:
+        columns = {'desirable': whole[labels['train'], 1], 'undesirable': whole[~labels['train'], 1]}
+    else:
+        columns = {'response': whole[:, 1]}
+    both = whole[:, 0] + whole[:, 1:].max(1)
+    columns = {'prompt': whole[:, 0], **columns, 'prompt + longest': both}
+    limits = {meta['max_prompt_length']: ('max_prompt_length', 'prompts', whole[:, 0]),
+              meta['max_length']: ('max_length', 'groups', both)}
+
+    # bins end at powers of two, and half way between where that makes few, and at the limits
+    top, low = max(both.max(), *limits), min(values.min() for values in columns.values() if len(values))
+    edges = {2 ** k for k in range(int(top).bit_length() + 1)}
+    if both.max() < 128 * low:
+        edges |= {3 * 2 ** k // 2 for k in range(int(top).bit_length())}
+    edges = sorted(edges | {0, *limits})
+    lines = [f'{"tokens":12}' + ''.join(f'{title:>17}' for title in columns)]
+    for after, upto in zip(edges, edges[1:]):
+        if low <= upto and after < both.max():
+            cells = []
+            for values in columns.values():
+                counts = np.histogram(values, np.array(edges) + 0.5)[0]
+                n, share = counts[edges.index(after)], counts[edges.index(after)] / max(1, len(values))
+                bar = '█' * math.ceil(8 * n / max(1, counts.max()))
+                cells.append(f'  {bar:8}{f"{share:.1%}" if n else "":>7}')
+            lines.append((f'{f"{after + 1:,}-{upto:,}" if after + 1 < upto else upto:<12}' + ''.join(cells)).rstrip())
+        if upto in limits:
+            name, what, values = limits[upto]
+            lines.append(f'-- {name}={upto} -- {(values > upto).mean():.1%} of the {what} are longer '.ljust(80, '-'))
+    for q in (50, 90, 99, 100):
+        found = [f'{int(np.percentile(values, q, method="higher")):,}' if len(values) else '-' for values in columns.values()]
+        lines.append(f'{f"{q}% up to" if q < 100 else "longest":12}' + ''.join(f'{value:>17}' for value in found))
+    return '\n'.join(lines)
+
+
+def notes_of(meta):
+    """The lines that name what is odd about a set."""
+    return [f'note: {note}' for note in meta.get('notes', [])]
+
+
+def dry_run(cfg, hub, argv):
+    """Print what the run would, and examples and lengths, from files in a temporary folder that goes at the end."""
+    print('dry run: nothing will be written', flush=True)
+    with tempfile.TemporaryDirectory(prefix='nanodpo-') as aside:
+        meta, seen, labels = write_set(cfg, aside, hub, '')
+        texts = [examples(aside, meta, seen, labels, cfg.seed)]
+        texts += [f'train, before anything is cut:\n\n{histograms(meta, seen, labels)}'] if 'train' in seen else []
+        texts.append('\n'.join([table(aside, meta), *notes_of(meta)]))
+    again = [arg for arg in argv if not arg.startswith('--dry_run')] + ['--dry_run=False'] * (cfg.origin['dry_run'] != 'flag')
+    texts.append(f'nothing was written; this writes data/{cfg.name}: {shlex.join(["python", "prepare_prefs.py", *again])}')
+    print('\n\n'.join(['', *texts]))
 
 # -----------------------------------------------------------------------------
 # the set on disk
 
 def check(cfg):
     """UserError where knobs do not fit one another or name what is not there, before anything is read."""
+    if cfg.policy and cfg.dry_run:
+        raise UserError('dry_run reads a source, and with policy there is none: draw a few instead, --num_prompts=20 --name=try')
     for key in READING if cfg.policy else DRAWING:
         if key in cfg.origin:
             why = 'with policy, where the source decides' if cfg.policy else 'without policy'
@@ -627,7 +829,7 @@ def sha256_json(value):
 def hash_inputs(cfg, hub, policy):
     """A hash over all that decides the result: the format, the knobs, the content of the sources, the policy's weights."""
     knobs, files = dataclasses.asdict(cfg), {}
-    for key in ('name', 'policy', *(READING if cfg.policy else DRAWING)):
+    for key in ('name', 'policy', 'dry_run', *(READING if cfg.policy else DRAWING)):
         del knobs[key]
     if cfg.policy:
         knobs['policy'], knobs['reward'] = policy, sha256_file(reward_file(cfg.reward))
@@ -671,7 +873,7 @@ def why_remake(folder, inputs):
 
 
 def write_set(cfg, aside, hub, inputs):
-    """Make all files of the set in the folder `aside`. Returns meta.json as a dict."""
+    """Make all files of the set in the folder `aside`. Returns meta.json as a dict, {split: Seen} and {split: labels}."""
     own = cfg.tokenizer == 'bytes' or cfg.tokenizer.startswith('bpe:')
     name = 'tokenizer.json' if own else cfg.tokenizer
     if not own:
@@ -689,14 +891,17 @@ def write_set(cfg, aside, hub, inputs):
     knobs = ('name', 'source', 'data_dir', 'documents', 'template', 'max_length', 'max_prompt_length')
     meta = dict(format=FORMAT, **{key: getattr(cfg, key) for key in knobs}, tokenizer=name,
                 vocab_size=tokenizer.n_vocab, eot_token=tokenizer.eot_token, inputs=inputs, splits={})
+    seen = {}
     for split, (rows, n, dropped, labels) in plans.items():
         K, encode = (1, encode_documents) if split.startswith('documents') else (len(next(rows())) - 1, encode_groups)
-        info = write_split(os.path.join(aside, split), rows(), n, K, encode, tokenizer, cfg, labels)
+        info, seen[split] = write_split(os.path.join(aside, split), rows(), n, K, encode, tokenizer, cfg, labels)
         meta['splits'][split] = dict(read=n + sum(dropped.values()), kept=n, dropped=dropped) | info
+    labels = {split: labels for split, (*_, labels) in plans.items() if labels is not None}
+    meta['notes'] = suspicions(aside, meta, seen, labels)
     meta['fingerprint'] = hash_set(aside, meta)
     with open(os.path.join(aside, 'meta.json'), 'w') as f:
         json.dump(meta, f, indent=1)
-    return meta
+    return meta, seen, labels
 
 
 @contextlib.contextmanager
@@ -732,15 +937,19 @@ def table(folder, meta):
     """What was read, dropped, cut and written, a column a split."""
     reasons = sorted({reason for info in meta['splits'].values() for reason in info['dropped']})
     labels = ['desirable', 'undesirable'] if any('desirable' in info for info in meta['splits'].values()) else []
+    paired = any('as_long' in info for info in meta['splits'].values())
+    longer = {'chosen longer': 'chosen_longer', 'equally long': 'as_long'} if paired else {}
     columns = [['', 'read', *(f'dropped: {reason}' for reason in reasons), 'kept', *labels, 'prompts truncated',
-                'responses truncated', 'tokens truncated', 'groups', 'tokens', 'longest group', 'mean group',
+                'responses truncated', 'tokens truncated', *longer, 'groups', 'tokens', 'longest group', 'mean group',
                 'MB on disk']]
     for split, i in meta['splits'].items():
         size = sum(os.path.getsize(os.path.join(folder, split + end)) for end in ('.bin', '.idx.npy'))
         numbers = [i['read'], *(i['dropped'].get(reason, 0) for reason in reasons), i['kept'],
-                   *(i.get(label, 0) for label in labels), *i['truncated'].values(), i['groups'], i['tokens'], i['longest'],
+                   *(i.get(label, 0) for label in labels), *i['truncated'].values(),
+                   *(f"{i[key] / i['groups']:.1%}" if key in i else '-' for key in longer.values()),
+                   i['groups'], i['tokens'], i['longest'],
                    round(i['tokens'] / i['groups'], 1), round(size / 1e6, 2)]
-        columns.append([split, *(f'{number:,}' for number in numbers)])
+        columns.append([split, *(number if type(number) is str else f'{number:,}' for number in numbers)])
     width = [max(map(len, column)) for column in columns]
     return '\n'.join('  '.join([line[0].ljust(width[0]), *map(str.rjust, line[1:], width[1:])])
                      for line in zip(*columns))
@@ -756,7 +965,7 @@ def write_groups(folder, source, splits, dropped=None, **facts):
     a prompt and one response. dropped: {split: {reason: n}}, what was not kept; facts: more of meta.json. Returns meta.json.
     The set that stood in `folder` is replaced at the end, or not at all. Raises OSError where the disk does.
     """
-    source_meta, dropped = read_meta(source), dropped or {}
+    source_meta, dropped, seen = read_meta(source), dropped or {}, {}
     tokenizer = load_tokenizer(source, source_meta['tokenizer'])
     same = ('format', 'template', 'max_length', 'max_prompt_length', 'tokenizer', 'vocab_size', 'eot_token')
     meta = dict(name=os.path.basename(folder), source=source, data_dir='', documents='', **facts,
@@ -767,11 +976,13 @@ def write_groups(folder, source, splits, dropped=None, **facts):
         for split, groups in splits.items():
             longest = max(len(group[0]) + max(map(len, group[1:])) for group in groups)
             assert longest <= meta['max_length'], f"{split} has {longest} tokens, max_length is {meta['max_length']}"
-            info = write_split(os.path.join(aside, split), iter(groups), len(groups), len(groups[0]) - 1,
-                               lambda rows, *_: ([piece for row in rows for piece in row], np.zeros(3, np.int64)), tokenizer, None)
+            info, seen[split] = write_split(
+                os.path.join(aside, split), iter(groups), len(groups), len(groups[0]) - 1,
+                lambda rows, *_: ([piece for row in rows for piece in row],) * 2, tokenizer, None)
             info['truncated']['responses'] = sum(int(ids[-1] != meta['eot_token']) for group in groups for ids in group[1:])
             lost = dropped.get(split, {})
             meta['splits'][split] = dict(read=len(groups) + sum(lost.values()), kept=len(groups), dropped=lost) | info
+        meta['notes'] = suspicions(aside, meta, seen)
         meta['fingerprint'] = hash_set(aside, meta)
         with open(os.path.join(aside, 'meta.json'), 'w') as f:
             json.dump(meta, f, indent=1)
@@ -1291,11 +1502,13 @@ def main(argv=None):
     try:
         on_hub = cfg.source and not os.path.exists(cfg.source)
         hub = load_dataset(cfg.source, cfg.data_dir) if on_hub else None
+        if cfg.dry_run:
+            return dry_run(cfg, hub, sys.argv[1:] if argv is None else argv)
         policy, fingerprint = open_policy(cfg) if cfg.policy else (None, '')
         inputs = hash_inputs(cfg, hub, fingerprint)
         why = why_remake(folder, inputs)
         if not why:
-            say(f'{folder} is reused: same knobs, same source, undamaged')
+            say('\n'.join([*notes_of(read_meta(folder)), f'{folder} is reused: same knobs, same source, undamaged']))
             return
         say(f'making {folder}: {why}', flush=True)
         if cfg.policy:
@@ -1307,7 +1520,7 @@ def main(argv=None):
                                 policy_fingerprint=fingerprint, seed=cfg.seed, **{key: getattr(cfg, key) for key in DRAWING})
         else:
             with new_files(folder) as aside:
-                meta = write_set(cfg, aside, hub, inputs)
+                meta, *_ = write_set(cfg, aside, hub, inputs)
     except (OSError, ImportError) as error:
         raise UserError(f'{error}; {folder} is as it was') from None
     except KeyboardInterrupt:
@@ -1315,7 +1528,7 @@ def main(argv=None):
     print(table(folder, meta))
     for split, means in meta.get('rewards', {}).items():
         print(f'mean reward, {split}: ' + ', '.join(f'{mean:+.3f} {what}' for what, mean in means.items()))
-    print(f'{folder} is ready, {time.time() - started:.1f} s')
+    print('\n'.join([*notes_of(meta), f'{folder} is ready, {time.time() - started:.1f} s']))
 
 
 if __name__ == '__main__':

@@ -220,22 +220,29 @@ def main(argv=None):
     error = ''
     try:
         if rank == 0:
-            log_file = open_run(out_dir, start_step)
-            if cfg.track == 'wandb':
+            if cfg.track == 'wandb':        # all that may fail before open_run moves an old run away
                 import wandb
-                tracker = wandb.init(project='nanodpo', name=f'{cfg.name}-{stage}', config=asdict(cfg))
+                folder = os.path.join('out', cfg.name)
+                os.makedirs(folder, exist_ok=True)
+                tracker = wandb.init(project='nanodpo', name=f'{cfg.name}-{stage}', config=asdict(cfg), dir=folder)
             elif cfg.track == 'tensorboard':
                 from torch.utils.tensorboard import SummaryWriter
-                tracker = SummaryWriter(out_dir)
+            log_file = open_run(out_dir, start_step)
+            if cfg.track == 'tensorboard':  # after a resume, what a killed run wrote past its checkpoint goes
+                tracker = SummaryWriter(out_dir, purge_step=start_step + 1)
     except OSError as os_error:
         error = f'cannot write to {out_dir}: {os_error.strerror}'
     except ImportError as import_error:
         error = f'track={cfg.track} needs {import_error.name}: pip install {import_error.name}'
+    except Exception as problem:        # wandb's own: no key, no network
+        if cfg.track != 'wandb':
+            raise
+        error = f'track=wandb: {problem} WANDB_MODE=offline needs neither a login nor a network'
     agree(error)
     columns = {'loss': 'loss {:.4f}', 'rewards/accuracies': 'acc {:.3f}', 'rewards/margins': 'margin {:+.4f}',
-               'rewards/chosen': 'chosen {:+.4f}', 'rewards/rejected': 'rejected {:+.4f}', 'perplexity': 'ppl {:.2f}',
-               'grad_norm': 'grad {:.2f}', 'lr': 'lr {:.2e}', 'tokens_per_second': '{:,.0f} tok/s', 'mfu': 'mfu {:.1%}',
-               'memory_gb': '{:.1f} GB'}
+               'rewards/chosen': 'chosen {:+.4f}', 'rewards/rejected': 'rejected {:+.4f}', 'kl': 'kl {:.2f}',
+               'perplexity': 'ppl {:.2f}', 'grad_norm': 'grad {:.2f}', 'lr': 'lr {:.2e}',
+               'tokens_per_second': '{:,.0f} tok/s', 'mfu': 'mfu {:.1%}', 'memory_gb': '{:.1f} GB'}
 
     def log(step, record, prefix=''):
         """One aligned line to the terminal, one JSON line to log.jsonl."""

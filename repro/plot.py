@@ -1,54 +1,143 @@
-"""The curves of a DPO run, from its log.jsonl to one PNG: loss, margins, accuracy, and the rewards of both sides.
+"""The curves of one or several runs, from their log.jsonl to one PNG.
 
     python repro/plot.py out/reviews/dpo                                   # writes out/reviews/dpo/curves.png
-    python repro/plot.py out/reviews/dpo tests/assets/reviews.png          # the README's figure
+    python repro/plot.py out/reviews/dpo --out=tests/assets/reviews.png    # the README's figure
+    python repro/plot.py out/a/dpo out/b/dpo --out=compare.png             # a colour a run
 
-Thin lines are training batches (means over log_interval steps), dots the whole validation split. Needs matplotlib.
+Of dpo.py: loss, accuracy, margins, chosen and rejected rewards, KL; of sft.py: loss, perplexity, learning rate. Thin
+lines are training batches (means over log_interval steps), markers the whole validation split; the band around the KL is
+its standard error. The torn last line of a run that is still writing is skipped. Needs matplotlib.
 """
 import json
 import math
 import os
 import sys
 
-PANELS = [      # title, {key: (label, colour)}, a level to compare with
-    ('loss', {'loss': ('', 'C0')}, (math.log(2), 'ln 2: the reference')),
-    ('reward margin, chosen - rejected', {'rewards/margins': ('', 'C2')}, None),
-    ('accuracy: chosen reward above rejected', {'rewards/accuracies': ('', 'C4')}, (0.5, 'chance')),
-    ('implicit reward, beta log(policy / reference)', {'rewards/chosen': ('chosen', 'C2'), 'rewards/rejected': ('rejected', 'C3')}, None),
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from config import UserError        # noqa: E402
+
+PANELS = [      # title, keys (the second one dashed), a level to compare with
+    ('loss', ['loss'], (math.log(2), 'ln 2: policy = reference')),
+    ('perplexity', ['perplexity'], None),
+    ('accuracy: chosen reward above rejected', ['rewards/accuracies'], (0.5, 'chance')),
+    ('reward margin, chosen − rejected', ['rewards/margins'], None),
+    ('implicit rewards, β log(policy / reference)', ['rewards/chosen', 'rewards/rejected'], (0, '')),
+    ('KL(policy || reference), nats a response', ['kl'], None),
+    ('learning rate', ['lr'], None),
 ]
+COLOURS = '#0072b2', '#d55e00', '#009e73', '#cc79a7', '#e69f00', '#56b4e9', '#000000'      # told apart by the colour-blind, too
+MARKERS = 'os^Dv'
 
 
-def plot(folder, path):
-    """Read <folder>/log.jsonl and write the figure to `path`."""
-    import matplotlib
+def read_run(folder):
+    """The records of <folder>/log.jsonl: list of dict. UserError where there are none or they are something else."""
+    path = os.path.join(folder, 'log.jsonl')
+    try:
+        with open(path, encoding='utf-8') as f:
+            lines = f.read().split('\n')
+    except FileNotFoundError:
+        raise UserError(f'{folder} has no log.jsonl: name the folder of a run, such as out/reviews/dpo') from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f'{path} cannot be read: {error}') from None
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+            if type(record) is not dict or 'step' not in record or not all(type(v) in (int, float) for v in record.values()):
+                raise ValueError
+            records.append(record)
+        except ValueError:
+            if number < len(lines):         # what follows the last line break is empty, or torn
+                raise UserError(f"{path} line {number} is no record of a run, an object of numbers with 'step': {line!r:.60}") from None
+    if not records:
+        raise UserError(f'{path} holds no record yet')
+    return records
+
+
+def names_of(folders):
+    """What tells the runs apart: their paths without what all have in common at both ends."""
+    paths = [os.path.normpath(folder).split(os.sep) for folder in folders]
+    if len(set(map(tuple, paths))) == 1:
+        return [os.path.join(*paths[0][-2:])] * len(paths)
+    shortest = min(map(len, paths))
+    head = next((i for i in range(shortest) if len({path[i] for path in paths}) > 1), shortest - 1)
+    tail = next((i for i in range(shortest - head) if len({path[-1 - i] for path in paths}) > 1), 0)
+    return [os.path.join(*path[head:len(path) - tail]) for path in paths]
+
+
+def plot(folders, out):
+    """Read the log of each of `folders` and write the figure to `out`."""
+    runs = [read_run(folder) for folder in folders]
+    logged = {key.removeprefix('eval/') for records in runs for record in records for key in record}
+    preferences = 'rewards/margins' in logged
+    panels = [panel for panel in PANELS if logged & set(panel[1]) and not (panel[0] == 'learning rate' and preferences)]
+    if not panels:
+        raise UserError(f'nothing to draw: {", ".join(folders)} logged {", ".join(sorted(logged))}')
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise UserError(f'the figure needs {error.name}: pip install {error.name}') from None
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
-    with open(os.path.join(folder, 'log.jsonl')) as f:
-        records = [json.loads(line) for line in f]
-    figure, axes = plt.subplots(2, 2, figsize=(10, 6), constrained_layout=True)
-    for ax, (title, lines, level) in zip(axes.flat, PANELS):
-        for key, (label, colour) in lines.items():
-            for prefix, style in (('', dict(lw=1, alpha=0.6)), ('eval/', dict(marker='o', ms=4, lw=1.5))):
-                points = [(r['step'], r[prefix + key]) for r in records if prefix + key in r]
-                name = ' '.join(part for part in (label, 'validation' if prefix else 'training') if part)
-                if points:              # kto's batches may lack one side
-                    ax.plot(*zip(*points), color=colour, label=name, **style)
-        if level and (title != 'loss' or math.isclose(records[0].get('eval/loss', 0), math.log(2), abs_tol=1e-3)):     # not of every loss
-            ax.axhline(level[0], color='0.6', lw=0.8, ls='--', label=level[1], zorder=0)
-        ax.set_title(title, fontsize=10)
-        ax.set_xlabel('step')
+    import numpy as np
+    from matplotlib.lines import Line2D
+    columns = 3 if len(panels) > 3 else 2
+    rows = len(panels) // columns + 1               # one place is the legend's
+    figure, axes = plt.subplots(rows, columns, figsize=(4.6 * columns, 3.2 * rows), constrained_layout=True)
+    styles = [dict(color=COLOURS[i % len(COLOURS)], marker=MARKERS[i // len(COLOURS) % len(MARKERS)]) for i in range(len(runs))]
+    for ax, (title, keys, level) in zip(axes.flat, panels):
+        for records, style in zip(runs, styles):
+            for key, dashes in zip(keys, ('-', '--')):
+                for prefix, look in (('', dict(lw=0.8, alpha=0.45, marker='')), ('eval/', dict(ms=4, lw=1.6))):
+                    points = [(r['step'], r[prefix + key]) for r in records if prefix + key in r]
+                    if points:              # kto's batches may lack one side
+                        ax.plot(*zip(*points), **{**style, 'ls': dashes, **look})
+            if keys == ['kl']:
+                band = np.array([(r['step'], r['eval/kl'], r['eval/kl_error']) for r in records if 'eval/kl_error' in r]).reshape(-1, 3)
+                ax.fill_between(band[:, 0], *(band[:, 1] + sign * band[:, 2] for sign in (-1, 1)), color=style['color'], alpha=0.15, lw=0)
+        starts = [records[0].get('eval/loss', math.nan) for records in runs]
+        if level and (title != 'loss' or all(math.isclose(start, level[0], abs_tol=1e-3) for start in starts)):     # DPO's alone
+            ax.axhline(level[0], color='0.6', lw=0.8, ls=':', zorder=0)
+            ax.annotate(level[1], (1, level[0]), xycoords=('axes fraction', 'data'), ha='right', va='bottom', fontsize=7, color='0.4')
+        if title == 'perplexity':
+            ax.set_yscale('log')
+        elif title == 'learning rate':
+            ax.ticklabel_format(axis='y', style='sci', scilimits=(-2, 3))
+        ax.set_title(title, fontsize=9)
+        ax.set_xlabel('step', fontsize=8)
+        ax.tick_params(labelsize=8)
         ax.grid(alpha=0.2)
-        ax.legend(fontsize=8, frameon=False)
         ax.spines[['top', 'right']].set_visible(False)
-    figure.savefig(path, dpi=110)
+    for ax in axes.flat[len(panels):]:
+        ax.set_axis_off()
+    lines = [Line2D([], [], **style, label=name.replace('$', r'\$')) for style, name in zip(styles, names_of(folders))]
+    lines += [Line2D([], [], color='0.3', lw=0.8, label='training'), Line2D([], [], color='0.3', marker='o', ms=4, label='validation')]
+    lines += [Line2D([], [], color='0.3', ls='--', label='rejected, dashed')] * preferences
+    axes.flat[len(panels)].legend(handles=lines, loc='center left', fontsize=9, frameon=False)
+    try:
+        figure.savefig(out + '.tmp', dpi=110, format='png')
+        os.replace(out + '.tmp', out)
+    except OSError as error:
+        raise UserError(f'cannot write {out}: {error.strerror}') from None
+    finally:
+        plt.close(figure)
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    folders = [arg for arg in argv if not arg.startswith('-')]
+    out = os.path.join(folders[0], 'curves.png') if len(folders) == 1 else 'compare.png'
+    for flag in [arg for arg in argv if arg.startswith('-')]:
+        if not flag.startswith('--out='):
+            raise SystemExit(__doc__ if flag in ('-h', '--help') else UserError(f'{flag} is unknown: there is --out=FILE.png').code)
+        out = flag.removeprefix('--out=')
+    if not folders:
+        raise UserError('name the folder of a run, or of several, such as out/reviews/dpo')
+    if not out.endswith('.png'):
+        raise UserError(f'--out={out} must end with .png')
+    plot(folders, out)
+    print(out)
 
 
 if __name__ == '__main__':
-    if len(sys.argv) not in (2, 3):
-        raise SystemExit(__doc__)
-    folder = sys.argv[1]
-    out = sys.argv[2] if len(sys.argv) == 3 else os.path.join(folder, 'curves.png')
-    if not os.path.isfile(os.path.join(folder, 'log.jsonl')):
-        raise SystemExit(f'error: {folder} has no log.jsonl: name the folder of a run, such as out/reviews/dpo')
-    plot(folder, out)
-    print(out)
+    main()
