@@ -143,14 +143,14 @@ def need(row, *keys):
             raise ValueError('missing_key', f"missing key '{key}'")
 
 
-def text_in(value, key):
+def text_in(value, what):
     """A string, or ValueError."""
     if type(value) is not str:
-        raise ValueError('not_a_string', f"'{key}' is not a string, but {type(value).__name__}")
+        raise ValueError('not_a_string', f'{what} is not a string, but {type(value).__name__}')
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise ValueError('not_unicode', f"'{key}' holds half a character, a lone surrogate") from None
+        raise ValueError('not_unicode', f'{what} holds half a character, a lone surrogate') from None
     return value
 
 
@@ -168,7 +168,7 @@ def read_texts(row, *keys):
     """The strings under `keys`; only a prompt may be blank."""
     need(row, *keys)
     for key in keys:
-        if not text_in(row[key], key).strip() and key != 'prompt':
+        if not text_in(row[key], f"'{key}'").strip() and key != 'prompt':
             raise ValueError('empty_text' if key == 'text' else 'empty_response', f"empty '{key}'")
     return [row[key] for key in keys]
 
@@ -180,7 +180,7 @@ def is_messages(value):
 def read_messages(value, key, role):
     """[{'role', 'content'}, ...] of messages, or of a string, which is what `role` says."""
     if not is_messages(value):
-        return [dict(role=role, content=text_in(value, key))]
+        return [dict(role=role, content=text_in(value, f"'{key}'"))]
     found = []
     for i, message in enumerate(value, 1):
         what = f"message {i} of '{key}'"
@@ -190,6 +190,26 @@ def read_messages(value, key, role):
             raise ValueError('unknown_role', f"{what} has the role {message['role']!r:.40}, not system, user or assistant")
         found.append(dict(role=message['role'], content=text_in(message['content'], f'content of {what}')))
     return found
+
+
+def take_turns(messages, key):
+    """ValueError where they are not the user's and the assistant's in turn, after one of the system or none."""
+    for i, message in enumerate(messages[messages[0]['role'] == 'system':]):
+        turn = ('user', 'assistant')[i % 2]
+        if message['role'] != turn:
+            raise ValueError('not_in_turn', f"'{key}': the {message['role']} speaks where it is the {turn}'s turn")
+
+
+def read_prompt(row):
+    """The `prompt` of a row, a string, or messages that the assistant is to answer."""
+    need(row, 'prompt')
+    if isinstance(row['prompt'], str):
+        return row['prompt']
+    messages = read_messages(row['prompt'], 'prompt', 'user')
+    take_turns(messages, 'prompt')
+    if messages[-1]['role'] != 'user':
+        raise ValueError('not_in_turn', "'prompt' does not end with a turn of the user")
+    return messages
 
 
 def read_group(row, *keys):
@@ -206,10 +226,7 @@ def read_group(row, *keys):
             messages = before + messages
         elif is_messages(row.get('prompt')) and messages[:len(before)] != before:
             raise ValueError('prompts_differ', f"'{key}' does not begin as 'prompt' does")
-        for i, message in enumerate(messages[messages[0]['role'] == 'system':]):
-            if message['role'] != ('user', 'assistant')[i % 2]:
-                raise ValueError('not_in_turn', f"'{key}': the {message['role']} speaks where it is the "
-                                                f"{('user', 'assistant')[i % 2]}'s turn")
+        take_turns(messages, key)
         if messages[-1]['role'] != 'assistant':
             raise ValueError('no_assistant_turn', f"'{key}' does not end with a turn of the assistant")
         if not messages[-1]['content'].strip():
@@ -336,7 +353,7 @@ def read_tldr(row):
         raise ValueError('not_a_comparison', "not an object 'info', two 'summaries' and a 'choice' of 0 or 1")
     if not info.get('post'):
         raise ByRule('no_post')
-    texts = [' ' + text_in(summary.get('text'), 'text') .strip() for summary in summaries]
+    texts = [' ' + text_in(summary.get('text'), 'a summary').strip() for summary in summaries]
     prompt = f"SUBREDDIT: r/{info.get('subreddit') or ''}\nTITLE: {info.get('title') or ''}\nPOST: {info['post']}\nTL;DR:"
     return read_pair(dict(prompt=prompt, chosen=texts[choice], rejected=texts[1 - choice]))
 
@@ -424,6 +441,7 @@ def holds_messages(row):
 # for messages, '' where a bad row is dropped by rule and is not the user's mistake
 
 FILE_SORTS = ('.jsonl', '.json', '.csv', '.parquet', '.jsonl.gz', '.json.gz', '.csv.gz')
+TABLES = ('.csv', '.csv.gz', '.parquet')
 
 
 @contextlib.contextmanager
@@ -483,7 +501,7 @@ def from_parquet(path):
                 batches = (batch.to_pylist() for batch in file.iter_batches(1000))
                 yield from enumerate(itertools.chain.from_iterable(batches), 1)
         except (pyarrow.ArrowException, OSError, ValueError) as error:
-            raise UserError(f'{path} cannot be read as Parquet: {str(error) or type(error).__name__:.200}') from None
+            raise UserError(f'{path} cannot be read as Parquet: {(str(error) or type(error).__name__)[:200]}') from None
     return f'{path} row', rows, as_it_is
 
 
@@ -505,9 +523,9 @@ def from_csv(path):
                     return
                 if row:                                         # [] is a blank line
                     yield number, row
-    _, names = next(rows(), (0, None))
-    if not isinstance(names, list) or len(set(names)) < len(names):
-        raise UserError(f'{path} has no line of column names, all different, at its top')
+    _, names = next(rows(), (0, []))
+    if not isinstance(names, list) or not names or len(set(names)) < len(names) or not ''.join(names).isprintable():
+        raise UserError(f'{path} has no line of column names, in UTF-8 and all different, at its top')
 
     def read(row):
         if isinstance(row, ValueError):
@@ -638,64 +656,71 @@ def check_gap(row, min_gap, scored):
 
 
 def interpret(splits, cfg):
-    """The splits of a source, where read(row) gives the object itself, so that it gives its texts, prompts rendered; and
-    the template, resolved. The first object of each split tells its kind; all must be of one."""
-    columns, firsts = read_columns(cfg.columns), {}
+    """The splits of a source, where read(row) gives the object itself, so that it gives its texts, the prompt rendered; and
+    the resolved template. The first object of each split tells its kind; all must be of one."""
+    columns, firsts, readers = read_columns(cfg.columns), {}, {}
+
+    def object_of(row, read, cells):
+        row = renamed(read(row), columns)
+        return from_cells(row) if cells else row
     for split, (where, rows, read) in splits.items():
         name = where.rpartition(' ')[0] or f"source '{cfg.source}'"
+        read = readers[split] = functools.partial(object_of, read=read, cells=name.removesuffix('.gz').endswith('.csv'))
         for _, row in rows():
             with contextlib.suppress(ValueError):               # a bad row is survey's to report
-                if isinstance(row := read(row), dict):
-                    if absent := [theirs for theirs in columns.values() if theirs not in row]:
-                        raise UserError(f"columns: {name} has no '{absent[0]}'{config._nearest(absent[0], list(row))}")
-                    firsts[split] = name, from_cells(renamed(row, columns)) if is_csv(name) else renamed(row, columns)
+                if isinstance(found := splits[split][2](row), dict):
+                    if absent := [theirs for theirs in columns.values() if theirs not in found]:
+                        raise UserError(f"columns: {name} has no '{absent[0]}'{config._nearest(absent[0], list(found))}")
+                    firsts[split] = name, read(row)
                     break
+
     kinds = {split: reader_of(row) for split, (_, row) in firsts.items()}
-    for split, (name, row) in firsts.items():
-        try:
-            kinds[split] is read_imdb or kinds[split](row)
-        except ValueError as error:
-            table = not splits[split][0] or is_csv(name) or name.endswith('.parquet')       # all its rows have these keys
-            if error.args[0] == 'missing_key' and table:
-                hint = '; red-team-attempts are transcripts, not pairs: set another --data_dir' * ('transcript' in row)
-                raise UserError(f'{name} has columns {", ".join(row)}; it needs chosen and rejected, and prompt unless they begin '
-                                f'with it; or prompt and responses; or prompt and completion; or messages{hint}') from None
     turns = {split: holds_messages(row) for split, (_, row) in firsts.items()}
     if len({(KINDS[kind], turns[split]) for split, kind in kinds.items()}) > 1:
         raise UserError(', '.join(f'{firsts[split][0]} holds {KINDS[kind]}' + ' of messages' * turns[split]
                                   for split, kind in kinds.items()) + ': both must be of one kind (their first lines tell)')
-    template = cfg.template or ('\n\nHuman: {prompt}\n\nAssistant:' if any(turns.values()) else '{prompt}')
+    conversations = any(turns.values())
+    template = cfg.template or ('\n\nHuman: {prompt}\n\nAssistant:' if conversations else '{prompt}')
     if read_imdb in kinds.values():
-        own = cfg.tokenizer == 'bytes' or cfg.tokenizer.startswith('bpe:')
-        tokenizer = None if own else load_tokenizer('', cfg.tokenizer)
-    found = {}
-    for split, (where, rows, read) in splits.items():
-        name, first = firsts.get(split, ('', {}))
-        kind = kinds.get(split, read_pair)
-        pairs, scored = KINDS[kind] == 'pairs', 'score_chosen' in first or 'score_rejected' in first
-        if cfg.min_gap and first and not (pairs and scored):
-            raise UserError(f'min_gap={cfg.min_gap:g} needs pairs with score_chosen and score_rejected, {name} has {", ".join(first)}')
-        if kind is read_imdb:
-            kind = functools.partial(read_imdb, tokenizer=tokenizer, seed=cfg.seed)
+        learned = cfg.tokenizer == 'bytes' or cfg.tokenizer.startswith('bpe:')
+        imdb = functools.partial(read_imdb, tokenizer=None if learned else load_tokenizer('', cfg.tokenizer), seed=cfg.seed)
 
-        def read_row(row, read=read, kind=kind, cells=is_csv(name), scored=pairs and scored, pairs=pairs):
-            row = renamed(read(row), columns)
-            row = from_cells(row) if cells else row
-            (prompt, *responses), label = kind(row)
-            if pairs:
-                check_gap(row, cfg.min_gap, scored)
-            text = render(prompt, template)
-            if not isinstance(prompt, str):
-                if not cfg.template and template == '{prompt}':
-                    raise ValueError('another_kind', 'holds messages, the first row has none')
-                responses = [spaced(text, response) for response in responses]
-            return [text, *responses], label
-        found[split] = where, rows, read_row
+    def texts_of(row, read, kind, scored):
+        row = read(row)
+        (prompt, *responses), label = kind(row)
+        if KINDS.get(kind) == 'pairs':
+            check_gap(row, cfg.min_gap, scored)
+        text = render(prompt, template)
+        if not (isinstance(prompt, str) or conversations or cfg.template):
+            raise ValueError('another_kind', 'holds messages, the first row has none')
+        if conversations or not isinstance(prompt, str):
+            responses = [spaced(text, response) for response in responses]
+        return [text, *responses], label
+    found = {}
+    for split, (where, rows, _) in splits.items():
+        name, row = firsts.get(split, ('', {}))
+        kind = kinds.get(split, read_pair)
+        scored = KINDS[kind] == 'pairs' and bool({'score_chosen', 'score_rejected'} & set(row))
+        if cfg.min_gap and row and not scored:
+            raise UserError(f'min_gap={cfg.min_gap:g} needs pairs with score_chosen and score_rejected; {name} has '
+                            f'{", ".join(row)}')
+        kind = imdb if kind is read_imdb else kind
+        if row and (not where or name.endswith(TABLES)):        # all rows have the columns of the first
+            check_columns(row, kind, name)
+        found[split] = where, rows, functools.partial(texts_of, read=readers[split], kind=kind, scored=scored)
     return found, template
 
 
-def is_csv(name):
-    return name.endswith(('.csv', '.csv.gz'))
+def check_columns(row, kind, name):
+    """UserError where a table has not the columns of its kind."""
+    try:
+        kind(row)
+    except ValueError as error:
+        if error.args[0] == 'missing_key':
+            hint = '. These are transcripts, as HH\'s red-team-attempts are, not pairs: set another --data_dir' * ('transcript' in row)
+            hint += '. Are its cells separated by commas?' * any(mark in ''.join(row) for mark in ';\t|')
+            raise UserError(f'{name} has columns {", ".join(row)}; it needs chosen and rejected, and prompt unless they begin with '
+                            f'it; or prompt and responses; or prompt and completion; or messages (see --columns){hint}') from None
 
 
 def open_preferences(cfg, hub, aside):
