@@ -105,6 +105,7 @@ class Config:
     max_length: In[int, 'x >= 2'] = 512             # tokens of a prompt and one response; the paper's
     max_prompt_length: In[int, 'x >= 1'] = 256      # a prompt is cut to this, only where too long together
     val_fraction: In[float, '0 < x < 1'] = 0.05     # held out, where the source has no validation split
+    max_val: In[int, 'x >= 0'] = 0                  # rows of val at most, drawn by the seed; 0 = all
     max_bad_lines: In[int, 'x >= 0'] = 0            # of your own data: more than this many stop the run
     seed: In[int, 'x >= 0'] = 1337                  # of what is held out, or drawn; a .py source gets it too
     # to draw pairs from a policy:
@@ -121,7 +122,8 @@ class Config:
 
 SPLITS = ('train', 'val', 'documents_train', 'documents_val')
 DRAWING = ('reward', 'num_samples', 'num_prompts', 'pairing', 'temperature', 'max_new_tokens', 'batch_size', 'device')
-READING = ('data_dir', 'columns', 'min_gap', 'documents', 'tokenizer', 'template', 'max_length', 'max_prompt_length', 'val_fraction', 'max_bad_lines')
+READING = ('data_dir', 'columns', 'min_gap', 'documents', 'tokenizer', 'template', 'max_length', 'max_prompt_length', 'val_fraction',
+           'max_val', 'max_bad_lines')
 FILES = [f'{s}{end}' for end in ('.bin', '.idx.npy', '.labels.npy') for s in SPLITS] + ['tokenizer.json', 'meta.json']
 
 # -----------------------------------------------------------------------------
@@ -271,10 +273,10 @@ def read_implicit(row):
 
 
 def begins_word(text, cut):
-    """Whether text[cut:] begins a word, with its space, or a line, or comes after punctuation."""
+    """Whether text[cut:] begins a word, with its space, or a line, or comes after punctuation that words do not hold."""
     before, after = text[cut - 1], text[cut]
-    return after == ' ' or before in '\n\r\t' or (unicodedata.category(before)[0] == 'P' and before not in "'’-_"
-                                                  and unicodedata.category(after)[0] not in 'MC')
+    closes = unicodedata.category(before) in ('Po', 'Pe', 'Pf') and before not in '.,\'"’@#%&*/\\'
+    return after == ' ' or before in '\n\r\t' or closes and unicodedata.category(after)[0] not in 'MC'
 
 
 def no_key(row, key):
@@ -832,6 +834,11 @@ def plan(splits, cfg, what):
         splits, found = splits | {'val': splits['train']}, found | {'val': (prompts, labels, K, {})}
         take['val'] = hold_out(prompts, cfg.val_fraction, cfg.seed)
         take['train'] &= ~take['val']
+    over = np.flatnonzero(take['val'])
+    if 0 < cfg.max_val < len(over):
+        left_out = np.random.default_rng(cfg.seed).permutation(over)[cfg.max_val:]
+        take['val'][left_out] = False
+        found['val'] = (*found['val'][:3], found['val'][3] | {'over_max_val': len(left_out)})
     plans = {}
     for split, (_, labels, _, dropped) in found.items():
         if not take[split].any():

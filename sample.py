@@ -29,8 +29,8 @@ from tqdm import tqdm
 import config
 from config import In, Literal, UserError
 from model import CheckpointError, find_checkpoints, fingerprint, load_model, packed_mask, token_logps
-from prepare_prefs import (Groups, Sampled, distinct_prompts, load_tokenizer, packed_batches, parse_json, plan_rows, prompt_ids, read_prompt,
-                           read_reward, row_limit, text_of)
+from prepare_prefs import (Groups, Sampled, distinct_prompts, load_tokenizer, packed_batches, parse_json, plan_rows, prompt_ids,
+                           read_prompt, read_reward, row_limit, text_of)
 
 
 @torch.no_grad()
