@@ -224,7 +224,8 @@ def read_group(row, *keys):
     conversations = []
     for key in keys:
         messages = read_messages(row[key], key, 'assistant')
-        if messages[0]['role'] == 'assistant':
+        if messages[0]['role'] == 'assistant' and key != 'messages':
+            need(row, 'prompt')
             messages = before + messages
         elif is_messages(row.get('prompt')) and messages[:len(before)] != before:
             raise ValueError('prompts_differ', f"'{key}' does not begin as 'prompt' does")
@@ -267,7 +268,7 @@ def read_implicit(row):
     if sides[0] == sides[1]:
         raise ValueError('identical', "'chosen' and 'rejected' are the same")
     for cut in range(len(os.path.commonprefix(sides)), 0, -1):
-        if all(begins_word(text, cut) and text[cut:].strip() for text in sides) and sides[0][:cut].strip():
+        if all(text[cut:].strip() and begins_word(text, cut) for text in sides) and sides[0][:cut].strip():
             return [sides[0][:cut], *(text[cut:] for text in sides)], None
     raise ValueError('no_common_prompt', "'chosen' and 'rejected' have no beginning in common, and there is no 'prompt'")
 
@@ -728,7 +729,7 @@ def check_columns(row, kind, name):
 def open_preferences(cfg, hub, aside):
     """The source of pairs, rankings, examples or demonstrations, and the resolved template. hub: its DatasetDict where it is on
     the hub; aside: a temporary folder."""
-    folder = os.path.join(cfg.source, cfg.data_dir)
+    folder = os.path.normpath(os.path.join(cfg.source, cfg.data_dir))
     sorts = [sort for sort in FILE_SORTS[:4] if os.path.isfile(os.path.join(folder, f'train{sort}'))]
     if len(sorts) > 1:
         raise UserError(f'{folder} holds {" and ".join(f"train{sort}" for sort in sorts)}: which one? Give the file, or keep one')
