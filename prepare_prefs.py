@@ -267,9 +267,11 @@ def read_implicit(row):
     sides = read_texts(row, 'chosen', 'rejected')
     if sides[0] == sides[1]:
         raise ValueError('identical', "'chosen' and 'rejected' are the same")
-    for cut in range(len(os.path.commonprefix(sides)), 0, -1):
-        if all(text[cut:].strip() and begins_word(text, cut) for text in sides) and sides[0][:cut].strip():
-            return [sides[0][:cut], *(text[cut:] for text in sides)], None
+    common = os.path.commonprefix(sides)
+    last = min(len(common), *(len(text.rstrip()) - 1 for text in sides))            # neither response is blank,
+    for cut in range(last, len(common) - len(common.lstrip()), -1):                 # nor the prompt
+        if all(begins_word(text, cut) for text in sides):
+            return [common[:cut], *(text[cut:] for text in sides)], None
     raise ValueError('no_common_prompt', "'chosen' and 'rejected' have no beginning in common, and there is no 'prompt'")
 
 
@@ -350,15 +352,17 @@ def read_tldr(row):
     no longer runs: this is for OpenAI's own files and for copies. Rows on news articles have no post: `no_post`."""
     need(row, 'info', 'summaries', 'choice')
     info, summaries, choice = row['info'], row['summaries'], row['choice']
-    if isinstance(summaries, dict) and 'text' in summaries:      # an older `datasets` turned lists of objects inside out
+    if isinstance(summaries, dict) and isinstance(summaries.get('text'), list):     # an older `datasets` turned lists of objects inside out
         summaries = [dict(text=text) for text in summaries['text']]
-    if not is_messages(summaries) or len(summaries) != 2 or choice not in (0, 1) or not isinstance(info, dict):
+    objects = isinstance(info, dict) and isinstance(summaries, list) and all(isinstance(some, dict) for some in summaries)
+    if not objects or len(summaries) != 2 or choice not in (0, 1):
         raise ValueError('not_a_comparison', "not an object 'info', two 'summaries' and a 'choice' of 0 or 1")
     if not info.get('post'):
         raise ByRule('no_post')
     texts = [' ' + text_in(summary.get('text'), 'a summary').strip() for summary in summaries]
-    prompt = f"SUBREDDIT: r/{info.get('subreddit') or ''}\nTITLE: {info.get('title') or ''}\nPOST: {info['post']}\nTL;DR:"
-    return read_pair(dict(prompt=prompt, chosen=texts[choice], rejected=texts[1 - choice]))
+    subreddit, title, post = (text_in(info.get(key) or '', f"'{key}'") for key in ('subreddit', 'title', 'post'))
+    chosen, rejected = texts[::-1] if choice else texts
+    return read_pair(dict(prompt=f'SUBREDDIT: r/{subreddit}\nTITLE: {title}\nPOST: {post}\nTL;DR:', chosen=chosen, rejected=rejected))
 
 
 def read_tldr_mirror(row):
@@ -673,7 +677,7 @@ def interpret(splits, cfg):
             with contextlib.suppress(ValueError):               # a bad row is survey's to report
                 if isinstance(found := splits[split][2](row), dict):
                     if absent := [theirs for theirs in columns.values() if theirs not in found]:
-                        raise UserError(f"columns: {name} has no '{absent[0]}'{config._nearest(absent[0], list(found))}")
+                        raise UserError(f"columns: {name} has no '{absent[0]}'{config._nearest(absent[0], list(map(str, found)))}")
                     firsts[split] = name, read(row)
                     break
 
@@ -706,7 +710,7 @@ def interpret(splits, cfg):
         scored = KINDS[kind] == 'pairs' and bool({'score_chosen', 'score_rejected'} & set(row))
         if cfg.min_gap and row and not scored:
             raise UserError(f'min_gap={cfg.min_gap:g} needs pairs with score_chosen and score_rejected; {name} has '
-                            f'{", ".join(row)}')
+                            f'{", ".join(map(str, row))}')
         kind = imdb if kind is read_imdb else kind
         if row and (not where or name.endswith(TABLES)):        # all rows have the columns of the first
             check_columns(row, kind, name)

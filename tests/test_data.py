@@ -1,13 +1,13 @@
 """Data as people have it: every sort of file and every kind of row becomes the groups that its texts, put together by hand, make."""
 import csv
 import gzip
-import hashlib
 import json
 import os
 import random
 import re
 import shlex
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -502,6 +502,7 @@ def test_a_classifier_that_cannot_be_had_is_one_line(monkeypatch, tmp_path):
     assert 'nowhere cannot be loaded' in stop.value.code and '\n' not in stop.value.code
 
 
-def test_the_draw_of_a_prefix_is_uniform():
-    draws = [2 + int.from_bytes(hashlib.sha256(f'7 {i}'.encode()).digest()[:8], 'big') % 7 for i in range(7000)]
-    assert all(900 < draws.count(n) < 1100 for n in range(2, 9))
+def test_a_classifier_without_transformers_is_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'transformers', None)
+    with pytest.raises(SystemExit, match='pip install transformers'):
+        prepare_prefs.read_reward(str(ROOT / 'config' / 'imdb.py'))(['a'], ['b'])
