@@ -27,8 +27,8 @@ their last message. `template` writes them (see render); `columns` maps other na
 score_rejected are dropped where the gap is below min_gap. Ready sources, known by their columns, stand below under that title.
 
 A row of your own that is not of its kind, has a blank response or two equal ones, is reported with its number and
-stops the run (see max_bad_lines). Of `datasets` such rows are dropped and counted by reason. Texts are taken as they are,
-but for white space at the end of HH's responses.
+stops the run (see max_bad_lines). Of `datasets`, and of ready sources, such rows are dropped and counted by reason. Texts are taken as they are,
+but for white space at the end of HH's responses; a cell of a CSV file holds a text, or messages as JSON.
 
 Where there is no validation split, val_fraction of the rows is held out, drawn by the seed; rows with the
 same prompt go to the same side, so validation prompts are new to the model. Documents are held out likewise;
@@ -352,7 +352,7 @@ def read_tldr(row):
     no longer runs: this is for OpenAI's own files and for copies. Rows on news articles have no post: `no_post`."""
     need(row, 'info', 'summaries', 'choice')
     info, summaries, choice = row['info'], row['summaries'], row['choice']
-    if isinstance(summaries, dict) and isinstance(summaries.get('text'), list):     # an older `datasets` turned lists of objects inside out
+    if isinstance(summaries, dict) and isinstance(summaries.get('text'), list):     # an older `datasets` wrote it inside out
         summaries = [dict(text=text) for text in summaries['text']]
     objects = isinstance(info, dict) and isinstance(summaries, list) and all(isinstance(some, dict) for some in summaries)
     if not objects or len(summaries) != 2 or choice not in (0, 1):
@@ -412,6 +412,8 @@ def read_imdb(row, tokenizer, seed):
 KINDS = {read_pair: 'pairs', read_dialogues: 'pairs', read_implicit: 'pairs', read_tldr: 'pairs', read_tldr_mirror: 'pairs',
          read_shp: 'pairs', read_ranking: 'rankings', read_unpaired: 'unpaired examples', read_demonstration: 'demonstrations',
          read_imdb: 'demonstrations'}
+READY = (read_dialogues, read_tldr, read_tldr_mirror, read_shp, read_imdb)
+DIRT = ('no_assistant_turn', 'prompts_differ', 'empty_response', 'empty_text', 'identical')     # they have it: nobody's mistake
 OURS = ('prompt', 'chosen', 'rejected', 'score_chosen', 'score_rejected', 'responses', 'scores', 'completion', 'label', 'messages')
 
 
@@ -558,6 +560,8 @@ def from_cells(row):
                 value = json.loads(text)
                 if type(value) is not list or is_messages(value) or key in ('responses', 'scores'):
                     found[key] = value
+            if found[key] is text and re.match(r"""\[\s*{\s*['"](role|content)['"]\s*:""", text):
+                raise ValueError('not_json', f"'{key}' begins as messages do, but is not JSON")
     return found
 
 
@@ -625,7 +629,7 @@ def train_and_val(found, source):
     train = next((split for split in ('train', 'train_prefs') if split in found), next(iter(found)))
     if len(found) > 1 and not train.startswith('train'):
         raise UserError(f"source '{source}' has no split 'train', only {', '.join(found)}")
-    val = [split for split in ('val', 'validation', 'valid1', 'test_prefs', 'test') if split in found and split != train]
+    val = [split for split in ('val', 'validation', 'valid', 'valid1', 'dev', 'test_prefs', 'test') if split in found and split != train]
     return {'train': found[train]} | {'val': found[split] for split in val[:1]}
 
 
@@ -692,9 +696,12 @@ def interpret(splits, cfg):
         learned = cfg.tokenizer == 'bytes' or cfg.tokenizer.startswith('bpe:')
         imdb = functools.partial(read_imdb, tokenizer=None if learned else load_tokenizer('', cfg.tokenizer), seed=cfg.seed)
 
-    def texts_of(row, read, kind, scored):
+    def texts_of(row, read, kind, scored, ready):
         row = read(row)
-        (prompt, *responses), label = kind(row)
+        try:
+            (prompt, *responses), label = kind(row)
+        except ValueError as error:
+            raise ByRule(error.args[0]) if ready and error.args[0] in DIRT else error
         if KINDS.get(kind) == 'pairs':
             check_gap(row, cfg.min_gap, scored)
         text = render(prompt, template)
@@ -711,10 +718,11 @@ def interpret(splits, cfg):
         if cfg.min_gap and row and not scored:
             raise UserError(f'min_gap={cfg.min_gap:g} needs pairs with score_chosen and score_rejected; {name} has '
                             f'{", ".join(map(str, row))}')
+        ready = kind in READY
         kind = imdb if kind is read_imdb else kind
         if row and (not where or name.endswith(TABLES)):        # all rows have the columns of the first
             check_columns(row, kind, name)
-        found[split] = where, rows, functools.partial(texts_of, read=readers[split], kind=kind, scored=scored)
+        found[split] = where, rows, functools.partial(texts_of, read=readers[split], kind=kind, scored=scored, ready=ready)
     return found, template
 
 

@@ -160,6 +160,7 @@ def test_a_bad_row_of_one_s_own_is_named_by_file_and_number_and_can_be_skipped(p
     ('x.csv', b'prompt,chosen,rejected\na,b,c\nd,"e\n\ne",f\ng,h\n', 'x.csv line 6: 2 cells, the first line names 3 columns'),
     ('x.csv', b'prompt,chosen,rejected\na,b,c\nd,\xff,f\n', 'x.csv line 3: not UTF-8'),
     ('x.csv', b'prompt,chosen,rejected\na,b,c\n"open,b,c\nd,e,f\n', 'x.csv line 3: not CSV'),
+    ('x.csv', b'chosen,rejected\n"[{\'role\': \'user\', \'content\': \'a\'}]",b\n', "x.csv line 2: 'chosen' begins as messages do, but is not JSON"),
     ('x.csv.gz', b'prompt', 'x.csv.gz is damaged'),
     ('x.jsonl.gz', gzip.compress(b'{}' * 1000)[:-9], 'x.jsonl.gz is damaged'),
     ('x.parquet', b'', 'x.parquet cannot be read as Parquet'),
@@ -360,6 +361,17 @@ def test_hh_takes_each_subset_or_all_four_and_red_team_attempts_are_no_pairs():
     assert [group[0] for group in found['train'] + found['val']] == [f'\n\nHuman: helpful-online {s}\n\nAssistant:' for s in ('train', 'test')]
     assert "red-team-attempts are, not pairs: set another --data_dir" in error_of(
         '--source=hh', '--data_dir=red-team-attempts', name='other')
+
+
+def test_the_dirt_of_hh_is_counted_and_no_mistake_of_the_user_s_in_a_file_of_his_own(capfd):
+    ask = '\n\nHuman: {}\n\nAssistant:'.format
+    rows = [(ask(1) + ' a', ask(1) + ' b'), (ask(2) + ' a', ask(2) + ' b'), (ask(3) + ' a', ask(4) + ' b'), (ask(5), ask(5) + ' b')]
+    write('hh.jsonl', [dict(chosen=chosen, rejected=rejected) for chosen, rejected in rows])
+    found, meta = both('--source=hh.jsonl')
+    assert found == [[ask(i), f' a{EOT}', f' b{EOT}'] for i in (1, 2)] and capfd.readouterr().err == ''
+    assert meta['splits']['train']['dropped'] == {'empty_response': 1, 'prompts_differ': 1}
+    Path('hh.jsonl').write_text(Path('hh.jsonl').read_text() + '{"chosen": "a"}\n')
+    assert "hh.jsonl line 5: missing key 'rejected'" in error_of('--source=hh.jsonl')
 
 
 def test_ultrafeedback_takes_the_prefs_splits():
