@@ -23,12 +23,14 @@ Its rows are all of one kind, which the first object tells by its keys; other ke
   a demonstration       {"prompt": "...", "completion": "..."} or {"messages": [...]}, for sft.py
 A text may be messages, [{"role": "user", "content": "..."}, ...], of system (first, if at all), user and assistant in
 turn: a prompt that ends with the user's, a response that is the assistant's, or whole conversations, alike up to
-their last message. `template` writes them (see render); `columns` maps other names to these; pairs with score_chosen and
-score_rejected are dropped where the gap is below min_gap. Ready sources, known by their columns, stand below under that title.
+their last message. `template` writes them (see render). `columns` maps other names to these. Pairs with score_chosen
+and score_rejected are dropped where the gap is below min_gap. Ready sources, known by their columns (HH, UltraFeedback,
+TL;DR, SHP, IMDb), stand below under that title.
 
 A row of your own that is not of its kind, has a blank response or two equal ones, is reported with its number and
-stops the run (see max_bad_lines). Of `datasets`, and of ready sources, such rows are dropped and counted by reason. Texts are taken as they are,
-but for white space at the end of HH's responses; a cell of a CSV file holds a text, or messages as JSON.
+stops the run (see max_bad_lines). Of `datasets`, and of ready sources, such rows are dropped and counted by reason.
+Texts are taken as they are, but for white space at the end of HH's responses; a cell of a CSV file holds a text, or
+messages as JSON.
 
 Where there is no validation split, val_fraction of the rows is held out, drawn by the seed; rows with the
 same prompt go to the same side, so validation prompts are new to the model. Documents are held out likewise;
@@ -100,8 +102,8 @@ class Config:
                                     # 'chosen': prompt + chosen (best, desirable) of source; '' = none
     tokenizer: str = 'gpt2'         # one of tiktoken's, 'bytes', or 'bpe:N': N tokens learned from the text
     template: str = ''              # what stands around a prompt, and around each turn of a user: '' = '{prompt}', for
-                                    # messages '\n\nHuman: {prompt}\n\nAssistant:'; <|endoftext|> at its start
-                                    # is the end token
+                                    # messages '\n\nHuman: {prompt}\n\nAssistant:', \n being a line break;
+                                    # <|endoftext|> at its start is the end token
     max_length: In[int, 'x >= 2'] = 512             # tokens of a prompt and one response; the paper's
     max_prompt_length: In[int, 'x >= 1'] = 256      # a prompt is cut to this, only where too long together
     val_fraction: In[float, '0 < x < 1'] = 0.05     # held out, where the source has no validation split
@@ -414,7 +416,8 @@ KINDS = {read_pair: 'pairs', read_dialogues: 'pairs', read_implicit: 'pairs', re
          read_imdb: 'demonstrations'}
 READY = (read_dialogues, read_tldr, read_tldr_mirror, read_shp, read_imdb)
 DIRT = ('no_assistant_turn', 'prompts_differ', 'empty_response', 'empty_text', 'identical')     # they have it: nobody's mistake
-OURS = ('prompt', 'chosen', 'rejected', 'score_chosen', 'score_rejected', 'responses', 'scores', 'completion', 'label', 'messages')
+OURS = ('prompt', 'chosen', 'rejected', 'score_chosen', 'score_rejected', 'responses', 'scores', 'completion', 'label', 'messages',
+        'text')
 
 
 def reader_of(row):
@@ -629,7 +632,8 @@ def train_and_val(found, source):
     train = next((split for split in ('train', 'train_prefs') if split in found), next(iter(found)))
     if len(found) > 1 and not train.startswith('train'):
         raise UserError(f"source '{source}' has no split 'train', only {', '.join(found)}")
-    val = [split for split in ('val', 'validation', 'valid', 'valid1', 'dev', 'test_prefs', 'test') if split in found and split != train]
+    names = ('val', 'validation', 'valid', 'valid1', 'dev', 'test_prefs', 'test')
+    val = [split for split in names if split in found and split != train]
     return {'train': found[train]} | {'val': found[split] for split in val[:1]}
 
 
@@ -657,6 +661,11 @@ def renamed(row, columns):
     return {key: row[key] for key in row if key not in columns.values()} | {ours: row[theirs] for ours, theirs in columns.items()}
 
 
+def resolved(template, conversations):
+    """The knob `template` with its default, and with line breaks where a shell left '\\n'."""
+    return template.replace('\\n', '\n') or ('\n\nHuman: {prompt}\n\nAssistant:' if conversations else '{prompt}')
+
+
 def check_gap(row, min_gap, scored):
     """ByRule where a pair's scores are too close, or contradict it. scored: the first row has scores."""
     if scored or 'score_chosen' in row or 'score_rejected' in row:
@@ -676,13 +685,13 @@ def interpret(splits, cfg):
         return from_cells(row) if cells else row
     for split, (where, rows, read) in splits.items():
         name = where.rpartition(' ')[0] or f"source '{cfg.source}'"
-        read = readers[split] = functools.partial(object_of, read=read, cells=name.removesuffix('.gz').endswith('.csv'))
+        readers[split] = functools.partial(object_of, read=read, cells=name.removesuffix('.gz').endswith('.csv'))
         for _, row in rows():
             with contextlib.suppress(ValueError):               # a bad row is survey's to report
-                if isinstance(found := splits[split][2](row), dict):
-                    if absent := [theirs for theirs in columns.values() if theirs not in found]:
-                        raise UserError(f"columns: {name} has no '{absent[0]}'{config._nearest(absent[0], list(map(str, found)))}")
-                    firsts[split] = name, read(row)
+                if isinstance(first := read(row), dict):
+                    if absent := [theirs for theirs in columns.values() if theirs not in first]:
+                        raise UserError(f"columns: {name} has no '{absent[0]}'{config._nearest(absent[0], list(map(str, first)))}")
+                    firsts[split] = name, readers[split](row)
                     break
 
     kinds = {split: reader_of(row) for split, (_, row) in firsts.items()}
@@ -691,7 +700,7 @@ def interpret(splits, cfg):
         raise UserError(', '.join(f'{firsts[split][0]} holds {KINDS[kind]}' + ' of messages' * turns[split]
                                   for split, kind in kinds.items()) + ': both must be of one kind (their first lines tell)')
     conversations = any(turns.values())
-    template = cfg.template or ('\n\nHuman: {prompt}\n\nAssistant:' if conversations else '{prompt}')
+    template = resolved(cfg.template, conversations)
     if read_imdb in kinds.values():
         learned = cfg.tokenizer == 'bytes' or cfg.tokenizer.startswith('bpe:')
         imdb = functools.partial(read_imdb, tokenizer=None if learned else load_tokenizer('', cfg.tokenizer), seed=cfg.seed)
@@ -1101,7 +1110,7 @@ def write_set(cfg, aside, hub, inputs):
     name = 'tokenizer.json' if own else cfg.tokenizer
     if not own:
         load_tokenizer(aside, name)     # a wrong name is found before the long read
-    splits, template = open_preferences(cfg, hub, aside) if cfg.source else ({}, cfg.template or '{prompt}')
+    splits, template = open_preferences(cfg, hub, aside) if cfg.source else ({}, resolved(cfg.template, False))
     plans = plan(splits, cfg, cfg.source) if cfg.source else {}
     if cfg.documents == 'chosen':
         plans |= chosen_documents(plans)

@@ -54,9 +54,10 @@ def write(path, rows):
         with open(path, 'w', newline='', encoding='utf-8') as f:
             table = csv.DictWriter(f, list(rows[0]))
             table.writeheader()
-            table.writerows({key: value if isinstance(value, str) else json.dumps(value) for key, value in row.items()} for row in rows)
+            table.writerows({key: text if isinstance(text, str) else json.dumps(text) for key, text in row.items()} for row in rows)
     else:
-        Path(path).write_text(json.dumps(rows) if path.endswith('.json') else ''.join(json.dumps(row) + '\n' for row in rows))
+        lines = ''.join(json.dumps(row) + '\n' for row in rows)
+        Path(path).write_text(json.dumps(rows) if path.endswith('.json') else lines)
 
 
 def prepare(*flags, name='made', tokenizer='bytes'):
@@ -111,8 +112,8 @@ def by_hand(row):
     return [f'\n\nHuman: {q}\n\nAssistant: a\n\nHuman: b?\n\nAssistant:', f' yes {q[1:]}{EOT}', f' no{EOT}']
 
 
-@pytest.mark.parametrize('sort', ['.jsonl', '.json', '.csv', '.parquet', '.jsonl.gz', '.json.gz', '.csv.gz', '/.json', '/.csv', '/.parquet',
-                                  'datasets'])
+@pytest.mark.parametrize('sort', ['.jsonl', '.json', '.csv', '.parquet', '.jsonl.gz', '.json.gz', '.csv.gz', '/.json', '/.csv',
+                                  '/.parquet', 'datasets'])
 def test_every_sort_of_file_gives_the_same_groups(sort):
     for rows in (PAIRS, TALKS, *OTHERS):
         if sort == 'datasets':
@@ -133,8 +134,8 @@ def test_every_sort_of_file_gives_the_same_groups(sort):
         shutil.rmtree('rows', ignore_errors=True)
 
 
-@pytest.mark.parametrize('path, where', [('rows.json', 'item 3'), ('rows.csv', 'line 4'), ('rows.parquet', 'row 3'), ('rows.jsonl', 'line 3'),
-                                         ('rows.jsonl.gz', 'line 3')])
+@pytest.mark.parametrize('path, where', [('rows.json', 'item 3'), ('rows.csv', 'line 4'), ('rows.parquet', 'row 3'),
+                                         ('rows.jsonl', 'line 3'), ('rows.jsonl.gz', 'line 3')])
 def test_a_bad_row_of_one_s_own_is_named_by_file_and_number_and_can_be_skipped(path, where, capfd):
     rows = [dict(prompt=f'{i}', chosen='c', rejected='r' if i != 2 else 'c') for i in range(6)]
     write(path, rows)
@@ -160,7 +161,7 @@ def test_a_bad_row_of_one_s_own_is_named_by_file_and_number_and_can_be_skipped(p
     ('x.csv', b'prompt,chosen,rejected\na,b,c\nd,"e\n\ne",f\ng,h\n', 'x.csv line 6: 2 cells, the first line names 3 columns'),
     ('x.csv', b'prompt,chosen,rejected\na,b,c\nd,\xff,f\n', 'x.csv line 3: not UTF-8'),
     ('x.csv', b'prompt,chosen,rejected\na,b,c\n"open,b,c\nd,e,f\n', 'x.csv line 3: not CSV'),
-    ('x.csv', b'chosen,rejected\n"[{\'role\': \'user\', \'content\': \'a\'}]",b\n', "x.csv line 2: 'chosen' begins as messages do, but is not JSON"),
+    ('x.csv', b'chosen,rejected\n"[{\'role\': \'user\', \'content\': \'a\'}]",b\n', "line 2: 'chosen' begins as messages do, but is"),
     ('x.csv.gz', b'prompt', 'x.csv.gz is damaged'),
     ('x.jsonl.gz', gzip.compress(b'{}' * 1000)[:-9], 'x.jsonl.gz is damaged'),
     ('x.parquet', b'', 'x.parquet cannot be read as Parquet'),
@@ -217,6 +218,13 @@ def test_messages_have_the_same_ids_in_training_and_in_sampling(template, user, 
     assert [text_of(tokens, ids) for ids in asked] == [first, user.format('a'), user.format('a')]
 
 
+def test_a_template_is_the_same_whether_the_shell_left_its_line_breaks_or_not():
+    write('rows.jsonl', PAIRS)
+    found, meta = both('--source=rows.jsonl', '--template=' + HUMAN)
+    again, other = both('--source=rows.jsonl', '--template=' + HUMAN.replace('\n', '\\n'))
+    assert found == again and meta['template'] == other['template'] == HUMAN
+
+
 def test_the_default_template_writes_conversations_as_hh_does():
     assert render(turns('a', 'b', 'c'), HUMAN) == '\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:'
     assert render(turns('a', ' b\n'), HUMAN) == '\n\nHuman: a\n\nAssistant: b\n'
@@ -239,16 +247,16 @@ def test_a_bad_prompt_of_messages_is_one_line_in_sampling(line, message):
 @pytest.mark.parametrize('row, reason, message', [
     (dict(chosen=turns('a', 'b'), rejected=turns('c', 'd')), 'prompts_differ', 'the two sides have different prompts'),
     (dict(chosen=turns('a', 'b', system='s'), rejected=turns('a', 'c')), 'prompts_differ', 'the two sides have different prompts'),
-    (dict(prompt=turns('z'), chosen=turns('a', 'b'), rejected=turns('a', 'c')), 'prompts_differ', "'chosen' does not begin as 'prompt' does"),
+    (dict(prompt=turns('z'), chosen=turns('a', 'b'), rejected=turns('a', 'c')), 'prompts_differ', "'chosen' does not begin as 'prompt'"),
     (dict(chosen=turns('a'), rejected=turns('a')), 'no_assistant_turn', "'chosen' does not end with a turn of the assistant"),
     (dict(chosen=turns('a', 'b', system='s')[::-1], rejected=turns('a', 'b')), 'missing_key', "missing key 'prompt'"),
     (dict(chosen=turns('a', 'b') + turns(system='s'), rejected=turns('a', 'b')), 'not_in_turn', "'chosen': the system speaks"),
-    (dict(chosen=turns('a') + turns('b', 'c'), rejected=turns('a', 'b')), 'not_in_turn', "the user speaks where it is the assistant's turn"),
+    (dict(chosen=turns('a') + turns('b', 'c'), rejected=turns('a', 'b')), 'not_in_turn', "the user speaks where it is the assistant's"),
     (dict(chosen=answer('b'), rejected=answer('c')), 'missing_key', "missing key 'prompt'"),
     (dict(chosen=[dict(role='tool', content='x')], rejected=answer('c')), 'unknown_role', "has the role 'tool', not system, user or"),
     (dict(chosen=[dict(role='user')], rejected=answer('c')), 'not_a_message', 'not an object with role and content'),
     (dict(chosen=turns('a') + ['b'], rejected=answer('c')), 'not_a_message', "message 2 of 'chosen' is not an object"),
-    (dict(chosen=turns('a', None), rejected=turns('a', 'c')), 'not_a_string', "content of message 2 of 'chosen' is not a string, but NoneType"),
+    (dict(chosen=turns('a', None), rejected=turns('a', 'c')), 'not_a_string', "content of message 2 of 'chosen' is not a string, but No"),
     (dict(chosen=turns('a', '\ud800'), rejected=turns('a', 'c')), 'not_unicode', 'holds half a character'),
     (dict(chosen=turns('a', ' \n'), rejected=turns('a', 'c')), 'empty_response', "empty 'chosen'"),
     (dict(chosen=turns('a', 'c'), rejected=turns('a', 'c')), 'identical', 'are the same'),
@@ -332,7 +340,8 @@ def test_columns_are_renamed_swapped_and_a_wrong_name_is_one_line():
     names = '--columns=prompt=question, chosen=good,rejected=bad'
     assert both('--source=rows.csv', names)[0] == [[f'{i}', f'c{EOT}', f'r{EOT}'] for i in range(4)]
     write('swapped.jsonl', [dict(prompt=f'{i}', chosen='c', rejected='r') for i in range(4)])
-    assert both('--source=swapped.jsonl', '--columns=chosen=rejected,rejected=chosen')[0] == [[f'{i}', f'r{EOT}', f'c{EOT}'] for i in range(4)]
+    found, _ = both('--source=swapped.jsonl', '--columns=chosen=rejected,rejected=chosen')
+    assert found == [[f'{i}', f'r{EOT}', f'c{EOT}'] for i in range(4)]
     for columns, message in (('promt=question', "unknown name 'promt' of ours; did you mean 'prompt'?"),
                              ('prompt=questoin', "rows.csv has no 'questoin'; did you mean 'question'?"),
                              ('prompt=question,prompt=good', "'prompt' stands there twice"),
@@ -355,10 +364,10 @@ def test_hh_takes_each_subset_or_all_four_and_red_team_attempts_are_no_pairs():
             write(f'hh/{subset}/{split}.jsonl.gz', [dict(chosen=f'{ask} yes', rejected=f'{ask} no')])
     write('hh/red-team-attempts/red_team_attempts.jsonl.gz', [dict(transcript='\n\nHuman: a\n\nAssistant: b', rating=1.0)])
     found, _ = prepare('--source=hh')
-    assert sorted(found['train']) == [[f'\n\nHuman: {subset} train\n\nAssistant:', f' yes{EOT}', f' no{EOT}'] for subset in subsets]
+    assert sorted(found['train']) == [[HUMAN.format(prompt=f'{subset} train'), f' yes{EOT}', f' no{EOT}'] for subset in subsets]
     assert len(found['val']) == 4
     found, _ = prepare('--source=hh', '--data_dir=helpful-online')
-    assert [group[0] for group in found['train'] + found['val']] == [f'\n\nHuman: helpful-online {s}\n\nAssistant:' for s in ('train', 'test')]
+    assert [group[0] for group in found['train'] + found['val']] == [HUMAN.format(prompt=f'helpful-online {s}') for s in ('train', 'test')]
     assert "red-team-attempts are, not pairs: set another --data_dir" in error_of(
         '--source=hh', '--data_dir=red-team-attempts', name='other')
 
@@ -375,8 +384,8 @@ def test_the_dirt_of_hh_is_counted_and_no_mistake_of_the_user_s_in_a_file_of_his
 
 
 def test_ultrafeedback_takes_the_prefs_splits():
-    rows = [dict(prompt=f'q{i}', prompt_id='x', messages=turns('m', 'm'), chosen=turns(f'q{i}', 'good'), rejected=turns(f'q{i}', 'bad'),
-                 score_chosen=7.0, score_rejected=5.0 + i) for i in range(4)]
+    rows = [dict(prompt=f'q{i}', prompt_id='x', messages=turns('m', 'm'), chosen=turns(f'q{i}', 'good'),
+                 rejected=turns(f'q{i}', 'bad'), score_chosen=7.0, score_rejected=5.0 + i) for i in range(4)]
     for split, part in (('train_prefs', rows), ('test_prefs', rows[:1]), ('train_sft', rows[:2]), ('test_gen', rows[:2])):
         write(f'uf/data/{split}-00000-of-00001.parquet', part)
     found, meta = prepare('--source=uf')
@@ -407,7 +416,8 @@ def test_tldr_comparisons_and_their_mirror_become_the_same_groups():
 def test_shp_keeps_clear_votes_and_reads_a_subreddit_or_all():
     for sub in ('askbaking', 'askhr'):
         for split in ('train', 'validation', 'test'):       # .json with a line a row, as on the hub
-            rows = [dict(history=f'{sub} {split} {i}', human_ref_A='a', human_ref_B='b', labels=i % 2, score_ratio=1 + i / 2) for i in range(5)]
+            rows = [dict(history=f'{sub} {split} {i}', human_ref_A='a', human_ref_B='b', labels=i % 2, score_ratio=1 + i / 2)
+                    for i in range(5)]
             write(f'shp/{sub}/{split}.json', ''.join(json.dumps(row) + '\n' for row in rows).encode())
     expected = {sub: [[HUMAN.format(prompt=f'{sub} train {i}'), *((f' a{EOT}', f' b{EOT}')[::1 if i % 2 else -1])] for i in (2, 3, 4)]
                 for sub in ('askbaking', 'askhr')}
@@ -456,11 +466,12 @@ def tiny_classifier(monkeypatch):
     bpe.train_from_iterator(texts, 400, special_tokens=['<s>', '<pad>', '</s>', '<unk>', '<mask>'], show_progress=False)
     os.makedirs('classifier')
     bpe.save('classifier/tokenizer.json')
-    special = dict(bos_token='<s>', eos_token='</s>', cls_token='<s>', sep_token='</s>', unk_token='<unk>', pad_token='<pad>', mask_token='<mask>')
+    special = dict(bos_token='<s>', eos_token='</s>', cls_token='<s>', sep_token='</s>', unk_token='<unk>', pad_token='<pad>')
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file='classifier/tokenizer.json', model_max_length=48, **special)
     torch.manual_seed(0)
-    cfg = transformers.RobertaConfig(vocab_size=bpe.get_vocab_size(), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
-                                     max_position_embeddings=50, pad_token_id=1, id2label={0: 'POSITIVE', 1: 'NEGATIVE'}, initializer_range=1.0)
+    cfg = transformers.RobertaConfig(
+        vocab_size=bpe.get_vocab_size(), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+        max_position_embeddings=50, pad_token_id=1, id2label={0: 'POSITIVE', 1: 'NEGATIVE'}, initializer_range=1.0)
     model = transformers.RobertaForSequenceClassification(cfg).eval()
     model.save_pretrained('classifier')
     tokenizer.save_pretrained('classifier')
@@ -468,7 +479,8 @@ def tiny_classifier(monkeypatch):
 
     def positive(text):
         with torch.no_grad():
-            return model(**tokenizer(text, truncation=True, max_length=48, return_tensors='pt')).logits.double().softmax(-1)[0, 0].item()
+            found = model(**tokenizer(text, truncation=True, max_length=48, return_tensors='pt'))
+        return found.logits.double().softmax(-1)[0, 0].item()
     return positive
 
 
@@ -508,7 +520,7 @@ def test_a_classifier_that_cannot_be_had_is_one_line(monkeypatch, tmp_path):
     score = prepare_prefs.read_reward(str(ROOT / 'config' / 'imdb.py'))
     with pytest.raises(SystemExit, match='nowhere cannot be loaded'):
         score(['a'], ['b'])
-    transformers.RobertaConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8).save_pretrained('nowhere')
+    transformers.RobertaConfig(hidden_size=8, num_attention_heads=1).save_pretrained('nowhere')     # no weights, no tokenizer
     with pytest.raises(SystemExit) as stop:
         score(['a'], ['b'])
     assert 'nowhere cannot be loaded' in stop.value.code and '\n' not in stop.value.code
