@@ -1262,6 +1262,7 @@ def open_reward(path, groups, device):
     groups: a split of the set that it must fit."""
     if path.endswith('.py'):
         score, tokenizer = read_reward(path), load_tokenizer(groups.folder, groups.meta['tokenizer'])
+        score(*([text_of(tokenizer, piece.tolist())] for piece in groups[0][:2]))       # once: it may load, or lack, a model
 
         def rewards(made):
             texts = [(text_of(tokenizer, prompt), text_of(tokenizer, ids)) for prompt, *responses in made for ids in responses]

@@ -30,6 +30,9 @@ makes the pairs: of two responses the likelier positive one is chosen.
 """
 import functools
 import os
+import sys
+import urllib.error
+import urllib.request
 
 from config import UserError
 
@@ -68,7 +71,7 @@ dpo = dict(
 
 sample = dict(reward=__file__, num_prompts=256, show=8, max_new_tokens=64)
 
-CLASSIFIER = os.environ.get('IMDB_CLASSIFIER', 'siebert/sentiment-roberta-large-english')     # the paper's
+CLASSIFIER = os.environ.get('IMDB_CLASSIFIER') or 'siebert/sentiment-roberta-large-english'       # the paper's
 
 
 @functools.cache
@@ -76,12 +79,19 @@ def classifier():
     """The classifier, its tokenizer and the number of its positive class."""
     try:
         import torch
-        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+        import transformers
     except ImportError as error:
         raise UserError(f'{error}: the sentiment classifier needs it (pip install transformers)') from None
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
+    offline = False
     try:
-        tokenizer = AutoTokenizer.from_pretrained(CLASSIFIER)
-        model = AutoModelForSequenceClassification.from_pretrained(CLASSIFIER)
+        urllib.request.urlopen('https://huggingface.co', timeout=5).close()
+    except OSError as error:
+        offline = not isinstance(error, urllib.error.HTTPError)     # then what is here or nothing, no minutes of retries
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(CLASSIFIER, local_files_only=offline)
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(CLASSIFIER, local_files_only=offline)
     except (OSError, ValueError) as error:
         raise UserError(f'the classifier {CLASSIFIER} cannot be loaded (no network? set IMDB_CLASSIFIER to a directory): '
                         f'{str(error)[:300]}') from None

@@ -526,6 +526,16 @@ def test_a_classifier_that_cannot_be_had_is_one_line(monkeypatch, tmp_path):
     assert 'nowhere cannot be loaded' in stop.value.code and '\n' not in stop.value.code
 
 
+def test_a_reward_that_cannot_be_had_ends_the_run_before_anything_is_drawn(monkeypatch):
+    write('rows.jsonl', PAIRS)
+    prepare('--source=rows.jsonl', '--max_length=64', '--max_prompt_length=16', name='asked')
+    sft.main(['--name=asked', '--init_from=scratch', '--n_layer=1', '--n_head=1', '--n_embd=8', '--max_steps=1', '--device=cpu'])
+    Path('reward.py').write_text('def reward(prompts, responses):\n    raise OSError("no model")')
+    monkeypatch.setattr('model.GPT.generate', lambda *_: pytest.fail('it has drawn'))
+    with pytest.raises(SystemExit, match='reward file reward.py: OSError: no model'):
+        prepare_prefs.main(['--name=drawn', '--source=data/asked', '--policy=out/asked/sft', '--reward=reward.py', '--device=cpu'])
+
+
 def test_a_classifier_without_transformers_is_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, 'transformers', None)
     with pytest.raises(SystemExit, match='pip install transformers'):
