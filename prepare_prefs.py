@@ -369,7 +369,8 @@ def read_tldr(row):
 
 def read_tldr_mirror(row):
     """The same as CarperAI/openai_summarize_comparisons has it, in Parquet: prompt 'SUBREDDIT: ...', chosen and rejected
-    'TL;DR: ...'; train 92,534, valid1 33,082, valid2 50,715, test 83,629. 'TL;DR:' goes over to the prompt."""
+    'TL;DR: ...'; train 92,534, valid1 33,082, valid2 50,715, test 83,629, says the card of a set made from it. 'TL;DR:' goes
+    over to the prompt."""
     prompt, *sides = read_texts(row, 'prompt', 'chosen', 'rejected')
     chosen, rejected = (' ' + side.strip().removeprefix('TL;DR:').strip() for side in sides)
     return read_pair(dict(prompt=prompt.rstrip().removesuffix('TL;DR:').rstrip() + '\nTL;DR:', chosen=chosen, rejected=rejected))

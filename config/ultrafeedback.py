@@ -15,8 +15,9 @@ Arithmetic, every figure an ESTIMATE, none measured yet:
 - Steps: 61,135 / 128 = 478 an epoch; DPO runs one (Zephyr: up to three, more over-fits).
 - FLOPs of DPO: 12 GFLOP a token (see hh.py), 5e17 in all: at 40% of eight H100s' 989 TFLOP/s 3 minutes, of A100s 9. Add the
   all-reduce of 6.2 GB a step, some 60 ms over NVLink, half a minute: 0.1 to 0.3 hours, SFT half.
-- Memory a GPU: policy, gradients 6.2 GB each, AdamW's two averages 12.4, the reference 3.3: 28 GB; a row of 4,096 tokens 11 GB:
-  39 GB and the compiler's buffers. On 40 GB cards set --activation_checkpointing=True, or --optimizer=rmsprop, which needs 6.2 GB less.
+- Memory a GPU: policy, gradients 6.2 GB each, AdamW's two averages 12.4, the reference 3.3: 28 GB; a row of 4,096 tokens
+  11 GB: 39 GB and the compiler's buffers. On 40 GB cards set --activation_checkpointing=True, or --optimizer=rmsprop, which
+  needs 6.2 GB less.
 - To expect: the reward accuracy on test pairs of Zephyr, 7B, is near 0.75 (second-hand); GPT-2 XL knows far less, and a base
   model of 2019 will not follow instructions well after 61,135 of them. Nothing has been measured with this file yet.
 """
