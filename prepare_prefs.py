@@ -8,21 +8,30 @@
                                                               # pairs drawn from a policy; torchrun shares the work
 
 `source` is one of
-- a .jsonl file, all lines of one kind, which the first object tells:
+- a .jsonl, .json (an array of objects), .csv or .parquet file; all but Parquet may be compressed, as .jsonl.gz.
+- a directory with train.jsonl (.json, .csv, .parquet) and, if there is one, val (validation, test) of the same sort.
+- a .py file that defines pairs(split, seed), which yields dicts for 'train' and for 'val'.
+- a hub name, or a directory in a layout that `datasets` reads, such as a copy of the hub's.
+
+Its rows are all of one kind, which the first object tells by its keys; other keys are ignored:
   a pair                {"prompt": "...", "chosen": "...", "rejected": "..."}
-  a ranking             {"prompt": "...", "responses": [best, ..., worst]}, as many in every line; with "scores": [...],
+  a pair without prompt {"chosen": "...", "rejected": "..."}: dialogues as in Anthropic HH are split after their last
+                        '\\n\\nAssistant:', other texts where they cease to be the same, between words
+  a ranking             {"prompt": "...", "responses": [best, ..., worst]}, as many in every row; with "scores": [...],
                         a number each, in any order. Of two responses it is a pair.
   an unpaired example   {"prompt": "...", "completion": "...", "label": true or false}, for dpo.py --loss=kto, which
                         takes pairs as they are, too: each is two examples. sft.py learns from the true ones alone.
-  Other keys are ignored, blank lines skipped, texts taken as they are. A line that is not of the kind, has a
-  blank response or two equal ones, is reported with its number and stops the run (see max_bad_lines).
-- a directory with train.jsonl and, if there is one, val.jsonl (or validation.jsonl, test.jsonl).
-- a .py file that defines pairs(split, seed), which yields such dicts for 'train' and for 'val'.
-- a hub name, or a directory in a layout that `datasets` reads. Rows of such columns are taken as they are.
-  Rows of chosen and rejected without prompt are whole dialogues, as in Anthropic HH: each side is split
-  after its last '\\n\\nAssistant:', and the response keeps its leading space, but no white space at its end.
-  Dropped, and counted under the first that fits: `no_assistant_turn` (a side does not end with one),
-  `prompts_differ` (no one prompt belongs to both), `empty_response`, `identical`.
+  a demonstration       {"prompt": "...", "completion": "..."} or {"messages": [...]}, for sft.py
+A text may be messages, [{"role": "user", "content": "..."}, ...], of system (first, if at all), user and assistant in
+turn: a prompt that ends with the user's, a response that is the assistant's, or whole conversations, alike up to
+their last message. `template` writes them (see render). `columns` maps other names to these. Pairs with score_chosen
+and score_rejected are dropped where the gap is below min_gap. Ready sources, known by their columns (HH, UltraFeedback,
+TL;DR, SHP, IMDb), stand below under that title.
+
+A row of your own that is not of its kind, has a blank response or two equal ones, is reported with its number and
+stops the run (see max_bad_lines). Of `datasets`, and of ready sources, such rows are dropped and counted by reason.
+Texts are taken as they are, but for white space at the end of HH's responses; a cell of a CSV file holds a text, or
+messages as JSON.
 
 Where there is no validation split, val_fraction of the rows is held out, drawn by the seed; rows with the
 same prompt go to the same side, so validation prompts are new to the model. Documents are held out likewise;
@@ -47,9 +56,11 @@ own bytes are looked at, not what it imports. A run that fails or is stopped lea
 import base64
 import collections
 import contextlib
+import csv
 import dataclasses
 import functools
 import glob
+import gzip
 import hashlib
 import heapq
 import io
@@ -71,6 +82,7 @@ import traceback
 import unicodedata
 import urllib.error
 import urllib.request
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -86,16 +98,22 @@ from config import In, Literal, UserError
 @dataclass
 class Config:
     name: str = 'reviews'           # the experiment: writes data/<name>/
-    source: str = ''                # preferences: a hub name, a directory, a .jsonl or a .py file; '' = none
+    source: str = ''                # preferences: a hub name, a directory, a .jsonl, .json, .csv, .parquet or .py
+                                    # file; '' = none
     data_dir: str = ''              # a subset inside source, e.g. harmless-base of Anthropic/hh-rlhf
+    columns: str = ''               # source's names for ours, e.g. 'prompt=question,chosen=answer_a,rejected=answer_b'
+    min_gap: In[float, 'x >= 0'] = 0.0              # drop pairs with score_chosen - score_rejected below this
     documents: str = ''             # text to pretrain on: a .py file with documents(split, seed), a .jsonl
                                     # file with `text`, a .txt file (<|endoftext|> lines between texts), or
                                     # 'chosen': prompt + chosen (best, desirable) of source; '' = none
     tokenizer: str = 'gpt2'         # one of tiktoken's, 'bytes', or 'bpe:N': N tokens learned from the text
-    template: str = '{prompt}'      # what stands around a prompt; <|endoftext|> at its start is the end token
+    template: str = ''              # what stands around a prompt, and around each turn of a user: '' = '{prompt}', for
+                                    # messages '\n\nHuman: {prompt}\n\nAssistant:', \n being a line break;
+                                    # <|endoftext|> at its start is the end token
     max_length: In[int, 'x >= 2'] = 512             # tokens of a prompt and one response; the paper's
     max_prompt_length: In[int, 'x >= 1'] = 256      # a prompt is cut to this, only where too long together
     val_fraction: In[float, '0 < x < 1'] = 0.05     # held out, where the source has no validation split
+    max_val: In[int, 'x >= 0'] = 0                  # rows of val at most, drawn by the seed; 0 = all
     max_bad_lines: In[int, 'x >= 0'] = 0            # of your own data: more than this many stop the run
     seed: In[int, 'x >= 0'] = 1337                  # of what is held out, or drawn; a .py source gets it too
     dry_run: bool = False           # read, count and print all of it, with three examples, and write nothing
@@ -113,12 +131,19 @@ class Config:
 
 SPLITS = ('train', 'val', 'documents_train', 'documents_val')
 DRAWING = ('reward', 'num_samples', 'num_prompts', 'pairing', 'temperature', 'max_new_tokens', 'batch_size', 'device')
-READING = ('data_dir', 'documents', 'tokenizer', 'template', 'max_length', 'max_prompt_length', 'val_fraction', 'max_bad_lines')
+READING = ('data_dir', 'columns', 'min_gap', 'documents', 'tokenizer', 'template', 'max_length', 'max_prompt_length', 'val_fraction',
+           'max_val', 'max_bad_lines')
 FILES = [f'{s}{end}' for end in ('.bin', '.idx.npy', '.labels.npy') for s in SPLITS] + ['tokenizer.json', 'meta.json']
 
 # -----------------------------------------------------------------------------
-# rows: a source's row as (list of texts, label), or ValueError(reason, what is wrong with it). The label is
-# None but for an unpaired example's
+# rows: a source's row as ([prompt, response_1, ...], label), or ValueError(reason, what is wrong with it). The prompt is a
+# string or messages; the label is None but for an unpaired example's
+
+class ByRule(ValueError):
+    """A row that a rule leaves out, and that is nobody's mistake."""
+    def __init__(self, reason):
+        super().__init__(reason, reason)
+
 
 def need(row, *keys):
     """ValueError where a row is no object with `keys`."""
@@ -129,31 +154,112 @@ def need(row, *keys):
             raise ValueError('missing_key', f"missing key '{key}'")
 
 
+def text_in(value, what):
+    """A string, or ValueError."""
+    if type(value) is not str:
+        raise ValueError('not_a_string', f'{what} is not a string, but {type(value).__name__}')
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ValueError('not_unicode', f'{what} holds half a character, a lone surrogate') from None
+    return value
+
+
+def number_in(value, key):
+    """A finite number as a float, or ValueError."""
+    try:
+        if isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value):
+            return float(value)
+    except OverflowError:
+        pass
+    raise ValueError('score_no_number', f"'{key}' holds {value!r:.40}, which is no finite number")
+
+
 def read_texts(row, *keys):
     """The strings under `keys`; only a prompt may be blank."""
     need(row, *keys)
     for key in keys:
-        if type(row[key]) is not str:
-            raise ValueError('not_a_string', f"'{key}' is not a string, but {type(row[key]).__name__}")
-        try:
-            row[key].encode()
-        except UnicodeEncodeError:
-            raise ValueError('not_unicode', f"'{key}' holds half a character, a lone surrogate") from None
-        if key != 'prompt' and not row[key].strip():
+        if not text_in(row[key], f"'{key}'").strip() and key != 'prompt':
             raise ValueError('empty_text' if key == 'text' else 'empty_response', f"empty '{key}'")
     return [row[key] for key in keys]
 
 
+def is_messages(value):
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
+
+
+def read_messages(value, key, role):
+    """[{'role', 'content'}, ...] of messages, or of a string, which is what `role` says."""
+    if not is_messages(value):
+        return [dict(role=role, content=text_in(value, f"'{key}'"))]
+    found = []
+    for i, message in enumerate(value, 1):
+        what = f"message {i} of '{key}'"
+        if not isinstance(message, dict) or not {'role', 'content'} <= set(message):
+            raise ValueError('not_a_message', f'{what} is not an object with role and content')
+        if message['role'] not in ('system', 'user', 'assistant'):
+            raise ValueError('unknown_role', f"{what} has the role {message['role']!r:.40}, not system, user or assistant")
+        found.append(dict(role=message['role'], content=text_in(message['content'], f'content of {what}')))
+    return found
+
+
+def take_turns(messages, key):
+    """ValueError where they are not the user's and the assistant's in turn, after one of the system or none."""
+    for i, message in enumerate(messages[messages[0]['role'] == 'system':]):
+        turn = ('user', 'assistant')[i % 2]
+        if message['role'] != turn:
+            raise ValueError('not_in_turn', f"'{key}': the {message['role']} speaks where it is the {turn}'s turn")
+
+
+def read_prompt(row):
+    """The `prompt` of a row, a string, or messages that the assistant is to answer."""
+    need(row, 'prompt')
+    if isinstance(row['prompt'], str):
+        return row['prompt']
+    messages = read_messages(row['prompt'], 'prompt', 'user')
+    take_turns(messages, 'prompt')
+    if messages[-1]['role'] != 'user':
+        raise ValueError('not_in_turn', "'prompt' does not end with a turn of the user")
+    return messages
+
+
+def read_group(row, *keys):
+    """[prompt, *responses] of a row with `prompt` and `keys`. Where there are messages so is the prompt, and under each
+    of `keys` stands an answer to it, or a whole conversation, whose beginning then is the prompt."""
+    if not isinstance(row, dict) or not any(is_messages(row.get(key)) for key in ('prompt', *keys)):
+        return read_texts(row, 'prompt', *keys)
+    need(row, *keys)
+    before = [] if row.get('prompt') is None else read_messages(row['prompt'], 'prompt', 'user')
+    conversations = []
+    for key in keys:
+        messages = read_messages(row[key], key, 'assistant')
+        if messages[0]['role'] == 'assistant' and key != 'messages':
+            need(row, 'prompt')
+            messages = before + messages
+        elif is_messages(row.get('prompt')) and messages[:len(before)] != before:
+            raise ValueError('prompts_differ', f"'{key}' does not begin as 'prompt' does")
+        take_turns(messages, key)
+        if messages[-1]['role'] != 'assistant':
+            raise ValueError('no_assistant_turn', f"'{key}' does not end with a turn of the assistant")
+        if not messages[-1]['content'].strip():
+            raise ValueError('empty_response', f"empty '{key}'")
+        conversations.append(messages)
+    if any(messages[:-1] != conversations[0][:-1] for messages in conversations):
+        raise ValueError('prompts_differ', 'the two sides have different prompts')
+    return [conversations[0][:-1], *(messages[-1]['content'] for messages in conversations)]
+
+
 def read_pair(row):
-    """[prompt, chosen, rejected], None of a row that has them."""
-    prompt, chosen, rejected = read_texts(row, 'prompt', 'chosen', 'rejected')
+    """A row with prompt, chosen and rejected."""
+    prompt, chosen, rejected = read_group(row, 'chosen', 'rejected')
     if chosen == rejected:
         raise ValueError('identical', "'chosen' and 'rejected' are the same")
     return [prompt, chosen, rejected], None
 
 
 def read_dialogues(row):
-    """[prompt, chosen, rejected], None of a row whose two sides are whole dialogues, as in Anthropic HH."""
+    """A row whose two sides are whole dialogues, as in Anthropic HH."""
+    no_key(row, 'prompt')
     sides = [text.rpartition('\n\nAssistant:') for text in read_texts(row, 'chosen', 'rejected')]
     (prompt, turn, chosen), (other, _, rejected) = sides
     if any(not turn or '\n\nHuman:' in response for _, turn, response in sides):
@@ -163,9 +269,38 @@ def read_dialogues(row):
     return read_pair({'prompt': prompt + turn, 'chosen': chosen.rstrip(), 'rejected': rejected.rstrip()})
 
 
+def read_implicit(row):
+    """A row whose two sides begin with the prompt: with what they share, up to where both responses begin a word.
+    The space before a word belongs to it."""
+    no_key(row, 'prompt')
+    sides = read_texts(row, 'chosen', 'rejected')
+    if sides[0] == sides[1]:
+        raise ValueError('identical', "'chosen' and 'rejected' are the same")
+    common = os.path.commonprefix(sides)
+    last = min(len(common), *(len(text.rstrip()) - 1 for text in sides))            # neither response is blank,
+    for cut in range(last, len(common) - len(common.lstrip()), -1):                 # nor the prompt
+        if all(begins_word(text, cut) for text in sides):
+            return [common[:cut], *(text[cut:] for text in sides)], None
+    raise ValueError('no_common_prompt', "'chosen' and 'rejected' have no beginning in common, and there is no 'prompt'")
+
+
+def begins_word(text, cut):
+    """Whether text[cut:] begins a word, with its space, or a line, or comes after punctuation that words do not hold."""
+    before, after = text[cut - 1], text[cut]
+    closes = unicodedata.category(before) in ('Po', 'Pe', 'Pf') and before not in '.,\'"’@#%&*/\\'
+    return after == ' ' or before in '\n\r\t' or closes and unicodedata.category(after)[0] not in 'MC'
+
+
+def no_key(row, key):
+    """ValueError where a row has what the first, which told the kind, has not."""
+    if isinstance(row, dict) and key in row:
+        raise ValueError('another_kind', f"has '{key}', the first row has none")
+
+
 def read_ranking(row):
-    """[prompt, best, ..., worst], None of a row with `responses`, in that order or in any with `scores`."""
-    need(row, 'prompt', 'responses')
+    """A row with prompt and `responses`, from the best to the worst, or in any order with `scores`."""
+    if not isinstance(row, dict) or 'responses' not in row:
+        need(row, 'prompt', 'responses')
     responses, scores = row['responses'], row.get('scores')
     for key in ('responses', 'scores'):
         if key in row and type(row[key]) is not list:
@@ -173,7 +308,7 @@ def read_ranking(row):
     if len(responses) < 2:
         raise ValueError('ranking_of_one', f"'responses' holds {len(responses)}, a ranking needs two or more")
     named = {f'response {i}': response for i, response in enumerate(responses, 1)}
-    prompt, *texts = read_texts({'prompt': row['prompt'], **named}, 'prompt', *named)
+    prompt, *texts = read_group({key: row[key] for key in ('prompt',) if key in row} | named, *named)
     for i, text in enumerate(texts):
         if text in texts[:i]:
             raise ValueError('identical', f'responses {texts.index(text) + 1} and {i + 1} are the same')
@@ -190,53 +325,262 @@ def read_ranking(row):
 
 
 def read_unpaired(row):
-    """[prompt, completion], label of a row that has them."""
+    """A row with prompt, completion and label."""
     need(row, 'prompt', 'completion', 'label')
     if not isinstance(row['label'], (bool, np.bool_)):
         raise ValueError('label_not_boolean', f"'label' is not true or false, but {row['label']!r:.40}")
-    return read_texts(row, 'prompt', 'completion'), bool(row['label'])
+    return read_group(row, 'completion'), bool(row['label'])
+
+
+def read_demonstration(row):
+    """A row with prompt and completion, or with `messages`, whose last is the response."""
+    no_key(row, 'label')
+    if isinstance(row, dict) and 'messages' in row and 'completion' not in row:
+        if not is_messages(row['messages']):
+            raise ValueError('not_a_message', "'messages' is not a list of objects with role and content")
+        return read_group({'messages': row['messages']}, 'messages'), None
+    return read_group(row, 'completion'), None
 
 
 def read_document(row):
     """[text], None of a row that has it."""
     return read_texts(row, 'text'), None
 
+# -----------------------------------------------------------------------------
+# ready sources, by their columns; a copy on disk is as good as the hub's. Sizes and splits as their cards give them.
+#
+# Anthropic/hh-rlhf, MIT: chosen, rejected, whole dialogues (read_dialogues). data_dir: harmless-base, helpful-base,
+#   helpful-online, helpful-rejection-sampled; without it all four, 160,800 train and 8,552 test. red-team-attempts: no pairs.
+# HuggingFaceH4/ultrafeedback_binarized, MIT: prompt, chosen and rejected as conversations, score_chosen, score_rejected
+#   (read_pair). train_prefs 61,135, test_prefs 2,000; its other splits are not read.
+# The others have a function each:
 
-KINDS = {read_pair: 'pairs', read_ranking: 'rankings', read_unpaired: 'unpaired examples'}
+def read_tldr(row):
+    """TL;DR comparisons, the config `comparisons` of openai/summarize_from_feedback: info {post, title, subreddit},
+    summaries [{text}, {text}], choice (0 or 1), train and validation. The hub has a loading script, which `datasets`
+    no longer runs: this is for OpenAI's own files and for copies. Rows on news articles have no post: `no_post`."""
+    need(row, 'info', 'summaries', 'choice')
+    info, summaries, choice = row['info'], row['summaries'], row['choice']
+    if isinstance(summaries, dict) and isinstance(summaries.get('text'), list):     # an older `datasets` wrote it inside out
+        summaries = [dict(text=text) for text in summaries['text']]
+    objects = isinstance(info, dict) and isinstance(summaries, list) and all(isinstance(some, dict) for some in summaries)
+    if not objects or len(summaries) != 2 or choice not in (0, 1):
+        raise ValueError('not_a_comparison', "not an object 'info', two 'summaries' and a 'choice' of 0 or 1")
+    if not info.get('post'):
+        raise ByRule('no_post')
+    texts = [' ' + text_in(summary.get('text'), 'a summary').strip() for summary in summaries]
+    subreddit, title, post = (text_in(info.get(key) or '', f"'{key}'") for key in ('subreddit', 'title', 'post'))
+    chosen, rejected = texts[::-1] if choice else texts
+    return read_pair(dict(prompt=f'SUBREDDIT: r/{subreddit}\nTITLE: {title}\nPOST: {post}\nTL;DR:', chosen=chosen, rejected=rejected))
 
 
-def reader_of(keys):
-    """The one of KINDS for rows with these keys. What holds a whole pair is one, whatever else it holds."""
-    if 'chosen' in keys and 'rejected' in keys:
-        return read_pair
+def read_tldr_mirror(row):
+    """The same as CarperAI/openai_summarize_comparisons has it, in Parquet: prompt 'SUBREDDIT: ...', chosen and rejected
+    'TL;DR: ...'; train 92,534, valid1 33,082, valid2 50,715, test 83,629, says the card of a set made from it. 'TL;DR:' goes
+    over to the prompt."""
+    prompt, *sides = read_texts(row, 'prompt', 'chosen', 'rejected')
+    chosen, rejected = (' ' + side.strip().removeprefix('TL;DR:').strip() for side in sides)
+    return read_pair(dict(prompt=prompt.rstrip().removesuffix('TL;DR:').rstrip() + '\nTL;DR:', chosen=chosen, rejected=rejected))
+
+
+def read_shp(row):
+    """stanfordnlp/SHP: history (a Reddit post), human_ref_A, human_ref_B (comments), labels (1: A is preferred),
+    score_ratio; a data_dir for each of 18 subreddits, e.g. askbaking; train, validation, test. As the DPO authors' code does,
+    only pairs with score_ratio >= 2 are kept, the others counted as `score_ratio`; the post is a turn of the user."""
+    need(row, 'history', 'human_ref_A', 'human_ref_B', 'labels', 'score_ratio')
+    if row['labels'] not in (0, 1):
+        raise ValueError('label_not_boolean', f"'labels' is not 0 or 1, but {row['labels']!r:.40}")
+    if number_in(row['score_ratio'], 'score_ratio') < 2:
+        raise ByRule('score_ratio')
+    a, b = row['human_ref_A'], row['human_ref_B']
+    chosen, rejected = (a, b) if row['labels'] == 1 else (b, a)
+    user = [dict(role='user', content=row['history'])]
+    return read_pair(dict(prompt=user, chosen=chosen, rejected=rejected))
+
+
+def read_imdb(row, tokenizer, seed):
+    """stanfordnlp/imdb: text, label (not used); train 25,000, test 25,000, unsupervised 50,000 (not read). A review becomes
+    a demonstration for the paper's controlled sentiment: its first 2 to 8 tokens, as many as seed and text decide, and the
+    rest; '<br />' is a line break. Where a tokenizer is still to be learned (None), words count instead of tokens."""
+    text = re.sub(r'\s*<br />\s*', '\n', read_texts(row, 'text')[0]).strip()
+    draw = int.from_bytes(hashlib.sha256(f'{seed} {text}'.encode()).digest()[:8], 'big')
+    head = text[:500]
+    if tokenizer:
+        ids = tokenizer.encode_ordinary(head)
+        pieces = [tokenizer.decode_single_token_bytes(token) for token in ids[:9]]
+    else:
+        import regex
+        pieces = [word.encode() for word in regex.findall(PATTERN, head)[:9]]
+    for n in (2 + (draw + i) % 7 for i in range(7)):            # the next, where this one does not end a word
+        prefix = b''.join(pieces[:n]).decode(errors='ignore')
+        rest = text[len(prefix):]
+        if rest.strip() and begins_word(text, len(prefix)) and (not tokenizer or tokenizer.encode_ordinary(prefix) == ids[:n]):
+            return [prefix, rest], None
+    raise ByRule('too_short')
+
+
+KINDS = {read_pair: 'pairs', read_dialogues: 'pairs', read_implicit: 'pairs', read_tldr: 'pairs', read_tldr_mirror: 'pairs',
+         read_shp: 'pairs', read_ranking: 'rankings', read_unpaired: 'unpaired examples', read_demonstration: 'demonstrations',
+         read_imdb: 'demonstrations'}
+READY = (read_dialogues, read_tldr, read_tldr_mirror, read_shp, read_imdb)
+DIRT = ('no_assistant_turn', 'prompts_differ', 'empty_response', 'empty_text', 'identical')     # they have it: nobody's mistake
+OURS = ('prompt', 'chosen', 'rejected', 'score_chosen', 'score_rejected', 'responses', 'scores', 'completion', 'label', 'messages',
+        'text')
+
+
+def reader_of(row):
+    """The one of KINDS for rows like this. What holds a whole pair is one, whatever else it holds."""
+    keys = set(row)
+    if {'chosen', 'rejected'} <= keys:
+        sides = [row['chosen'], row['rejected']]
+        texts = [side if isinstance(side, str) else '' for side in sides]
+        if 'prompt' in keys or texts != sides:
+            tldr = str(row.get('prompt')).startswith('SUBREDDIT: r/') and any(text.startswith('TL;DR:') for text in texts)
+            return read_tldr_mirror if tldr else read_pair
+        return read_dialogues if all('\n\nAssistant:' in text for text in texts) else read_implicit
     if 'responses' in keys:
         return read_ranking
-    return read_unpaired if 'completion' in keys or 'label' in keys else read_pair
+    if 'completion' in keys:
+        return read_unpaired if 'label' in keys else read_demonstration
+    for reader, columns in ((read_demonstration, {'messages'}), (read_tldr, {'info', 'summaries', 'choice'}),
+                            (read_shp, {'history', 'human_ref_A', 'human_ref_B'}), (read_imdb, {'text', 'label'})):
+        if columns <= keys:
+            return reader
+    return read_unpaired if 'label' in keys else read_pair
 
 
-def parse_line(line):
-    """What a line of a .jsonl file, bytes, says."""
+def holds_messages(row):
+    """Whether a row's texts are turns, for which the template has another default."""
+    values = [row.get(key) for key in ('prompt', 'chosen', 'rejected', 'completion', 'messages')]
+    responses = row.get('responses')
+    return any(map(is_messages, values + (responses if isinstance(responses, list) else []))) or reader_of(row) is read_shp
+
+# -----------------------------------------------------------------------------
+# sources: {'train': (where, rows, read), 'val': the same}, or 'train' alone. rows() yields (number, row)
+# whenever called; read(row) gives the object, and once interpret has seen to it (texts, label); where ('pairs.jsonl line') is
+# for messages, '' where a bad row is dropped by rule and is not the user's mistake
+
+FILE_SORTS = ('.jsonl', '.json', '.csv', '.parquet', '.jsonl.gz', '.json.gz', '.csv.gz')
+TABLES = ('.csv', '.csv.gz', '.parquet')
+
+
+@contextlib.contextmanager
+def opened(path):
+    """A file's bytes, decompressed."""
     try:
-        return json.loads(line.decode('utf-8-sig'))
+        with gzip.open(path) if path.endswith('.gz') else open(path, 'rb') as f:
+            yield f
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(f'{path} is damaged: {error}') from None
+
+
+def parse_json(data):
+    """What JSON in bytes says."""
+    try:
+        return json.loads(data.decode('utf-8-sig'))
     except UnicodeDecodeError as error:
         raise ValueError('not_utf8', f'not UTF-8 at byte {error.start + 1}') from None
     except (ValueError, RecursionError) as error:
         raise ValueError('not_json', f'not JSON ({error})') from None
 
-# -----------------------------------------------------------------------------
-# sources: {'train': (where, rows, read), 'val': the same}, or 'train' alone. rows() yields (number, row)
-# whenever called; read(row) gives (texts, label); where ('pairs.jsonl line') is for messages, '' where a bad row
-# is dropped by rule and is not the user's mistake
 
 def from_lines(path, read):
     def rows():
-        with open(path, 'rb') as f:
+        with opened(path) as f:
             yield from ((number, line) for number, line in enumerate(f, 1) if line.strip())
-    return f'{path} line', rows, lambda line: read(parse_line(line))
+    return f'{path} line', rows, lambda line: read(parse_json(line))
 
 
 def from_items(items, where, read):
     return where, functools.partial(enumerate, items, 1), read
+
+
+def as_it_is(row):
+    return row
+
+
+def from_array(path):
+    """A JSON array; a .json file that begins otherwise holds a line a row."""
+    with opened(path) as f:
+        data = f.read()
+    if data.removeprefix(b'\xef\xbb\xbf').lstrip()[:1] != b'[':
+        return from_lines(path, as_it_is)
+    try:
+        return from_items(parse_json(data), f'{path} item', as_it_is)
+    except ValueError as error:
+        raise UserError(f'{path}: {error.args[1]}') from None
+
+
+def from_parquet(path):
+    import pyarrow
+    import pyarrow.parquet
+
+    def rows():
+        try:
+            with pyarrow.parquet.ParquetFile(path) as file:
+                batches = (batch.to_pylist() for batch in file.iter_batches(1000))
+                yield from enumerate(itertools.chain.from_iterable(batches), 1)
+        except (pyarrow.ArrowException, OSError, ValueError) as error:
+            raise UserError(f'{path} cannot be read as Parquet: {(str(error) or type(error).__name__)[:200]}') from None
+    return f'{path} row', rows, as_it_is
+
+
+def from_csv(path):
+    """Cells are text, and JSON where we need a list, a number or a label (see from_cells). Python's reader, since the one of
+    `datasets` guesses types: it takes the answers '007' and 'None' for a number and for nothing."""
+    def rows():
+        with opened(path) as binary:
+            file = io.TextIOWrapper(binary, 'utf-8-sig', 'surrogateescape', newline='')     # surrogates: what is not UTF-8
+            csv.field_size_limit(2**31 - 1)
+            reader = csv.reader(file, strict=True)
+            while True:
+                number = reader.line_num + 1
+                try:
+                    row = next(reader, None)
+                except csv.Error as error:
+                    row = ValueError('not_csv', f'not CSV ({error})')
+                if row is None:
+                    return
+                if row:                                         # [] is a blank line
+                    yield number, row
+    _, names = next(rows(), (0, []))
+    if not isinstance(names, list) or not names or len(set(names)) < len(names) or not ''.join(names).isprintable():
+        raise UserError(f'{path} has no line of column names, in UTF-8 and all different, at its top')
+
+    def read(row):
+        if isinstance(row, ValueError):
+            raise row
+        if len(row) != len(names):
+            raise ValueError('cell_count', f'{len(row)} cells, the first line names {len(names)} columns')
+        try:
+            ''.join(row).encode()
+        except UnicodeEncodeError:
+            raise ValueError('not_utf8', 'not UTF-8') from None
+        return dict(zip(names, row))
+    return f'{path} line', lambda: itertools.islice(rows(), 1, None), read
+
+
+def from_cells(row):
+    """A row of text cells with lists, numbers and labels where our keys ask for them."""
+    found = dict(row)
+    for key, text in row.items():
+        if key == 'label':
+            found[key] = {'true': True, '1': True, 'false': False, '0': False}.get(text.strip().lower(), text)
+        elif key in ('score_chosen', 'score_rejected', 'score_ratio', 'labels', 'choice') or text[:1] in ('[', '{'):
+            with contextlib.suppress(ValueError, RecursionError):
+                value = json.loads(text)
+                if type(value) is not list or is_messages(value) or key in ('responses', 'scores'):
+                    found[key] = value
+            if found[key] is text and re.match(r"""\[\s*{\s*['"](role|content)['"]\s*:""", text):
+                raise ValueError('not_json', f"'{key}' begins as messages do, but is not JSON")
+    return found
+
+
+def from_file(path):
+    sort = path.removesuffix('.gz').rpartition('.')[2]
+    if sort == 'jsonl':
+        return from_lines(path, as_it_is)
+    return {'json': from_array, 'csv': from_csv, 'parquet': from_parquet}[sort](path)
 
 
 def from_python(path, function, seed, read):
@@ -291,63 +635,145 @@ def load_dataset(source, data_dir, cache_dir=None):
         raise UserError(f'{what}: {type(error).__name__}: {str(error)[:300]}') from None
 
 
-def from_dataset(found, source):
-    """The splits of a datasets.DatasetDict: rows of explicit columns, or of whole dialogues."""
-    sources = {}
-    needed = {read_pair: {'chosen', 'rejected'}, read_ranking: {'prompt'}, read_unpaired: {'prompt', 'completion', 'label'}}
-    for split, table in found.items():
-        columns = set(table.column_names)
-        read = reader_of(columns)
-        if not needed[read] <= columns:
-            raise UserError(f"source '{source}' has columns {', '.join(table.column_names)}; it needs chosen and rejected, and "
-                            'prompt unless they are whole dialogues; or prompt and responses; or prompt, completion and label')
-        sources[split] = from_items(table, '', read_dialogues if read is read_pair and 'prompt' not in columns else read)
-    return sources
-
-
 def train_and_val(found, source):
     """{'train': ..., 'val': ...} of {name: split}; without 'val' where there is none."""
-    train = 'train' if len(found) > 1 else next(iter(found))
-    if train not in found:
+    train = next((split for split in ('train', 'train_prefs') if split in found), next(iter(found)))
+    if len(found) > 1 and not train.startswith('train'):
         raise UserError(f"source '{source}' has no split 'train', only {', '.join(found)}")
-    val = [split for split in ('val', 'validation', 'test') if split in found and split != train]
+    names = ('val', 'validation', 'valid', 'valid1', 'dev', 'test_prefs', 'test')
+    val = [split for split in names if split in found and split != train]
     return {'train': found[train]} | {'val': found[split] for split in val[:1]}
 
 
-def of_one_kind(splits):
-    """The splits of a source, where read(row) gives the object itself, with that one of KINDS in its place which the
-    first object of each split asks for."""
-    kinds = {}
-    for where, rows, read in splits.values():
+def read_columns(columns):
+    """The knob `columns` as {ours: theirs}, or UserError."""
+    found = {}
+    for part in filter(None, columns.split(',')):
+        ours, equals, theirs = map(str.strip, part.partition('='))
+        if not equals or not theirs:
+            raise UserError(f"columns: '{part}' must be written ours=theirs, e.g. prompt=question")
+        if ours not in OURS:
+            raise UserError(f"columns: unknown name '{ours}' of ours{config._nearest(ours, OURS)}")
+        if ours in found or theirs in found.values():
+            raise UserError(f"columns: '{ours if ours in found else theirs}' stands there twice")
+        found[ours] = theirs
+    return found
+
+
+def renamed(row, columns):
+    """A row under our names. columns: from read_columns."""
+    if not columns or not isinstance(row, dict):
+        return row
+    for theirs in columns.values():
+        need(row, theirs)
+    return {key: row[key] for key in row if key not in columns.values()} | {ours: row[theirs] for ours, theirs in columns.items()}
+
+
+def resolved(template, conversations):
+    """The knob `template` with its default, and with line breaks where a shell left '\\n'."""
+    return template.replace('\\n', '\n') or ('\n\nHuman: {prompt}\n\nAssistant:' if conversations else '{prompt}')
+
+
+def check_gap(row, min_gap, scored):
+    """ByRule where a pair's scores are too close, or contradict it. scored: the first row has scores."""
+    if scored or 'score_chosen' in row or 'score_rejected' in row:
+        need(row, 'score_chosen', 'score_rejected')
+        chosen, rejected = (number_in(row[key], key) for key in ('score_chosen', 'score_rejected'))
+        if chosen - rejected < min_gap:
+            raise ByRule('score_gap')
+
+
+def interpret(splits, cfg):
+    """The splits of a source, where read(row) gives the object itself, so that it gives its texts, the prompt rendered; and
+    the resolved template. The first object of each split tells its kind; all must be of one."""
+    columns, firsts, readers = read_columns(cfg.columns), {}, {}
+
+    def object_of(row, read, cells):
+        row = renamed(read(row), columns)
+        return from_cells(row) if cells else row
+    for split, (where, rows, read) in splits.items():
+        name = where.rpartition(' ')[0] or f"source '{cfg.source}'"
+        readers[split] = functools.partial(object_of, read=read, cells=name.removesuffix('.gz').endswith('.csv'))
         for _, row in rows():
-            with contextlib.suppress(ValueError):           # a bad line is survey's to report
-                if isinstance(row := read(row), dict):
-                    kinds[where.rpartition(' ')[0]] = reader_of(row)
+            with contextlib.suppress(ValueError):               # a bad row is survey's to report
+                if isinstance(first := read(row), dict):
+                    if absent := [theirs for theirs in columns.values() if theirs not in first]:
+                        raise UserError(f"columns: {name} has no '{absent[0]}'{config._nearest(absent[0], list(map(str, first)))}")
+                    firsts[split] = name, readers[split](row)
                     break
-    if len(set(kinds.values())) > 1:
-        raise UserError(', '.join(f'{where} holds {KINDS[kind]}' for where, kind in kinds.items()) +
-                        ': both must be of one kind (their first lines tell)')
-    kind = next(iter(kinds.values()), read_pair)
-    return {split: (where, rows, lambda row, read=read: kind(read(row))) for split, (where, rows, read) in splits.items()}
+
+    kinds = {split: reader_of(row) for split, (_, row) in firsts.items()}
+    turns = {split: holds_messages(row) for split, (_, row) in firsts.items()}
+    if len({(KINDS[kind], turns[split]) for split, kind in kinds.items()}) > 1:
+        raise UserError(', '.join(f'{firsts[split][0]} holds {KINDS[kind]}' + ' of messages' * turns[split]
+                                  for split, kind in kinds.items()) + ': both must be of one kind (their first lines tell)')
+    conversations = any(turns.values())
+    template = resolved(cfg.template, conversations)
+    if read_imdb in kinds.values():
+        learned = cfg.tokenizer == 'bytes' or cfg.tokenizer.startswith('bpe:')
+        imdb = functools.partial(read_imdb, tokenizer=None if learned else load_tokenizer('', cfg.tokenizer), seed=cfg.seed)
+
+    def texts_of(row, read, kind, scored, ready):
+        row = read(row)
+        try:
+            (prompt, *responses), label = kind(row)
+        except ValueError as error:
+            raise ByRule(error.args[0]) if ready and error.args[0] in DIRT else error
+        if KINDS.get(kind) == 'pairs':
+            check_gap(row, cfg.min_gap, scored)
+        text = render(prompt, template)
+        if not (isinstance(prompt, str) or conversations or cfg.template):
+            raise ValueError('another_kind', 'holds messages, the first row has none')
+        if conversations or not isinstance(prompt, str):
+            responses = [spaced(text, response) for response in responses]
+        return [text, *responses], label
+    found = {}
+    for split, (where, rows, _) in splits.items():
+        name, row = firsts.get(split, ('', {}))
+        kind = kinds.get(split, read_pair)
+        scored = KINDS[kind] == 'pairs' and bool({'score_chosen', 'score_rejected'} & set(row))
+        if cfg.min_gap and row and not scored:
+            raise UserError(f'min_gap={cfg.min_gap:g} needs pairs with score_chosen and score_rejected; {name} has '
+                            f'{", ".join(map(str, row))}')
+        ready = kind in READY
+        kind = imdb if kind is read_imdb else kind
+        if row and (not where or name.endswith(TABLES)):        # all rows have the columns of the first
+            check_columns(row, kind, name)
+        found[split] = where, rows, functools.partial(texts_of, read=readers[split], kind=kind, scored=scored, ready=ready)
+    return found, template
+
+
+def check_columns(row, kind, name):
+    """UserError where a table has not the columns of its kind."""
+    try:
+        kind(row)
+    except ValueError as error:
+        if error.args[0] == 'missing_key':
+            hint = '. These are transcripts, as HH\'s red-team-attempts are, not pairs: set another --data_dir' * ('transcript' in row)
+            hint += '. Are its cells separated by commas?' * any(mark in ''.join(row) for mark in ';\t|')
+            raise UserError(f'{name} has columns {", ".join(row)}; it needs chosen and rejected, and prompt unless they begin with '
+                            f'it; or prompt and responses; or prompt and completion; or messages (see --columns){hint}') from None
 
 
 def open_preferences(cfg, hub, aside):
-    """The source of pairs, rankings or unpaired examples. hub: its DatasetDict where it is on the hub; aside: a
-    temporary folder."""
-    def as_it_is(row):
-        return row
+    """The source of pairs, rankings, examples or demonstrations, and the resolved template. hub: its DatasetDict where it is on
+    the hub; aside: a temporary folder."""
+    folder = os.path.normpath(os.path.join(cfg.source, cfg.data_dir))
+    sorts = [sort for sort in FILE_SORTS[:4] if os.path.isfile(os.path.join(folder, f'train{sort}'))]
+    if len(sorts) > 1:
+        raise UserError(f'{folder} holds {" and ".join(f"train{sort}" for sort in sorts)}: which one? Give the file, or keep one')
     if cfg.source.endswith('.py'):
-        return of_one_kind(from_python(cfg.source, 'pairs', cfg.seed, as_it_is))
-    if cfg.source.endswith('.jsonl'):
-        return of_one_kind({'train': from_lines(cfg.source, as_it_is)})
-    folder = os.path.join(cfg.source, cfg.data_dir)
-    if os.path.isfile(os.path.join(folder, 'train.jsonl')):
-        files = {file[:-6]: file for file in os.listdir(folder) if file.endswith('.jsonl')}
-        return of_one_kind({split: from_lines(os.path.join(folder, file), as_it_is)
-                            for split, file in train_and_val(files, folder).items()})
-    # local files get a cache of their own: the shared one tells them by their times, and keeps a copy
-    found = hub or load_dataset(cfg.source, cfg.data_dir, os.path.join(aside, 'cache'))
-    return from_dataset(train_and_val(found, cfg.source), cfg.source)
+        splits = from_python(cfg.source, 'pairs', cfg.seed, as_it_is)
+    elif os.path.isfile(cfg.source):
+        splits = {'train': from_file(cfg.source)}
+    elif sorts:
+        files = {file.removesuffix(sorts[0]): file for file in os.listdir(folder) if file.endswith(sorts[0])}
+        splits = {split: from_file(os.path.join(folder, file)) for split, file in train_and_val(files, folder).items()}
+    else:
+        # local files get a cache of their own: the shared one tells them by their times, and keeps a copy
+        found = hub or load_dataset(cfg.source, cfg.data_dir, os.path.join(aside, 'cache'))
+        splits = {split: from_items(table, '', as_it_is) for split, table in train_and_val(found, cfg.source).items()}
+    return interpret(splits, cfg)
 
 
 def open_documents(cfg):
@@ -384,7 +810,7 @@ def survey(source, bad):
             dropped[reason] += 1
             prompts.append(-1)
             labels.append(None)
-            if where:
+            if where and not isinstance(error, ByRule):
                 bad.append(f'{where} {number}: {message}')
     labelled = any(label is not None for label in labels)
     return np.array(prompts, np.int64), np.array(labels, bool) if labelled else None, K, dict(sorted(dropped.items()))
@@ -438,6 +864,11 @@ def plan(splits, cfg, what):
         splits, found = splits | {'val': splits['train']}, found | {'val': (prompts, labels, K, {})}
         take['val'] = hold_out(prompts, cfg.val_fraction, cfg.seed)
         take['train'] &= ~take['val']
+    over = np.flatnonzero(take['val'])
+    if 0 < cfg.max_val < len(over):
+        left_out = np.random.default_rng(cfg.seed).permutation(over)[cfg.max_val:]
+        take['val'][left_out] = False
+        found['val'] = (*found['val'][:3], found['val'][3] | {'over_max_val': len(left_out)})
     plans = {}
     for split, (_, labels, _, dropped) in found.items():
         if not take[split].any():
@@ -538,11 +969,11 @@ def truncate(prompt, responses, max_length, max_prompt_length):
 
 
 def encode_groups(rows, tokenizer, cfg):
-    """Token ids of rows, lists of a prompt and K responses. Returns (parts, whole): the parts of all groups, one after
+    """Token ids of rows, lists of a prompt, rendered, and K responses. Returns (parts, whole): the parts of all groups, one after
     another, lists of int; and the same before they were cut."""
     parts, whole = [], []
     for prompt, *responses in rows:
-        prompt = prompt_ids(tokenizer, prompt, cfg.template)
+        prompt = rendered_ids(tokenizer, prompt, cfg.template)
         responses = [tokenizer.encode_ordinary(response) + [tokenizer.eot_token] for response in responses]
         parts += truncate(prompt, responses, cfg.max_length, cfg.max_prompt_length)
         whole += [prompt, *responses]
@@ -804,17 +1235,20 @@ def check(cfg):
     if cfg.max_prompt_length >= cfg.max_length:
         raise UserError(f'max_prompt_length={cfg.max_prompt_length} must be less than max_length='
                         f'{cfg.max_length}, to leave room for a response')
-    if cfg.template.count('{prompt}') != 1:
+    if cfg.template and cfg.template.count('{prompt}') != 1:
         raise UserError(f'template={cfg.template!r} must hold {{prompt}} once')
     size = re.fullmatch(r'bpe:([0-9]+)', cfg.tokenizer)
     if (int(size[1]) < 257) if size else cfg.tokenizer.startswith('bpe') or cfg.tokenizer.endswith('.json'):
         raise UserError(f"tokenizer={cfg.tokenizer!r} must be one of tiktoken's names, 'bytes' or 'bpe:N', "
                         'N >= 257: the 256 bytes, the end token, and what is learned')
     if not cfg.source and cfg.documents in ('', 'chosen'):
-        raise UserError('nothing to prepare: set --source to a hub name, a directory, a .jsonl or a .py file')
-    if os.path.isfile(cfg.source) != cfg.source.endswith(('.jsonl', '.py')):
-        wrong = 'must be a .jsonl or a .py file' if os.path.isfile(cfg.source) else 'does not exist'
+        raise UserError('nothing to prepare: set --source to a hub name, a directory, or a file (--help)')
+    if os.path.isfile(cfg.source) != cfg.source.endswith(('.py', *FILE_SORTS)):
+        wrong = 'must be a .jsonl, .json, .csv, .parquet or .py file' if os.path.isfile(cfg.source) else 'does not exist'
         raise UserError(f'source {cfg.source} {wrong}')
+    if cfg.data_dir and os.path.isfile(cfg.source):
+        raise UserError(f'data_dir={cfg.data_dir} is of no use with a file as source: leave it out')
+    read_columns(cfg.columns)
     if cfg.documents not in ('', 'chosen'):
         if not cfg.documents.endswith(('.jsonl', '.py', '.txt')):
             raise UserError(f"documents={cfg.documents!r} must be a .jsonl, .py or .txt file, or 'chosen'")
@@ -878,7 +1312,8 @@ def write_set(cfg, aside, hub, inputs):
     name = 'tokenizer.json' if own else cfg.tokenizer
     if not own:
         load_tokenizer(aside, name)     # a wrong name is found before the long read
-    plans = plan(open_preferences(cfg, hub, aside), cfg, cfg.source) if cfg.source else {}
+    splits, template = open_preferences(cfg, hub, aside) if cfg.source else ({}, resolved(cfg.template, False))
+    plans = plan(splits, cfg, cfg.source) if cfg.source else {}
     if cfg.documents == 'chosen':
         plans |= chosen_documents(plans)
     elif cfg.documents:
@@ -888,8 +1323,8 @@ def write_set(cfg, aside, hub, inputs):
         train = [rows for split, (rows, *_) in plans.items() if split.endswith('train')]
         make_tokenizer(cfg.tokenizer, (text for rows in train for row in rows() for text in row), aside)
     tokenizer = load_tokenizer(aside, name)
-    knobs = ('name', 'source', 'data_dir', 'documents', 'template', 'max_length', 'max_prompt_length')
-    meta = dict(format=FORMAT, **{key: getattr(cfg, key) for key in knobs}, tokenizer=name,
+    knobs = ('name', 'source', 'data_dir', 'columns', 'min_gap', 'documents', 'max_length', 'max_prompt_length')
+    meta = dict(format=FORMAT, **{key: getattr(cfg, key) for key in knobs}, template=template, tokenizer=name,
                 vocab_size=tokenizer.n_vocab, eot_token=tokenizer.eot_token, inputs=inputs, splits={})
     seen = {}
     for split, (rows, n, dropped, labels) in plans.items():
@@ -1038,6 +1473,7 @@ def open_reward(path, groups, device):
     groups: a split of the set that it must fit."""
     if path.endswith('.py'):
         score, tokenizer = read_reward(path), load_tokenizer(groups.folder, groups.meta['tokenizer'])
+        score(*([text_of(tokenizer, piece.tolist())] for piece in groups[0][:2]))       # once: it may load, or lack, a model
 
         def rewards(made):
             texts = [(text_of(tokenizer, prompt), text_of(tokenizer, ids)) for prompt, *responses in made for ids in responses]
@@ -1181,19 +1617,46 @@ def load_tokenizer(folder, name):
                              special_tokens={EOT: len(ranks)})
 
 
-def prompt_ids(tokenizer, prompt, template):
-    """The ids of a prompt, the same in training and in sampling: list of int, never empty.
+def render(prompt, template):
+    """The text of a prompt, a string or messages, in the template: what the model reads before it answers.
 
-    The template holds `{prompt}`; a prompt that already has what the template puts around it is taken as it
-    is. A template that begins with <|endoftext|> puts the end token there, as between GPT-2's documents;
-    in the prompt itself that string is ordinary text. An empty prompt becomes the end token.
+    The template holds `{prompt}`. A string that already has what the template puts around it is taken as it is. Of
+    messages [{'role', 'content'}, ...] each turn of the user is the template with its text, each of the assistant's
+    follows it, after a space where there is none; the system's stands first, as plain text. A turn of the user begins
+    a line of its own. A template's <|endoftext|> is a token, not text: see prompt_ids.
     """
-    bos = template.startswith(EOT)
     before, _, after = template.removeprefix(EOT).partition('{prompt}')
-    if not (prompt.startswith(before) and prompt.endswith(after)):
-        prompt = before + prompt + after
-    ids = tokenizer.encode_ordinary(prompt)
-    return [tokenizer.eot_token] * (bos or not ids) + ids
+    if isinstance(prompt, str):
+        return prompt if prompt.startswith(before) and prompt.endswith(after) else before + prompt + after
+    text = ''
+    for message in prompt:
+        if message['role'] != 'user':
+            text += spaced(text, message['content'])
+            continue
+        if text and not text.endswith('\n') and not before.startswith('\n'):
+            text += '\n'
+        text += before + message['content'] + after
+    return text
+
+
+def spaced(before, text):
+    """`text` as it follows `before`: after a space, where neither has white space there."""
+    return ' ' * bool(before and not before[-1].isspace() and not text[:1].isspace()) + text
+
+
+def rendered_ids(tokenizer, text, template):
+    """The ids of a rendered prompt: list of int, never empty. See prompt_ids."""
+    ids = tokenizer.encode_ordinary(text)
+    return [tokenizer.eot_token] * (template.startswith(EOT) or not ids) + ids
+
+
+def prompt_ids(tokenizer, prompt, template):
+    """The ids of a prompt, a string or messages, the same in training and in sampling: list of int, never empty.
+
+    A template that begins with <|endoftext|> puts the end token there, as between GPT-2's documents; in the prompt itself
+    that string is ordinary text. An empty prompt becomes the end token.
+    """
+    return rendered_ids(tokenizer, render(prompt, template), template)
 
 
 def text_of(tokenizer, ids):

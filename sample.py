@@ -29,8 +29,8 @@ from tqdm import tqdm
 import config
 from config import In, Literal, UserError
 from model import CheckpointError, find_checkpoints, fingerprint, load_model, packed_mask, token_logps
-from prepare_prefs import (Groups, Sampled, distinct_prompts, load_tokenizer, packed_batches, plan_rows, prompt_ids, read_reward, row_limit,
-                           text_of)
+from prepare_prefs import (Groups, Sampled, distinct_prompts, load_tokenizer, packed_batches, parse_json, plan_rows, prompt_ids,
+                           read_prompt, read_reward, row_limit, text_of)
 
 
 @torch.no_grad()
@@ -70,7 +70,8 @@ class Config:
                                                     # GPT-2 name on the hub, or a directory in its layout
     after: str = ''                                 # the policy: '' = out/<name>/dpo, or as above
     prompt: str = ''                                # one prompt of your own; '' on the command line is the empty prompt
-    prompts_file: str = ''                          # many: a text file, one a line, or .jsonl with "prompt"; all are used
+    prompts_file: str = ''                          # many: a text file, one a line, or .jsonl with "prompt", a string or
+                                                    # messages [{"role", "content"}, ...]; all are used
     num_prompts: In[int, 'x >= 1'] = 8              # of val, distinct, in a fixed shuffled order: more extend fewer
     num_samples: In[int, 'x >= 1'] = 1              # of each prompt
     show: In[int, 'x >= 0'] = 8                     # samples printed, of different prompts first; the table is over all
@@ -92,7 +93,8 @@ class Config:
 # prompts and models from files
 
 def read_prompts(path):
-    """The prompts of a text file, one a line, or of a .jsonl with `prompt`; blank lines are skipped. UserErrors."""
+    """The prompts of a text file, one a line, or of a .jsonl with `prompt`, a string or messages; blank lines are skipped.
+    UserErrors."""
     try:
         with open(path, encoding='utf-8-sig') as f:
             lines = [(number, line.rstrip('\n')) for number, line in enumerate(f, 1) if line.strip()]
@@ -107,10 +109,10 @@ def read_prompts(path):
     prompts = []
     for number, line in lines:
         try:
-            prompts.append(json.loads(line)['prompt'])
-            assert isinstance(prompts[-1], str)
-        except (ValueError, KeyError, TypeError, AssertionError, RecursionError):
-            raise UserError(f'prompts_file {path} line {number} is not an object with a string "prompt"') from None
+            prompts.append(read_prompt(parse_json(line.encode())))
+        except ValueError as error:
+            raise UserError(f'prompts_file {path} line {number} is not an object with a "prompt", a string or messages: '
+                            f'{error.args[-1]}') from None
     return prompts
 
 

@@ -373,7 +373,7 @@ def test_a_user_s_mistake_is_one_line_on_stderr_without_a_traceback():
     (['--tokenizer=gpt3'], "tokenizer 'gpt3' is unknown"),
     (['--source='], 'nothing to prepare'),
     (['--source=absent.jsonl'], 'source absent.jsonl does not exist'),
-    (['--source=notes.txt'], 'source notes.txt must be a .jsonl or a .py file'),
+    (['--source=notes.txt'], 'source notes.txt must be a .jsonl, .json, .csv, .parquet or .py file'),
     (['--source=empty'], "source 'empty' could not be loaded"),
     (['--source=columns'], "source 'columns' has columns question; it needs chosen and rejected"),
     (['--documents=absent.txt'], 'documents absent.txt does not exist'),
@@ -566,7 +566,7 @@ def test_train_and_val_of_two_kinds_are_refused_in_one_line_that_names_both(trai
 
 
 def test_a_table_without_the_columns_of_its_kind_is_refused(capfd):
-    for row in (dict(prompt='a', completion='b'), dict(responses=['a', 'b']), dict(completion='a', label=True)):
+    for row in (dict(prompt='a', chosen='b'), dict(responses=['a', 'b']), dict(completion='a', label=True)):
         write_jsonl('columns/data.jsonl', [row])
         assert f"has columns {', '.join(row)}; it needs" in error_of('--source=columns')
     write_jsonl('columns/data.jsonl', [dict(row, label=int(row['label'])) for row in UNPAIRED])
