@@ -975,13 +975,15 @@ def save_tokenizer(folder, tokenizer, template, max_length):
     words as GPT-2 does, vocab.json and merges.txt for older readers.
 
     `encode(text, split_special_tokens=True)` gives encode_ordinary's ids; without it a literal <|endoftext|> in a text becomes
-    the end token. The chat template writes every user turn by `template`. max_length: the model's positions, in tokens.
+    the end token. The chat template writes each turn of the user by `template`, which holds its own request for an answer; the
+    assistant's follow, after a space, the system's stand as they are. max_length: the model's positions, in tokens.
     """
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]      # GPT-2's alphabet: a character for every byte
     others = [b for b in range(256) if b not in printable]
     letters = {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
     ranks = tokenizer._mergeable_ranks
-    vocab = {''.join(map(letters.get, token)): rank for token, rank in ranks.items()} | {EOT: tokenizer.eot_token}
+    vocab = {''.join(map(letters.get, token)): rank for token, rank in ranks.items()} | tokenizer._special_tokens
+    vocab |= {f'<|unused_{i}|>': i for i in sorted(set(range(tokenizer.n_vocab)) - set(vocab.values()))}    # cl100k_base skips some
     merges = []
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
         parts = [bytes([b]) for b in token]
@@ -1008,15 +1010,14 @@ def save_tokenizer(folder, tokenizer, template, max_length):
                  model=dict(type='BPE', dropout=None, unk_token=None, continuing_subword_prefix='', end_of_word_suffix='',
                             fuse_unk=False, byte_fallback=False, vocab=vocab, merges=merges))
 
-    before, _, after = template.removeprefix(EOT).partition('{prompt}')
-    quoted = [json.dumps(text, ensure_ascii=False) for text in (before, after)]
-    space = '' if after[-1:].isspace() else ' '
-    chat = ("{%- for message in messages -%}"
-            + "{{- bos_token if loop.first else '' -}}" * template.startswith(EOT)
-            + f"{{%- if message['role'] == 'user' -%}}{{{{- {quoted[0]} + message['content'] + {quoted[1]} -}}}}"
-            f"{{%- elif message['role'] == 'assistant' -%}}{{{{- '{space}' + message['content'] -}}}}"
-            "{{- eos_token if loop.last else '' -}}"        # as a response's end in training
-            "{%- else -%}{{- message['content'] -}}{%- endif -%}{%- endfor -%}")
+    before, after = (json.dumps(text, ensure_ascii=False) for text in template.removeprefix(EOT).split('{prompt}', 1))
+    own_line = "{%- if ns.text and ns.text[-1:] != '\n' -%}{%- set ns.text = ns.text + '\n' -%}{%- endif -%}"
+    chat = ("{%- set ns = namespace(text='') -%}{%- for message in messages -%}{%- set content = message['content'] -%}"
+            "{%- if message['role'] == 'user' -%}" + own_line * (not before.startswith(r'"\n'))
+            + f"{{%- set ns.text = ns.text + {before} + content + {after} -%}}{{%- else -%}}"
+            "{%- if ns.text[-1:]|trim and (content[:1]|trim or not content) -%}{%- set ns.text = ns.text + ' ' -%}{%- endif -%}"
+            "{%- set ns.text = ns.text + content -%}{%- endif -%}{%- endfor -%}{{- " + "bos_token + " * template.startswith(EOT)
+            + "ns.text -}}{%- if messages[-1]['role'] == 'assistant' -%}{{- eos_token -}}{%- endif -%}")   # as a response ends
     settings = dict(tokenizer_class='GPT2Tokenizer' if like_gpt2 else 'PreTrainedTokenizerFast', bos_token=EOT, eos_token=EOT,
                     unk_token=EOT, pad_token=EOT, padding_side='left', add_prefix_space=False, clean_up_tokenization_spaces=False,
                     model_max_length=max_length, chat_template=chat)
