@@ -242,7 +242,8 @@ class GPT(nn.Module):
         hf = _read_json(path('config.json'))
         if 'model_type' in hf and hf['model_type'] != 'gpt2':
             raise CheckpointError(f"{name_or_dir}: model_type={hf['model_type']!r}, this model is GPT-2 and needs 'gpt2'")
-        sizes = {key: hf.get(key) for key in ('n_positions', 'vocab_size', 'n_layer', 'n_head', 'n_embd')}      # as in GPTConfig
+        sizes = {'n_positions': hf.get('n_positions', 1024)}        # in GPTConfig's order
+        sizes |= {key: hf.get(key) for key in ('vocab_size', 'n_layer', 'n_head', 'n_embd')}
         for key, value in sizes.items():
             if type(value) is not int or not 1 <= value < 2**31:
                 raise CheckpointError(f"{name_or_dir}/config.json: {key} is {value!r}, it must be a positive whole number")
@@ -275,7 +276,7 @@ class GPT(nn.Module):
         with torch.device('meta'):              # shapes alone: no time for random weights
             model = cls(GPTConfig(*sizes.values(), layer_norm_epsilon=eps, **options))
         ours = {}
-        for (theirs, p), name in zip(_hf_names(model), dict(model.named_parameters())):
+        for name, (theirs, p) in zip(model.state_dict(), _hf_names(model)):
             if theirs not in tensors:
                 raise CheckpointError(f'{name_or_dir} has no tensor {theirs}')
             tensor = tensors.pop(theirs)

@@ -983,7 +983,7 @@ def save_tokenizer(folder, tokenizer, template, max_length):
     letters = {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
     ranks = tokenizer._mergeable_ranks
     vocab = {''.join(map(letters.get, token)): rank for token, rank in ranks.items()} | tokenizer._special_tokens
-    vocab |= {f'<|unused_{i}|>': i for i in sorted(set(range(tokenizer.n_vocab)) - set(vocab.values()))}    # cl100k_base skips some
+    vocab |= {f'<|unused_{i}|>': i for i in set(range(tokenizer.n_vocab)).difference(vocab.values())}     # cl100k_base has gaps
     merges = []
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
         parts = [bytes([b]) for b in token]
@@ -991,7 +991,7 @@ def save_tokenizer(folder, tokenizer, template, max_length):
             pairs = [(ranks.get(a + b, rank), i) for i, (a, b) in enumerate(zip(parts, parts[1:]))]
             older, i = min(pairs)
             if older >= rank:
-                raise UserError(f'tokenizer {tokenizer.name} cannot be exported: token {rank}, {token!r}, is no merge of two others')
+                raise UserError(f'tokenizer {tokenizer.name}: token {rank}, {token!r}, is no merge of two others: not exported')
             parts[i:i + 2] = [parts[i] + parts[i + 1]]
         if len(parts) == 2:
             merges.append(' '.join(''.join(map(letters.get, part)) for part in parts))
@@ -1012,12 +1012,14 @@ def save_tokenizer(folder, tokenizer, template, max_length):
 
     before, after = (json.dumps(text, ensure_ascii=False) for text in template.removeprefix(EOT).split('{prompt}', 1))
     own_line = "{%- if ns.text and ns.text[-1:] != '\n' -%}{%- set ns.text = ns.text + '\n' -%}{%- endif -%}"
+    # the end token follows an answer that comes last, as in training
     chat = ("{%- set ns = namespace(text='') -%}{%- for message in messages -%}{%- set content = message['content'] -%}"
             "{%- if message['role'] == 'user' -%}" + own_line * (not before.startswith(r'"\n'))
             + f"{{%- set ns.text = ns.text + {before} + content + {after} -%}}{{%- else -%}}"
             "{%- if ns.text[-1:]|trim and (content[:1]|trim or not content) -%}{%- set ns.text = ns.text + ' ' -%}{%- endif -%}"
-            "{%- set ns.text = ns.text + content -%}{%- endif -%}{%- endfor -%}{{- " + "bos_token + " * template.startswith(EOT)
-            + "ns.text -}}{%- if messages[-1]['role'] == 'assistant' -%}{{- eos_token -}}{%- endif -%}")   # as a response ends
+            "{%- set ns.text = ns.text + content -%}{%- endif -%}{%- endfor -%}"
+            + "{{- bos_token -}}" * template.startswith(EOT)
+            + "{{- ns.text -}}{%- if messages[-1]['role'] == 'assistant' -%}{{- eos_token -}}{%- endif -%}")
     settings = dict(tokenizer_class='GPT2Tokenizer' if like_gpt2 else 'PreTrainedTokenizerFast', bos_token=EOT, eos_token=EOT,
                     unk_token=EOT, pad_token=EOT, padding_side='left', add_prefix_space=False, clean_up_tokenization_spaces=False,
                     model_max_length=max_length, chat_template=chat)
