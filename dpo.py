@@ -28,8 +28,8 @@ from tqdm import tqdm
 
 import config
 from config import In, Literal, UserError
-from model import (CheckpointError, find_checkpoints, fingerprint, load_model, open_run, packed_mask, peak_flops,
-                   read_checkpoint, save_checkpoint, token_logps)
+from model import (CheckpointError, export_error, find_checkpoints, fingerprint, load_model, open_run, packed_mask,
+                   peak_flops, read_checkpoint, save_checkpoint, token_logps)
 from prepare_prefs import Groups, Sampled, distinct_prompts, mismatched, packed_batches, plan_rows, row_limit, step_groups
 
 
@@ -211,6 +211,8 @@ class Config:
     log_interval: In[int, 'x >= 1'] = 10            # steps a log line sums up
     save_interval: In[int, 'x >= 0'] = 500          # steps between checkpoints; the last step always has one
     track: Literal['', 'wandb', 'tensorboard'] = '' # also log there
+    save_pretrained: str = ''                       # a directory that gets the trained model in the Hugging Face layout, with
+                                                    # tokenizer and turn template; python model.py does the same later
     seed: In[int, '0 <= x < 2**32'] = 1337                  # of the order of pairs
     device: Literal['auto', 'cpu', 'cuda', 'mps'] = 'auto'  # auto = cuda where there is one, else cpu
     dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'  # of the matmuls; weights stay float32; auto = bfloat16 on cuda
@@ -305,6 +307,8 @@ def main(argv=None):
 
     data_dir = os.path.join('data', cfg.name)
     train, val = Groups(data_dir, 'train'), Groups(data_dir, 'val')
+    if cfg.save_pretrained:             # what cannot be written is refused before training
+        agree(export_error(cfg.save_pretrained, data_dir, keep=(cfg.init_from, cfg.ref_from)) if rank == 0 else '')
     kind = 'unpaired examples' if train.labels is not None else {1: 'single responses', 2: 'pairs'}.get(train.K, f'rankings of {train.K}')
     fitting = {'kto': 'pairs or unpaired examples', 'plackett_luce': 'pairs or rankings'}.get(cfg.loss, 'pairs')
     if kind.split()[0] not in fitting.split():
@@ -680,6 +684,16 @@ def main(argv=None):
     bar.close()
     if tracker is not None:
         tracker.finish() if cfg.track == 'wandb' else tracker.close()
+    if cfg.save_pretrained and not stopped_by_any:
+        error = ''
+        try:
+            if rank == 0:
+                policy.save_pretrained(cfg.save_pretrained, data_dir)
+        except (OSError, CheckpointError, UserError) as problem:
+            error = (f'cannot export to {cfg.save_pretrained}: {problem}; the checkpoints are untouched, and '
+                     f'python model.py {out_dir} {cfg.save_pretrained} exports them')
+        agree(error)
+        say(f'exported to {cfg.save_pretrained}')
     if world > 1:
         del ddp             # before the process group, or its reducer ends it holding the GIL that gloo's threads wait for
         gc.collect()

@@ -4,6 +4,9 @@
     model = GPT.from_pretrained('gpt2')                         # a hub name, or a directory in that layout
     model.save_pretrained('gpt2-dpo')                           # transformers and what builds on it load this
 
+    python model.py out/hh/dpo hh-hf                # the same of a checkpoint, with the tokenizer and turn template of data/hh
+    python model.py gpt2 gpt2-hf --data=data/hh     # of a name or directory, which does not say what data it is for
+
 `forward` gives hidden states for a packed row: it holds many groups [prompt | response_1 | ... | response_K] side by
 side, and `packed_mask` says who sees whom. The tied output head stands apart (`token_logps`), because it is needed
 at response tokens only. `generate` samples with a key-value cache.
@@ -19,6 +22,8 @@ import os
 import pickle
 import re
 import shutil
+import sys
+import tempfile
 import urllib.error
 import urllib.request
 from dataclasses import asdict, dataclass, fields
@@ -234,75 +239,182 @@ class GPT(nn.Module):
             path = _fetcher(name_or_dir)
         except ImportError as error:
             raise CheckpointError(f'{name_or_dir}: to read GPT-2 weights, pip install {error.name}') from None
-        with open(path('config.json')) as f:
-            try:
-                hf = json.load(f)
-            except ValueError as error:
-                raise CheckpointError(f'{name_or_dir}/config.json is not JSON: {error}') from None
-        allowed = dict(model_type=['gpt2'], activation_function=['gelu_new'], tie_word_embeddings=[True],
-                       n_inner=[None, 4 * hf.get('n_embd', 0)], scale_attn_weights=[True],
-                       scale_attn_by_inverse_layer_idx=[False], add_cross_attention=[False])
+        hf = _read_json(path('config.json'))
+        if 'model_type' in hf and hf['model_type'] != 'gpt2':
+            raise CheckpointError(f"{name_or_dir}: model_type={hf['model_type']!r}, this model is GPT-2 and needs 'gpt2'")
+        sizes = {'n_positions': hf.get('n_positions', 1024)}        # in GPTConfig's order
+        sizes |= {key: hf.get(key) for key in ('vocab_size', 'n_layer', 'n_head', 'n_embd')}
+        for key, value in sizes.items():
+            if type(value) is not int or not 1 <= value < 2**31:
+                raise CheckpointError(f"{name_or_dir}/config.json: {key} is {value!r}, it must be a positive whole number")
+        allowed = dict(activation_function=['gelu_new'], tie_word_embeddings=[True], n_inner=[None, 4 * sizes['n_embd']],
+                       scale_attn_weights=[True], scale_attn_by_inverse_layer_idx=[False], add_cross_attention=[False])
         for key, values in allowed.items():
             if key in hf and hf[key] not in values:
                 raise CheckpointError(f'{name_or_dir}: {key}={hf[key]!r}, this model is GPT-2 and needs {values[0]!r}')
-        try:
-            config = GPTConfig(hf.get('n_positions', 1024), hf['vocab_size'], hf['n_layer'], hf['n_head'], hf['n_embd'],
-                               layer_norm_epsilon=hf.get('layer_norm_epsilon', 1e-5), **options)
-        except KeyError as error:
-            raise CheckpointError(f'{name_or_dir}/config.json has no {error}') from None
-        model = cls(config)
-        index = path('model.safetensors.index.json', optional=True)
-        files = sorted(set(json.load(open(index))['weight_map'].values())) if index else ['model.safetensors']
+        eps = hf.get('layer_norm_epsilon', 1e-5)
+        if type(eps) not in (int, float) or not 0 <= eps < 1:
+            raise CheckpointError(f'{name_or_dir}/config.json: layer_norm_epsilon is {eps!r}, it must be a number such as 1e-05')
+
+        files = ['model.safetensors']           # or, of a large model, several
+        if path(files[0], optional=True) is None and (index := path('model.safetensors.index.json', optional=True)):
+            shards = _read_json(index).get('weight_map')
+            if not isinstance(shards, dict) or not all(isinstance(file, str) for file in shards.values()):
+                raise CheckpointError(f'{index} does not say which file holds which tensor (weight_map)')
+            files = sorted(set(shards.values()))
         tensors = {}
         for file in files:
             try:
                 with safe_open(path(file), 'pt') as f:
                     tensors.update({key.removeprefix('transformer.'): f.get_tensor(key) for key in f.keys()})
-            except SafetensorError as error:
+            except (SafetensorError, OSError) as error:
                 raise CheckpointError(f'{name_or_dir}/{file} is damaged: {error}') from None
-        with torch.no_grad():
-            for theirs, p in _hf_names(model):
-                if theirs not in tensors:
-                    raise CheckpointError(f'{name_or_dir} has no tensor {theirs}')
-                tensor = tensors.pop(theirs)
-                tensor = tensor.t() if _transposed(theirs) else tensor
-                if tensor.shape != p.shape:
-                    raise CheckpointError(f'{name_or_dir}: {theirs} has shape {tuple(tensor.shape)}, config.json '
-                                          f'makes it {tuple(p.shape)}')
-                p.copy_(tensor)
+
+        layers = len({key.split('.')[1] for key in tensors if key.startswith('h.')})
+        if layers != sizes['n_layer']:
+            raise CheckpointError(f"{name_or_dir} holds weights of {layers} layers, config.json says n_layer={sizes['n_layer']}")
+        with torch.device('meta'):              # shapes alone: no time for random weights
+            model = cls(GPTConfig(*sizes.values(), layer_norm_epsilon=eps, **options))
+        ours = {}
+        for name, (theirs, p) in zip(model.state_dict(), _hf_names(model)):
+            if theirs not in tensors:
+                raise CheckpointError(f'{name_or_dir} has no tensor {theirs}')
+            tensor = tensors.pop(theirs)
+            tensor = tensor.t() if _transposed(theirs) else tensor
+            if tensor.shape != p.shape:
+                raise CheckpointError(f'{name_or_dir}: {theirs} has shape {tuple(tensor.shape)}, config.json '
+                                      f'makes it {tuple(p.shape)}')
+            if not tensor.is_floating_point():
+                raise CheckpointError(f'{name_or_dir}: {theirs} is of {tensor.dtype}, not of floating point')
+            ours[name] = torch.empty(p.shape).copy_(tensor)      # float32; no view of the file, which may be replaced
+        model.load_state_dict(ours, assign=True)
         head = tensors.pop('lm_head.weight', None)
         left = [k for k in tensors if not k.endswith(('.attn.bias', '.attn.masked_bias'))]     # causal-mask buffers
         if left or head is not None and not torch.equal(head.float(), model.wte.weight):
             raise CheckpointError(f"{name_or_dir} holds weights that GPT-2 has no place for: {', '.join(left[:3]) or 'lm_head'}")
         return model
 
-    def save_pretrained(self, folder, end_token=None):
-        """Write config.json and model.safetensors, as transformers does for GPT2LMHeadModel.
+    def save_pretrained(self, folder, data_dir='', end_token=None):
+        """Write what transformers' GPT2LMHeadModel loads, and with data_dir (data/<name>) what its AutoTokenizer does: the
+        tokenizer and turn template of that data set.
 
-        end_token: the id for bos/eos in config.json (default: the last id of the vocabulary, as GPT-2's).
-        Each file is written aside and renamed.
+        A vocabulary padded beyond the tokenizer's is cut to it, so that no id without a token is ever generated.
+        end_token: the id where a text ends (default: the tokenizer's; without one the last, as GPT-2's).
+        All files are written aside, then take the place of an earlier export's. Where that fails the folder is as it was;
+        raises CheckpointError or OSError.
         """
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
-        os.makedirs(folder, exist_ok=True)
-        c = self.config
-        end_token = c.vocab_size - 1 if end_token is None else end_token
-        hf = dict(architectures=['GPT2LMHeadModel'], model_type='gpt2', activation_function='gelu_new',
-                  vocab_size=c.vocab_size, n_positions=c.block_size, n_ctx=c.block_size, n_layer=c.n_layer, n_head=c.n_head,
-                  n_embd=c.n_embd, layer_norm_epsilon=c.layer_norm_epsilon, attn_pdrop=0.0, embd_pdrop=c.dropout,
-                  resid_pdrop=c.dropout, bos_token_id=end_token, eos_token_id=end_token, dtype='float32')
+        if error := export_error(folder, data_dir):
+            raise CheckpointError(error)
+        c, size = self.config, self.config.vocab_size
+        if data_dir:
+            from prepare_prefs import load_tokenizer, read_meta, save_tokenizer     # here: weights alone need none of ours
+            meta = read_meta(data_dir)
+            size, end_token = meta['vocab_size'], meta['eot_token'] if end_token is None else end_token
+            if size > c.vocab_size:
+                raise CheckpointError(f'{data_dir} has a vocabulary of {size:,}, the model of {c.vocab_size:,}')
+        end_token = size - 1 if end_token is None else end_token
+        ends = dict(bos_token_id=end_token, eos_token_id=end_token, pad_token_id=end_token)
+        hf = dict(architectures=['GPT2LMHeadModel'], model_type='gpt2', activation_function='gelu_new', vocab_size=size,
+                  n_positions=c.block_size, n_ctx=c.block_size, n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd,
+                  layer_norm_epsilon=c.layer_norm_epsilon, attn_pdrop=0.0, embd_pdrop=c.dropout, resid_pdrop=c.dropout,
+                  dtype='float32', made_by=MADE_BY, **ends)
         tensors = {f'transformer.{theirs}': (p.t() if _transposed(theirs) else p).detach().float().cpu().contiguous()
                    for theirs, p in _hf_names(self)}
-        weights, settings = os.path.join(folder, 'model.safetensors'), os.path.join(folder, 'config.json')
+        tensors['transformer.wte.weight'] = tensors['transformer.wte.weight'][:size].contiguous()
+        existed = os.path.isdir(folder)
+        os.makedirs(folder, exist_ok=True)
+        for left in glob.glob(os.path.join(glob.escape(folder), '.export-*')):      # by a run that was killed
+            shutil.rmtree(left)
         try:
-            save_file(tensors, weights + '.tmp', metadata={'format': 'pt'})
-            with open(settings + '.tmp', 'w') as f:
-                json.dump(hf, f, indent=2)
-            os.replace(weights + '.tmp', weights)
-            os.replace(settings + '.tmp', settings)
-        finally:
-            for path in (weights + '.tmp', settings + '.tmp'):
-                if os.path.exists(path):
-                    os.remove(path)
+            with tempfile.TemporaryDirectory(prefix='.export-', dir=folder) as aside:
+                try:
+                    save_file(tensors, os.path.join(aside, 'model.safetensors'), metadata={'format': 'pt'})
+                except SafetensorError as error:        # the disk's own error, in its words
+                    raise OSError(f'{folder}/model.safetensors: {error}') from None
+                for file, content in (('config.json', hf), ('generation_config.json', ends)):
+                    with open(os.path.join(aside, file), 'w') as f:
+                        json.dump(content, f, indent=2)
+                shutil.copymode(f.name, os.path.join(aside, 'model.safetensors'))       # safetensors lets nobody else read it
+                if data_dir:
+                    save_tokenizer(aside, load_tokenizer(data_dir, meta['tokenizer']), meta['template'], c.block_size)
+                _take_the_place(aside, folder)
+        except BaseException:
+            if not existed:
+                os.rmdir(folder)
+            raise
+
+
+MADE_BY = 'nanoDPO'         # in config.json: an export of ours may be replaced by another, nothing else is
+EXPORTED = ('model.safetensors', 'generation_config.json', 'tokenizer.json', 'tokenizer_config.json', 'vocab.json', 'merges.txt',
+            'config.json')
+CONTRADICTING = ('model.safetensors.index.json', 'pytorch_model.bin', 'pytorch_model.bin.index.json', 'chat_template.jinja',
+                 'special_tokens_map.json', 'added_tokens.json')        # readers would mix these with what we write
+
+
+def export_error(folder, data_dir='', keep=()):
+    """Why save_pretrained could not write to `folder`, one line; '' where nothing stands against it.
+
+    keep: the directories and files that a run began with, which its export must not replace.
+    """
+    try:
+        import safetensors      # noqa: F401
+        if data_dir:
+            from prepare_prefs import load_tokenizer, read_meta
+            load_tokenizer(data_dir, read_meta(data_dir)['tokenizer'])      # tiktoken's may have to be downloaded
+    except ImportError as error:
+        return f'{folder} cannot be exported to: pip install {error.name}'
+    except SystemExit as error:
+        return f'{folder} cannot be exported to: {str(error).removeprefix("error: ")}'
+    above = os.path.abspath(folder)
+    while not os.path.lexists(above):
+        above = os.path.dirname(above)
+    if not os.path.isdir(above):
+        return f'{folder} cannot be exported to: {above} is not a directory'
+    if not os.access(above, os.R_OK | os.W_OK | os.X_OK):
+        return f'{folder} cannot be exported to: no permission to write in {above}'
+    if any(os.path.realpath(folder) == os.path.realpath(path) for path in keep if path):
+        return f'{folder} is what the run begins with: export to another directory'
+    present = set(os.listdir(folder)) if os.path.isdir(folder) else set()
+    try:
+        ours = 'config.json' in present and _read_json(os.path.join(folder, 'config.json')).get('made_by') == MADE_BY
+    except CheckpointError:
+        ours = False
+    if foreign := sorted(present.intersection(CONTRADICTING if ours else CONTRADICTING + EXPORTED)):
+        return f'{folder} holds {foreign[0]}, which is of no export of ours: choose another directory'
+    return ''
+
+
+def _take_the_place(aside, folder):
+    """Move the files of a whole export, in `aside`, in place of an earlier one; if that fails midway it comes back."""
+    for file in os.listdir(aside):
+        with open(os.path.join(aside, file), 'rb') as f:
+            os.fsync(f.fileno())
+    old = tempfile.mkdtemp(dir=aside)
+    try:
+        for file in EXPORTED:
+            for source, target in ((folder, old), (aside, folder)):
+                if os.path.exists(os.path.join(source, file)):
+                    os.replace(os.path.join(source, file), os.path.join(target, file))
+    except BaseException:
+        for file in os.listdir(old):
+            os.replace(os.path.join(old, file), os.path.join(folder, file))
+        raise
+
+
+def _read_json(path):
+    """The object in a JSON file, or a CheckpointError."""
+    try:
+        with open(path, encoding='utf-8') as f:
+            found = json.load(f)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f'{path} is not JSON: {error}') from None
+    except OSError as error:
+        raise CheckpointError(f'{path} cannot be read: {error.strerror}') from None
+    if not isinstance(found, dict):
+        raise CheckpointError(f'{path} holds no JSON object')
+    return found
 
 
 def _hf_names(model):
@@ -586,3 +698,47 @@ def peak_flops(device):
     name = torch.cuda.get_device_name(device)
     peaks = {'H200': 989e12, 'H100': 989e12, 'B200': 2250e12, 'A100': 312e12, 'L40S': 362e12, 'RTX 4090': 165e12}
     return next((peak for key, peak in peaks.items() if key in name), 0)
+
+
+# -----------------------------------------------------------------------------
+# the command: any weights that load, as transformers has them
+
+def main(argv):
+    from config import UserError            # here, not above: the model by itself needs none of ours
+    from prepare_prefs import Groups, read_meta
+    usage = 'python model.py WEIGHTS DIRECTORY [--data=data/NAME]'
+    if {'-h', '--help'} & set(argv):
+        print(f'usage: {usage}\n\n'
+              'WEIGHTS    a checkpoint folder or .pt of ours, a directory in the Hugging Face layout, or a GPT-2 name on the hub\n'
+              'DIRECTORY  gets them in that layout, with the tokenizer and turn template of the data set\n'
+              '--data     by default the one that a checkpoint was trained on; --data= exports the weights alone')
+        return
+    paths, flags = ([a for a in argv if a.startswith('-') == flag] for flag in (False, True))
+    if len(paths) != 2 or '' in paths or any(not flag.startswith('--data=') for flag in flags):
+        raise UserError(f'usage: {usage}')
+    source, folder = paths
+    try:
+        model, record = load_model(source, dropout=0.0)
+        name = record.get('config', {}).get('name')
+        data_dir = flags[-1].removeprefix('--data=') if flags else os.path.join('data', name) if name else None
+        advice = 'add --data=data/NAME, whose tokenizer is exported too, or --data= for the weights alone'
+        if data_dir is None:
+            raise UserError(f'{source} does not say what data it is for: {advice}')
+        if data_dir and not os.path.isdir(data_dir):
+            raise UserError(f'{data_dir} does not exist here, and with it the tokenizer: {advice}')
+        if data_dir:
+            meta = read_meta(data_dir)
+            Groups(data_dir, list(meta['splits'])[-1]).check_model(model.config, record.get('vocabulary'), source)
+        model.save_pretrained(folder, data_dir)
+    except CheckpointError as error:
+        raise UserError(error) from None
+    except OSError as error:
+        raise UserError(f'cannot write {folder}: {error.strerror or error}; it is as it was') from None
+    print(f'{folder}: {model.num_params():,} parameters of {source}, '
+          + (f"tokenizer and template {meta['template']!r} of {data_dir}" if data_dir else 'no tokenizer'))
+    if data_dir and model.config.vocab_size > meta['vocab_size']:
+        print(f"the vocabulary of {model.config.vocab_size:,} was cut to the tokenizer's {meta['vocab_size']:,}")
+
+
+if __name__ == '__main__':
+    main(sys.argv[1:])

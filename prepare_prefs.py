@@ -1617,6 +1617,67 @@ def load_tokenizer(folder, name):
                              special_tokens={EOT: len(ranks)})
 
 
+def save_tokenizer(folder, tokenizer, template, max_length):
+    """Write a tiktoken.Encoding for transformers' AutoTokenizer: tokenizer.json, tokenizer_config.json and, where it splits
+    words as GPT-2 does, vocab.json and merges.txt for older readers.
+
+    `encode(text, split_special_tokens=True)` gives encode_ordinary's ids; without it a literal <|endoftext|> in a text becomes
+    the end token. The chat template writes each turn of the user by `template`, which holds its own request for an answer; the
+    assistant's follow, after a space, the system's stand as they are. max_length: the model's positions, in tokens.
+    """
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]      # GPT-2's alphabet: a character for every byte
+    others = [b for b in range(256) if b not in printable]
+    letters = {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
+    ranks = tokenizer._mergeable_ranks
+    vocab = {''.join(map(letters.get, token)): rank for token, rank in ranks.items()} | tokenizer._special_tokens
+    vocab |= {f'<|unused_{i}|>': i for i in set(range(tokenizer.n_vocab)).difference(vocab.values())}     # cl100k_base has gaps
+    merges = []
+    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
+        parts = [bytes([b]) for b in token]
+        while len(parts) > 2:           # by older tokens alone: the last two pieces are what it was merged from
+            pairs = [(ranks.get(a + b, rank), i) for i, (a, b) in enumerate(zip(parts, parts[1:]))]
+            older, i = min(pairs)
+            if older >= rank:
+                raise UserError(f'tokenizer {tokenizer.name}: token {rank}, {token!r}, is no merge of two others: not exported')
+            parts[i:i + 2] = [parts[i] + parts[i + 1]]
+        if len(parts) == 2:
+            merges.append(' '.join(''.join(map(letters.get, part)) for part in parts))
+
+    # possessive quantifiers are there for speed alone, and another engine reads {1,3}+ as repeated
+    pattern = re.sub(r'([+*?]|\{[\d,]+\})\+', r'\1', tokenizer._pat_str)
+    like_gpt2 = not merges or pattern in (PATTERN, PATTERN.replace(r'\s+(?!\S)|\s+', r'\s+$|\s+(?!\S)|\s'))
+    byte_level = dict(type='ByteLevel', add_prefix_space=False, trim_offsets=True)
+    split = dict(type='Split', pattern={'Regex': pattern.replace('$', r'(?![\s\S])')},      # $ is a line's end there
+                 behavior='Isolated', invert=False)
+    pre = byte_level | {'use_regex': True} if like_gpt2 else dict(
+        type='Sequence', pretokenizers=[split, byte_level | {'use_regex': False}])
+    end = dict(id=tokenizer.eot_token, content=EOT, single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
+    whole = dict(version='1.0', truncation=None, padding=None, added_tokens=[end], normalizer=None, pre_tokenizer=pre,
+                 post_processor=None, decoder=byte_level | {'use_regex': True},
+                 model=dict(type='BPE', dropout=None, unk_token=None, continuing_subword_prefix='', end_of_word_suffix='',
+                            fuse_unk=False, byte_fallback=False, vocab=vocab, merges=merges))
+
+    before, after = (json.dumps(text, ensure_ascii=False) for text in template.removeprefix(EOT).split('{prompt}', 1))
+    own_line = "{%- if ns.text and ns.text[-1:] != '\n' -%}{%- set ns.text = ns.text + '\n' -%}{%- endif -%}"
+    # the end token follows an answer that comes last, as in training
+    chat = ("{%- set ns = namespace(text='') -%}{%- for message in messages -%}{%- set content = message['content'] -%}"
+            "{%- if message['role'] == 'user' -%}" + own_line * (not before.startswith(r'"\n'))
+            + f"{{%- set ns.text = ns.text + {before} + content + {after} -%}}{{%- else -%}}"
+            "{%- if ns.text[-1:]|trim and (content[:1]|trim or not content) -%}{%- set ns.text = ns.text + ' ' -%}{%- endif -%}"
+            "{%- set ns.text = ns.text + content -%}{%- endif -%}{%- endfor -%}"
+            + "{{- bos_token -}}" * template.startswith(EOT)
+            + "{{- ns.text -}}{%- if messages[-1]['role'] == 'assistant' -%}{{- eos_token -}}{%- endif -%}")
+    settings = dict(tokenizer_class='GPT2Tokenizer' if like_gpt2 else 'PreTrainedTokenizerFast', bos_token=EOT, eos_token=EOT,
+                    unk_token=EOT, pad_token=EOT, padding_side='left', add_prefix_space=False, clean_up_tokenization_spaces=False,
+                    model_max_length=max_length, chat_template=chat)
+    files = {'tokenizer.json': json.dumps(whole, ensure_ascii=False), 'tokenizer_config.json': json.dumps(settings, indent=2)}
+    if like_gpt2:
+        files |= {'vocab.json': json.dumps(vocab, ensure_ascii=False), 'merges.txt': '\n'.join(['#version: 0.2', *merges, ''])}
+    for file, text in files.items():
+        with open(os.path.join(folder, file), 'w', encoding='utf-8') as f:
+            f.write(text)
+
+
 def render(prompt, template):
     """The text of a prompt, a string or messages, in the template: what the model reads before it answers.
 

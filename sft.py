@@ -26,8 +26,8 @@ from tqdm import tqdm
 
 import config
 from config import In, Literal, UserError
-from model import (GPT, CheckpointError, GPTConfig, find_checkpoints, fingerprint, load_model, open_run, packed_mask,
-                   peak_flops, read_checkpoint, save_checkpoint, token_logps)
+from model import (GPT, CheckpointError, GPTConfig, export_error, find_checkpoints, fingerprint, load_model, open_run,
+                   packed_mask, peak_flops, read_checkpoint, save_checkpoint, token_logps)
 from prepare_prefs import Groups, packed_batches, plan_rows, row_limit, step_groups
 
 
@@ -61,6 +61,8 @@ class Config:
     log_interval: In[int, 'x >= 1'] = 10            # steps a log line sums up
     save_interval: In[int, 'x >= 0'] = 500          # steps between checkpoints; the last step always has one
     track: Literal['', 'wandb', 'tensorboard'] = '' # also log there
+    save_pretrained: str = ''                       # a directory that gets the trained model in the Hugging Face layout, with
+                                                    # tokenizer and turn template; python model.py does the same later
     seed: In[int, '0 <= x < 2**32'] = 1337                  # of the order of groups, and of weights from scratch
     device: Literal['auto', 'cpu', 'cuda', 'mps'] = 'auto'  # auto = cuda where there is one, else cpu
     dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'  # of the matmuls; weights stay float32; auto = bfloat16 on cuda
@@ -123,6 +125,8 @@ def main(argv=None):
     data_dir = os.path.join('data', cfg.name)
     split = 'documents_' if cfg.train_on == 'documents' else ''
     train, val = Groups(data_dir, f'{split}train', k=1), Groups(data_dir, f'{split}val', k=1)
+    if cfg.save_pretrained:             # what cannot be written is refused before training
+        agree(export_error(cfg.save_pretrained, data_dir, keep=(cfg.init_from,)) if rank == 0 else '')
     row_tokens = row_limit([train, val], cfg.row_tokens, device_type)
     steps_per_epoch = math.ceil(len(train) / cfg.batch_size)
     total_steps = cfg.max_steps or cfg.epochs * steps_per_epoch
@@ -386,6 +390,16 @@ def main(argv=None):
     bar.close()
     if tracker is not None:
         tracker.finish() if cfg.track == 'wandb' else tracker.close()
+    if cfg.save_pretrained and not stopped_by_any:
+        error = ''
+        try:
+            if rank == 0:
+                policy.save_pretrained(cfg.save_pretrained, data_dir)
+        except (OSError, CheckpointError, UserError) as problem:
+            error = (f'cannot export to {cfg.save_pretrained}: {problem}; the checkpoints are untouched, and '
+                     f'python model.py {out_dir} {cfg.save_pretrained} exports them')
+        agree(error)
+        say(f'exported to {cfg.save_pretrained}')
     if world > 1:
         del ddp             # before the process group, or its reducer ends it holding the GIL that gloo's threads wait for
         gc.collect()

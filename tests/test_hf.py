@@ -1,0 +1,468 @@
+"""Weights and tokenizers that transformers wrote or reads: the same shapes, ids, logits, losses and greedy text."""
+import gzip
+import itertools
+import json
+import os
+import random
+import resource
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiktoken
+import torch
+
+import dpo
+import model as model_py
+import prepare_prefs
+import sample
+import sft
+from conftest import SHARED, small_gpt
+from model import EXPORTED, GPT, CheckpointError, GPTConfig, _hf_names, _transposed, fingerprint, load_model, save_checkpoint
+
+transformers = pytest.importorskip('transformers')
+
+HARD = ['', ' ', '\n', '\r', 'a\r\n  ', 'a \n', 'x\n\n  y', '  \n\n \t  \r\n\r\n ', '\u00a0\u2003\u3000 x', '\ufeffBOM', 'aaaa' * 9, ' ' * 40,
+        'e\u0301\u200d👩‍👩‍👧‍👦🏽 🚀🚀', 'مرحبا بالعالم \u202e\u200f\u061c', 'שלום', '日本語テキスト、漢字。', '한국어', '\x00\x01\x1b[31m\x7f\x85',
+        'a<|endoftext|>b <|end', 'x <|fim_prefix|> y', "I'LL don't 's'T 'ſ 'Re", '1234567 12½ Ⅷ ٣٤٥', 'ﬀ ﬆ ŉ ß İ ı',
+        '\ud7ff\ue000\uffff\U0010ffff']
+TALK = 'Few fables of recent years are as superb as this one. The leads are deftly chosen, and will amuse the crowd! '
+
+
+def fuzz(n):
+    """n strings of all scripts, control characters, digits and white space, the same every time."""
+    rng = random.Random(0)
+    pools = [lambda: chr(rng.choice([rng.randrange(32, 127), rng.randrange(32), rng.randrange(0x80, 0x3000), rng.randrange(0x3000, 0xd800),
+                                     rng.randrange(0xe000, 0x110000)])),
+             lambda: rng.choice(' \n\t\r\u00a0\u2003 '), lambda: rng.choice("abcdefgst'AERLS' "), lambda: rng.choice('0123456789½²٣ '),
+             lambda: rng.choice(HARD), lambda: rng.choice(TALK.split(' '))]
+    for _ in range(n):
+        mostly = rng.choice(pools)
+        yield ''.join((rng.choice(pools) if rng.random() < 0.3 else mostly)() for _ in range(rng.randrange(1, 30)))
+
+
+def gpt2_encoding():
+    try:
+        return tiktoken.get_encoding('gpt2')
+    except Exception:
+        pytest.skip("GPT-2's tokenizer is not cached here")
+
+
+def learned(pattern, special):
+    """A tiktoken.Encoding with 500 tokens learned from HARD and TALK. special: {name: steps beyond the last rank}"""
+    words = {word.encode(): 2 for word in ' '.join([TALK, *HARD[12:]]).split(' ')}
+    words |= {b' ' + word: 3 for word in words} | {b' ' * 20: 9, b'123': 3, b'\n\n': 4}
+    tokens = prepare_prefs.train_bpe(words, 500)
+    return tiktoken.Encoding('learned', pat_str=pattern, mergeable_ranks={t: i for i, t in enumerate(tokens)},
+                             special_tokens={name: len(tokens) + steps for name, steps in special.items()})
+
+
+def past_the_end_token():
+    """The layout of p50k_base: mergeable tokens on both sides of the end token."""
+    encoding = learned(prepare_prefs.PATTERN, {prepare_prefs.EOT: 0})
+    ranks = {token: rank + (rank >= 400) for token, rank in encoding._mergeable_ranks.items()}
+    return tiktoken.Encoding('split', pat_str=encoding._pat_str, mergeable_ranks=ranks, special_tokens={prepare_prefs.EOT: 400})
+
+
+CL100K = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s")
+ENCODINGS = {
+    'gpt2': gpt2_encoding,
+    'learned': lambda: learned(prepare_prefs.PATTERN, {prepare_prefs.EOT: 0}),
+    'as p50k_base': past_the_end_token,
+    'as cl100k_base, with gaps': lambda: learned(CL100K, {prepare_prefs.EOT: 1, '<|fim_prefix|>': 2, '<|endofprompt|>': 20}),
+    'bytes': lambda: tiktoken.Encoding('bytes', pat_str=prepare_prefs.PATTERN, mergeable_ranks={bytes([b]): b for b in range(256)},
+                                       special_tokens={prepare_prefs.EOT: 256}),
+}
+
+
+def loaded_tokenizer(folder, encoding, template='{prompt}'):
+    prepare_prefs.save_tokenizer(folder, encoding, template, 1024)
+    (folder / 'config.json').write_text(json.dumps(dict(model_type='gpt2', vocab_size=encoding.n_vocab, bos_token_id=0, eos_token_id=0)))
+    return transformers.AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize('name', ENCODINGS)
+def test_an_exported_tokenizer_gives_the_ids_of_ours(name, tmp_path):
+    encoding = ENCODINGS[name]()
+    theirs = loaded_tokenizer(tmp_path, encoding)
+    texts = [*HARD, *fuzz(500)]
+    for path in sorted((SHARED / 'data' / 'hh-rlhf').rglob('*.jsonl*'))[:1]:        # real dialogues, where they are at hand
+        with (gzip.open if path.suffix == '.gz' else open)(path, 'rt', encoding='utf-8') as f:
+            texts += [json.loads(line)['chosen'] for line in itertools.islice(f, 200)]
+    for text in texts:
+        ids = encoding.encode_ordinary(text)
+        assert theirs.encode(text, split_special_tokens=True) == ids, repr(text)
+        assert theirs.decode(ids) == text
+    assert theirs.encode('a' + prepare_prefs.EOT)[-1] == encoding.eot_token, 'by default transformers makes it the end token'
+    assert len(theirs) == encoding.n_vocab and theirs.eos_token_id == theirs.pad_token_id == encoding.eot_token
+    assert sorted(theirs.get_vocab().values()) == list(range(encoding.n_vocab)), 'every id has a name'
+
+
+def test_a_token_that_no_merge_makes_is_refused(tmp_path):
+    ranks = {bytes([b]): b for b in range(256)} | {b'abc': 256}
+    encoding = tiktoken.Encoding('odd', pat_str='.', mergeable_ranks=ranks, special_tokens={prepare_prefs.EOT: 257})
+    with pytest.raises(SystemExit, match="token 256, b'abc', is no merge"):
+        prepare_prefs.save_tokenizer(tmp_path, encoding, '{prompt}', 1024)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_chat_template_writes_turns_as_training_has_them(tmp_path):
+    def turns(*texts):
+        roles = 'system', 'user', 'assistant', 'user', 'assistant'
+        return [dict(role=role, content=text) for role, text in zip(roles, texts) if text is not None]
+    end, encoding = prepare_prefs.EOT, ENCODINGS['learned']()
+    cases = [       # template, turns, the text
+        ('{prompt}', turns(None, ' hi'), ' hi'),
+        ('{prompt}', turns('Be kind.', 'a', 'b', 'c'), 'Be kind.\na b\nc'),
+        ('\n\nHuman: {prompt}\n\nAssistant:', turns(None, 'a "b" \\n {{c}} 🚀', 'ok', '\u202eمرحبا'),
+         '\n\nHuman: a "b" \\n {{c}} 🚀\n\nAssistant: ok\n\nHuman: \u202eمرحبا\n\nAssistant:'),
+        ('\n\nHuman: {prompt}\n\nAssistant:', turns('S', 'a', ' b'), f'S\n\nHuman: a\n\nAssistant: b{end}'),
+        (end + 'Q "{prompt}" {% if %} A:\n', turns(None, 'a', 'b', 'c', 'd'), f'{end}Q "a" {{% if %}} A:\nb\nQ "c" {{% if %}} A:\nd{end}'),
+    ]
+    for template, messages, expected in cases:
+        theirs = loaded_tokenizer(tmp_path, encoding, template)
+        assert theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == expected
+    for template in ('{prompt}', end + 'Ask: {prompt}\n', '\n\nHuman: {prompt}\n\nAssistant:'):
+        theirs = loaded_tokenizer(tmp_path, encoding, template)
+        for text in ('hello', '😀 one\ntwo ', "it's 42"):
+            ids = theirs.apply_chat_template(turns(None, text), add_generation_prompt=True, return_dict=False)
+            assert ids == prepare_prefs.prompt_ids(encoding, text, template)
+
+
+# -----------------------------------------------------------------------------
+# weights in
+
+@pytest.mark.parametrize('n_layer, n_head, n_embd', [(12, 12, 768), (24, 16, 1024), (36, 20, 1280), (48, 25, 1600)])
+def test_each_size_of_gpt2_has_transformers_tensors(n_layer, n_head, n_embd):
+    with torch.device('meta'):
+        theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=n_layer, n_head=n_head, n_embd=n_embd))
+        ours = GPT(GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd))
+    expected = {name: tuple(p.shape) for name, p in theirs.transformer.named_parameters()}
+    assert {name: tuple(p.shape)[::-1 if _transposed(name) else 1] for name, p in _hf_names(ours)} == expected
+    assert ours.num_params() == theirs.num_parameters()
+
+
+def logits(model, ids):
+    """(B, T, V) by one plain forward pass."""
+    B, T = ids.shape
+    mask = torch.ones(T, T, dtype=torch.bool).tril()[None, None]
+    with torch.no_grad():
+        return model.eval()(ids, torch.arange(T).expand(B, -1), mask) @ model.wte.weight.t()
+
+
+def assert_equal_up_to_rounding(ours, theirs, ids):
+    """The same logits up to float32's rounding, half of 2**-23 each, of the largest: of some hundred sums on the way."""
+    with torch.no_grad():
+        a, b = logits(ours, ids), theirs.eval()(ids).logits
+    assert a.std() > 0.3, 'logits that tell tokens apart'
+    torch.testing.assert_close(a, b, atol=2**-24 * 300 * a.abs().max().item(), rtol=0)
+
+
+def test_a_sharded_bfloat16_gpt2_of_124m_that_transformers_wrote_is_read_as_float32(tmp_path):
+    torch.manual_seed(0)
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(initializer_range=0.05, bos_token_id=50256, eos_token_id=50256))
+    theirs.bfloat16().save_pretrained(tmp_path, max_shard_size='100MB')
+    assert (tmp_path / 'model.safetensors.index.json').exists() and '"dtype": "bfloat16"' in (tmp_path / 'config.json').read_text()
+    ours = GPT.from_pretrained(str(tmp_path))
+    assert {p.dtype for p in ours.parameters()} == {torch.float32} and all(p.requires_grad for p in ours.parameters())
+    assert_equal_up_to_rounding(ours, theirs.float(), torch.randint(0, 50257, (1, 9)))
+
+
+@pytest.fixture
+def hub_layout(tmp_path):
+    """A small GPT-2 in the layout of the hub's own: no prefix, causal masks as buffers, generation and tokenizer files beside it."""
+    from safetensors.torch import save_file
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(vocab_size=97, n_positions=24, n_embd=16, n_layer=2, n_head=2, initializer_range=0.3, bos_token_id=96,
+                                     eos_token_id=96)
+    theirs = transformers.GPT2LMHeadModel(config).eval()
+    theirs.save_pretrained(tmp_path)
+    state = {k.removeprefix('transformer.'): v.half().contiguous() for k, v in theirs.state_dict().items() if k != 'lm_head.weight'}
+    state |= {f'h.{i}.attn.bias': torch.ones(1, 1, 24, 24).tril() for i in range(2)} | {'h.0.attn.masked_bias': torch.tensor(-1e4)}
+    save_file(state, tmp_path / 'model.safetensors')
+    for file in ('vocab.json', 'merges.txt', 'README.md', '64.tflite'):
+        (tmp_path / file).write_text('not read')
+    return tmp_path
+
+
+def test_a_float16_hub_layout_with_buffers_and_other_files_is_read(hub_layout):
+    ours = GPT.from_pretrained(str(hub_layout))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(hub_layout, dtype=torch.float32)
+    assert_equal_up_to_rounding(ours, theirs, torch.randint(0, 97, (2, 24)))
+
+
+@pytest.mark.parametrize('name', ['gpt2', 'openai-community/gpt2-medium'])
+def test_a_hub_name_is_read_from_the_cache_without_a_network(hub_layout, tmp_path, monkeypatch, name):
+    import huggingface_hub.constants
+    cache = tmp_path / 'cache' / ('models--' + name.replace('/', '--'))
+    for file in ('config.json', 'model.safetensors'):
+        (cache / 'snapshots' / 'abc').mkdir(parents=True, exist_ok=True)
+        (cache / 'snapshots' / 'abc' / file).write_bytes((hub_layout / file).read_bytes())
+    (cache / 'refs').mkdir()
+    (cache / 'refs' / 'main').write_text('abc')
+    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_CACHE', str(tmp_path / 'cache'))
+    monkeypatch.setenv('HF_ENDPOINT', 'http://127.0.0.1:9')
+    monkeypatch.chdir(tmp_path)
+    assert fingerprint(GPT.from_pretrained(name)) == fingerprint(GPT.from_pretrained(str(hub_layout)))
+
+
+def test_weights_share_no_memory_with_the_file_they_came_from(hub_layout):
+    ours = GPT.from_pretrained(str(hub_layout))
+    before = fingerprint(ours)
+    with open(hub_layout / 'model.safetensors', 'r+b') as f:
+        f.truncate(0)
+    assert fingerprint(ours) == before
+
+
+def test_wrong_sizes_and_damaged_files_end_with_one_line(hub_layout):
+    config, weights = hub_layout / 'config.json', hub_layout / 'model.safetensors'
+    good, whole = json.loads(config.read_text()), weights.read_bytes()
+
+    def refused(match):
+        with pytest.raises(CheckpointError, match=match) as error:
+            GPT.from_pretrained(str(hub_layout))
+        assert '\n' not in str(error.value)
+    for change, match in (({'n_layer': 3}, 'weights of 2 layers.*n_layer=3'), ({'n_layer': 1}, 'weights of 2 layers'),
+                          ({'n_layer': 10**9}, 'n_layer=1000000000'), ({'n_layer': None}, 'n_layer is None'),
+                          ({'n_embd': 32}, 'wte.weight has shape'), ({'n_embd': '16'}, "n_embd is '16'"),
+                          ({'n_embd': 10**30}, 'n_embd is 10'), ({'n_embd': True}, 'n_embd is True'),
+                          ({'n_head': 3}, 'not a multiple'), ({'n_head': 0}, 'n_head is 0'),
+                          ({'vocab_size': 98}, 'wte.weight has shape'), ({'vocab_size': 10**9}, 'has shape'),
+                          ({'n_positions': 25}, 'wpe.weight has shape'), ({'layer_norm_epsilon': 'x'}, "layer_norm_epsilon is 'x'"),
+                          ({'n_inner': 7}, 'n_inner=7'), ({'model_type': 'llama'}, "model_type='llama'")):
+        config.write_text(json.dumps(good | change))
+        refused(match)
+    for text in ('[]', '', '{"n_layer": ', '\x00', '[' * 100_000):
+        config.write_text(text)
+        refused('config.json (is not JSON|holds no JSON object)')
+    config.write_text(json.dumps(good))
+    rng = random.Random(0)
+    for size in (0, 3, 8, 100, 1500, len(whole) // 2, len(whole) - 1):
+        weights.write_bytes(whole[:size])
+        refused('model.safetensors is damaged')
+    same, header = fingerprint_of(weights, whole, hub_layout), 8 + int.from_bytes(whole[:8], 'little')
+    outcomes = [fingerprint_of(weights, flipped(whole, rng.randrange(8 * header)), hub_layout) for _ in range(150)]
+    assert set(outcomes) <= {None, same} and None in outcomes, 'a bit of the header flipped: refused, or of no consequence'
+    weights.write_bytes(whole)
+    weights.rename(hub_layout / 'pytorch_model.bin')
+    refused('model.safetensors does not exist; convert pytorch_model.bin')
+    for index in ('[]', '{}', '{"weight_map": {"wte.weight": 3}}', '{"weight_map": '):
+        (hub_layout / 'model.safetensors.index.json').write_text(index)
+        refused('index.json')
+    (hub_layout / 'model.safetensors.index.json').write_text('{"weight_map": {"wte.weight": "model-1.safetensors"}}')
+    refused('model-1.safetensors does not exist')
+
+
+def flipped(data, bit):
+    data = bytearray(data)
+    data[bit // 8] ^= 1 << bit % 8
+    return bytes(data)
+
+
+def fingerprint_of(weights, data, folder):
+    """Of the model that `data` make, or None where they are refused."""
+    weights.write_bytes(data)
+    try:
+        return fingerprint(GPT.from_pretrained(str(folder)))
+    except CheckpointError:
+        return None
+
+
+# -----------------------------------------------------------------------------
+# weights out
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """In a fresh directory: data/own with a tokenizer learned from its text, and random models in out/own/sft and out/own/dpo."""
+    monkeypatch.chdir(tmp_path)
+    rng = random.Random(0)
+    words = TALK.split() + ['🚀', 'né', '\n', 'naïve']
+    with open('pairs.jsonl', 'w') as f:
+        for i in range(40):
+            texts = [' '.join(rng.choices(words, k=rng.randrange(2, 9))) for _ in range(3)]
+            f.write(json.dumps(dict(prompt=f'{i} {texts[0]}', chosen=' ' + texts[1], rejected=' ' + texts[2])) + '\n')
+    prepare_prefs.main(['--name=own', '--source=pairs.jsonl', '--tokenizer=bpe:300', '--template=Q: {prompt}\nA:', '--max_length=64',
+                        '--max_prompt_length=32'])
+    groups = prepare_prefs.Groups('data/own', 'val')
+    for stage, seed in (('sft', 1), ('dpo', 2)):
+        os.makedirs(f'out/own/{stage}')
+        save_checkpoint(f'out/own/{stage}', 1, small_gpt(seed, 64, groups.meta['vocab_size'], spread=0.7),
+                        dict(stage=stage, config=dict(name='own', beta=0.1), vocabulary=groups.vocabulary, init_fingerprint='-'))
+    return tmp_path
+
+
+def snapshot(folder='.'):
+    return {str(path): path.read_bytes() for path in Path(folder).rglob('*') if path.is_file()}
+
+
+def loaded(folder):
+    """What transformers makes of an export, with any warning an error. -> model, tokenizer"""
+    import logging
+    messages = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = messages.append
+    logger = logging.getLogger('transformers')
+    logger.addHandler(handler)
+    try:
+        found = transformers.AutoModelForCausalLM.from_pretrained(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    finally:
+        logger.removeHandler(handler)
+    assert not messages, [record.getMessage() for record in messages]
+    return found
+
+
+@pytest.mark.parametrize('padding', [0, 20])
+def test_transformers_greedy_text_is_ours_token_for_token(own, capsys, padding):
+    """A batch of prompts, padded on the left there: against generate and against sample.py; also where the model's vocabulary is
+    padded, with large logits at ids that no token has."""
+    groups = prepare_prefs.Groups('data/own', 'val')
+    size, end = groups.meta['vocab_size'], groups.meta['eot_token']
+    if padding:
+        wide = small_gpt(3, 64, size + padding, spread=0.7)
+        with torch.no_grad():
+            wide.wte.weight[size:] *= 9
+        save_checkpoint('out/own/dpo', 2, wide, dict(stage='dpo', config=dict(name='own', beta=0.1), vocabulary=groups.vocabulary,
+                                                     init_fingerprint='-'))
+    ours = load_model('out/own/dpo')[0]
+    model_py.main(['out/own/dpo', 'hf'])
+    assert ('was cut' in capsys.readouterr().out) == bool(padding)
+    theirs, tokenizer = loaded('hf')
+    assert theirs.config.vocab_size == len(tokenizer) == size
+    texts = ['one', 'which of these years is superb?', '🚀 né', 'a\n\nb', 'The leads amuse', 'x' * 20]
+    prompts = [prepare_prefs.prompt_ids(prepare_prefs.load_tokenizer('data/own', 'tokenizer.json'), text, groups.meta['template'])
+               for text in texts]
+    expected = ours.generate(prompts, 30, end, size, temperature=0)
+    assert len({tuple(ids) for ids in expected}) == len(texts) and min(len(set(ids)) for ids in expected) > 1
+
+    chats = [[dict(role='user', content=text)] for text in texts]
+    inputs = tokenizer.apply_chat_template(chats, add_generation_prompt=True, padding=True, return_tensors='pt', return_dict=True)
+    assert not inputs['attention_mask'].all() and inputs['attention_mask'][:, -1].all()
+    made = theirs.generate(**inputs, max_new_tokens=30, do_sample=False)[:, inputs['input_ids'].shape[1]:].tolist()
+    made = [ids[:ids.index(end) + 1] if end in ids else ids for ids in made]
+    assert made == expected
+
+    if not padding:
+        Path('p.jsonl').write_text('\n'.join(json.dumps(dict(prompt=text)) for text in texts))
+        capsys.readouterr()
+        sample.main(['--name=own', '--prompts_file=p.jsonl', '--temperature=0', '--max_new_tokens=30', '--json'])
+        lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()][:-1]
+        assert [line['after']['text'] for line in lines] == tokenizer.batch_decode(made, skip_special_tokens=True)
+
+
+def test_transformers_loss_of_an_export_is_ours(own):
+    groups = prepare_prefs.Groups('data/own', 'val')
+    model_py.main(['out/own/sft', 'hf'])
+    ours, (theirs, _) = load_model('out/own/sft')[0].eval(), loaded('hf')
+    batch = prepare_prefs.pack(groups, list(range(len(groups))))
+    with torch.no_grad():
+        logps = dpo.response_logps(ours, ours.wte.weight, batch, model_py.packed_mask(batch.group, batch.part, batch.cuts))
+        for i, row in enumerate(logps):
+            prompt, *responses = groups[i]
+            for response, logp in zip(responses, row):
+                ids = torch.from_numpy(np.concatenate([prompt, response]).astype(np.int64))[None]
+                labels = ids.clone()
+                labels[:, :len(prompt)] = -100
+                loss = theirs(ids, labels=labels).loss * len(response)
+                assert abs(loss + logp) < 1e-5 * abs(logp) + 1e-4
+
+
+def test_an_export_comes_back_to_the_bit_and_a_stage_starts_from_it(own):
+    model_py.main(['out/own/sft/step-000001.pt', 'a'])
+    model_py.main(['a', 'b', '--data=data/own'])
+    model_py.main(['b', 'c', '--data='])
+    expected = fingerprint(load_model('out/own/sft')[0])
+    assert all(fingerprint(GPT.from_pretrained(folder)) == expected for folder in 'abc')
+    assert snapshot('b') == {path.replace('a/', 'b/'): content for path, content in snapshot('a').items()}
+    assert {path.name for path in Path('c').iterdir()} == {'config.json', 'generation_config.json', 'model.safetensors'}
+    assert os.stat('a/model.safetensors').st_mode == os.stat('a/config.json').st_mode
+    flags = ['--name=own', '--max_steps=1', '--batch_size=4', '--warmup_steps=0', '--device=cpu', '--compile=False', '--eval_interval=0']
+    dpo.main([*flags, '--init_from=a', '--save_pretrained=trained'])
+    final = fingerprint(load_model('out/own/dpo')[0])
+    assert final != expected and fingerprint(GPT.from_pretrained('trained')) == final
+    assert {path.name for path in Path('trained').iterdir()} == set(EXPORTED)
+    sft.main([*flags, '--init_from=trained', '--save_pretrained=trained2'])
+    assert fingerprint(GPT.from_pretrained('trained2')) == fingerprint(load_model('out/own/sft')[0]) != final
+    Path('trained2/README.md').write_text('mine')
+    os.makedirs('trained2/.export-of-a-killed-run/old')
+    sft.main([*flags, '--init_from=trained', '--resume', '--save_pretrained=trained2'])       # nothing is left to train: it exports
+    assert set(os.listdir('trained2')) == {'README.md', *EXPORTED}
+
+
+@pytest.mark.parametrize('stage', ['sft', 'dpo'])
+def test_what_cannot_be_exported_is_refused_before_training(own, stage, monkeypatch):
+    model_py.main(['out/own/dpo', 'start'])
+    Path('file').write_text('x')
+    os.makedirs('theirs')
+    Path('theirs/config.json').write_text('{"model_type": "llama"}')
+    os.makedirs('mixed')
+    Path('mixed/chat_template.jinja').write_text('x')
+    before = snapshot()
+    main = dict(sft=sft, dpo=dpo)[stage].main
+    monkeypatch.setattr(os, 'access', lambda path, mode: not str(path).endswith('closed'))
+    os.makedirs('closed')
+    for folder, match in (('file', 'file is not a directory'), ('file/x', 'file is not a directory'), ('theirs', 'holds config.json'),
+                          ('mixed', 'holds chat_template.jinja'), ('start', 'is what the run begins with'), ('./start/', 'begins with'),
+                          ('data/own', 'holds tokenizer.json'), ('closed/x', 'no permission to write in .*closed')):
+        with pytest.raises(SystemExit, match=match) as error:
+            main(['--name=own', '--init_from=start', '--max_steps=1', '--device=cpu', f'--save_pretrained={folder}'])
+        assert '\n' not in str(error.value)
+    assert snapshot() == before
+
+
+def test_the_command_says_in_one_line_what_is_wrong(own):
+    model_py.main(['out/own/dpo', 'hf'])
+    os.makedirs('out/own/nameless')
+    save_checkpoint('out/own/nameless', 1, small_gpt(), dict(config={}, vocabulary='v'))
+    before = snapshot()
+    for argv, match in (([], 'usage'), (['out/own/dpo'], 'usage'), (['out/own/dpo', 'x', 'y'], 'usage'),
+                        (['out/own/dpo', 'x', '--dat=y'], 'usage'), (['nowhere', 'x'], "'nowhere' is neither a directory here nor"),
+                        (['hf', 'x'], 'does not say what data.*--data='), (['out/own/nameless', 'x'], 'does not say what data'),
+                        (['out/own/dpo', 'x', '--data=data/no'], 'data/no does not exist'),
+                        (['out/own/nameless', 'x', '--data=data/own'], 'another tokenizer'), (['data', 'x', '--data='], 'holds neither')):
+        with pytest.raises(SystemExit, match=match) as error:
+            model_py.main(argv)
+        assert '\n' not in str(error.value)
+    assert snapshot() == before
+
+
+def test_a_full_disk_or_a_failed_rename_leaves_the_earlier_export_whole(own, monkeypatch):
+    """A limit on the size of files stands in for a disk that is full with the weights."""
+    model_py.main(['out/own/sft', 'hf'])
+    before, folders = snapshot(), {path for path in Path('.').rglob('*') if path.is_dir()}
+
+    def fails(folder):
+        with pytest.raises(SystemExit, match=f'cannot write {folder}: .*; it is as it was') as error:
+            model_py.main(['out/own/dpo', folder])
+        assert '\n' not in str(error.value)
+        assert snapshot() == before and {path for path in Path('.').rglob('*') if path.is_dir()} == folders, 'and no litter'
+
+    def full(folder, *rest):
+        Path(folder, 'tokenizer.json').write_text('{"half')
+        raise OSError(28, 'No space left on device')
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    for folder in ('hf', 'new'):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before['hf/model.safetensors']) - 1, limits[1]))
+        try:
+            fails(folder)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        with monkeypatch.context() as patch:
+            patch.setattr(prepare_prefs, 'save_tokenizer', full)
+            fails(folder)
+    signal.signal(signal.SIGXFSZ, handler)
+    replace, calls = os.replace, []
+    for last in range(2 * len(EXPORTED)):           # each file's old one moves away, its new one moves in
+        calls.clear()
+
+        def failing(source, target, last=last):
+            calls.append(target)
+            if len(calls) - 1 == last:
+                raise OSError(5, 'Input/output error')
+            replace(source, target)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, 'replace', failing)
+            fails('hf')
+    assert len(calls) > len(EXPORTED)
+    model_py.main(['out/own/dpo', 'hf'])
+    assert fingerprint(GPT.from_pretrained('hf')) == fingerprint(load_model('out/own/dpo')[0])
