@@ -14,7 +14,6 @@ random numbers, so they differ only where their distributions do. The numbers co
 gives other samples.
 """
 import codecs
-import functools
 import itertools
 import json
 import math
@@ -197,6 +196,7 @@ class Palette:
 
 LIGHT = Palette((255, 255, 255), (26, 26, 26), (89, 89, 89), (90, 165, 255), (255, 150, 50))
 DARK = Palette((20, 22, 26), (240, 240, 240), (176, 176, 176), (25, 95, 175), (160, 75, 0))
+MIDDLE = Palette((180, 178, 180), (0, 0, 0), (0, 0, 0), (0, 140, 255), (255, 130, 0))     # for a terminal, light or dark
 
 
 def scale(values):
@@ -269,22 +269,14 @@ def paint(text, style):
     return ''.join(f'\x1b[{code}m{run}\x1b[0m' if code else run for code, run in runs)
 
 
-@functools.cache
 def tint_style(step):
-    """The style of a tint: both its colours, so that it can be read on any background. '' is that of 0."""
-    light = os.environ.get('COLORFGBG', '').rpartition(';')[2] in ('7', '15')       # some terminals tell
-    palette, codes = LIGHT if light else DARK, []
-    for ground, colour in ((38, palette.ink), (48, palette.tint(step))):
-        if os.environ.get('COLORTERM') in ('truecolor', '24bit'):
-            codes.append(f'{ground};2;{";".join(map(str, colour))}')
-        else:
-            codes.append(f'{ground};5;{min(XTERM, key=lambda n: sum((a - b) ** 2 for a, b in zip(XTERM[n], colour)))}')
-    return ';'.join(codes) if step else ''
-
-
-CUBE = 0, 95, 135, 175, 215, 255
-XTERM = {16 + i: rgb for i, rgb in enumerate(itertools.product(CUBE, CUBE, CUBE))}          # the 256 colours: a cube,
-XTERM |= {232 + i: (8 + 10 * i,) * 3 for i in range(24)}                                    # and greys
+    """The style of a tint: both its colours, so that it can be read on any background. '' next to 0."""
+    if abs(step) < 2:
+        return ''
+    if os.environ.get('COLORTERM') in ('truecolor', '24bit'):
+        return ';'.join(map(str, (38, 2, *MIDDLE.ink, 48, 2, *MIDDLE.tint(step))))
+    near = (110, 110, 74, 39, 33) if step > 0 else (180, 180, 215, 214, 208)            # of the 256 colours
+    return f'38;5;16;48;5;{near[abs(step) * 5 // STEPS - 1]}'
 
 
 def tinted(pieces, limit):
@@ -349,7 +341,7 @@ def table(rows, width):
 
 STYLE = """
 :root { color-scheme: light dark; font: 100%/1.5 system-ui, sans-serif; }
-body { margin: 0 auto; max-width: 72rem; padding: 1rem; color: var(--ink); background: var(--paper); overflow-wrap: anywhere; }
+body { margin: 0 auto; max-width: 72rem; padding: 1rem 1rem 4rem; color: var(--ink); background: var(--paper); overflow-wrap: anywhere; }
 h1 { font-size: 1.5rem; margin: .5rem 0; }
 h2 { font-size: 1rem; margin: 0; color: var(--quiet); font-weight: normal; }
 h3 { font-size: .8rem; margin: 0; color: var(--quiet); letter-spacing: .05em; }
@@ -363,7 +355,7 @@ section { border-top: 1px solid var(--line); margin: 1.5rem 0; padding-top: 1rem
 @media (min-width: 44rem), print { .pair { grid-template-columns: repeat(2, minmax(0, 1fr)); } }
 .t { border-radius: 2px; -webkit-box-decoration-break: clone; box-decoration-break: clone; cursor: default; }
 .t:hover, .picked { outline: 2px solid var(--quiet); }
-.t i::before { content: "↵"; color: var(--quiet); font-style: normal; }
+.t i::before { content: "↵"; font-style: normal; }
 .end { unicode-bidi: isolate; border: 1px solid var(--quiet); font-size: .75rem; padding: 0 .3em; margin: 0 .15em; user-select: none; }
 .legend { position: sticky; top: 0; background: var(--paper); padding: .5rem 0; font-size: .8rem; }
 .scale { display: flex; list-style: none; margin: 0; padding: 0; border: 1px solid var(--line); }
@@ -425,7 +417,7 @@ def html_page(title, prompts, limit, beta, rows, note, settings):
     def text_of_page(text):
         return escape(visible(text))
 
-    swatches = ''.join(f'<li class="{tint_class(step)}">{"-" if step < 0 else "+" if step else "0"}</li>'
+    swatches = ''.join(f'<li class="{tint_class(step)}" title="{step / STEPS * limit:+.3f}">{"-" if step < 0 else "+" if step else "0"}</li>'
                        for step in range(-STEPS, STEPS + 1))
     parts = ['<!DOCTYPE html>', '<html lang="en">', '<head>', '<meta charset="utf-8">',
              '<meta name="viewport" content="width=device-width, initial-scale=1">', f'<title>{text_of_page(title)}</title>',
@@ -436,7 +428,7 @@ def html_page(title, prompts, limit, beta, rows, note, settings):
              'likely. Hover over a token, or tap it, for its value; the sum stands under each response.</p>',
              '<div class="legend" aria-label="scale of the tints" role="group">',
              f'<ol class="scale" aria-hidden="true">{swatches}</ol>',
-             f'<div class="values"><span>{-limit:g} and less</span><span>0</span><span>{limit:+g} and more</span></div></div>']
+             f'<div class="values"><span>{-limit:g} or less</span><span>{limit:+g} or more</span></div></div>']
     for n, (prompt, samples) in enumerate(prompts, 1):
         shown = text_of_page(prompt) if prompt.strip() else '<span class="none">(empty prompt)</span>'
         parts += ['<section>', f'<h2>Prompt {n}</h2>', f'<p class="text prompt" dir="auto">{shown}</p>']
@@ -444,7 +436,7 @@ def html_page(title, prompts, limit, beta, rows, note, settings):
             parts.append('<div class="pair">')
             for side, pieces, numbers in sample:
                 parts += ['<div>', f'<h3>{side.upper()}</h3>', f'<p class="text response" dir="auto">{html_response(pieces, limit)}</p>',
-                          f'<p class="numbers">{text_of_page(numbers)}</p>', '</div>']
+                          f'<p class="numbers">{" · ".join(numbers)}</p>', '</div>']
             parts.append('</div>')
         parts.append('</section>')
     cells = [f'<tr><th scope="row" dir="auto">{escape(label)}</th>'
@@ -569,9 +561,10 @@ def main(argv=None):
         pairs[i] = []
         for side, made, ratio in zip(texts, responses, ratios[i]):
             numbers = {name: values[i] for name, values in measures[side].items()}
-            true = f'  true {numbers["true_reward"]:+.2f}' if 'true_reward' in numbers else ''
-            pairs[i].append((side, token_pieces(tokenizer, made[i], (beta * ratio).tolist()),
-                             f'implicit {numbers["implicit_reward"]:+.2f}{true}  {numbers["tokens"]} tokens' + ', no end' * (not numbers['ended'])))
+            words = [f'implicit {numbers["implicit_reward"]:+.2f}']
+            words += [f'true {numbers["true_reward"]:+.2f}'] if 'true_reward' in numbers else []
+            words += [f'{numbers["tokens"]} tokens' + ', no end' * (not numbers['ended'])]
+            pairs[i].append((side, token_pieces(tokenizer, made[i], (beta * ratio).tolist()), words))
     if cfg.html:
         by_prompt = itertools.groupby(sorted(shown), lambda i: i // cfg.num_samples)
         write_page(cfg.html, html_page(f'{cfg.name}: before and after', [(prompt_texts[p * cfg.num_samples], [pairs[i] for i in some])
@@ -593,7 +586,7 @@ def main(argv=None):
             cells = []
             for side, pieces, numbers in pairs[i]:
                 text, styles = tinted(pieces, limit) if colours() else (visible(texts[side][i]).strip(), '')
-                cells.append([(side.upper(), BOLD), (text, styles) if text else ('(nothing)', ''), (numbers, DIM)])
+                cells.append([(side.upper(), BOLD), (text, styles) if text else ('(nothing)', ''), ('  '.join(numbers), DIM)])
             print('\n'.join(side_by_side(cells, width)))
         say(f'\n{"-" * width}\n{counted}\n')
         say(table(table_rows(summary, shares), width))
