@@ -23,7 +23,7 @@ import shutil
 import signal
 import sys
 import unicodedata
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from html import escape
 
@@ -340,8 +340,8 @@ def table(rows, width):
 # the page
 
 STYLE = """
-:root { color-scheme: light dark; font: 100%/1.5 system-ui, sans-serif; }
-body { margin: 0 auto; max-width: 72rem; padding: 1rem 1rem 4rem; color: var(--ink); background: var(--paper); overflow-wrap: anywhere; }
+:root { color-scheme: light dark; font: 100%/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); }
+body { margin: 0 auto; max-width: 72rem; padding: 1rem 1rem 4rem; overflow-wrap: anywhere; }
 h1 { font-size: 1.5rem; margin: .5rem 0; }
 h2 { font-size: 1rem; margin: 0; color: var(--quiet); font-weight: normal; }
 h3 { font-size: .8rem; margin: 0; color: var(--quiet); letter-spacing: .05em; }
@@ -349,25 +349,26 @@ section { border-top: 1px solid var(--line); margin: 1.5rem 0; padding-top: 1rem
 .text { white-space: pre-wrap; unicode-bidi: plaintext; margin: .25rem 0 .5rem; tab-size: 4; }
 .prompt { font-weight: 600; }
 .response { line-height: 1.75; }
-.none, .numbers, .note, caption { color: var(--quiet); }
+.none, .numbers, .note { color: var(--quiet); }
 .numbers { margin: 0; font-size: .9rem; font-variant-numeric: tabular-nums; }
 .pair { display: grid; gap: 1rem 2rem; margin-top: .75rem; }
 @media (min-width: 44rem), print { .pair { grid-template-columns: repeat(2, minmax(0, 1fr)); } }
 .t { border-radius: 2px; -webkit-box-decoration-break: clone; box-decoration-break: clone; cursor: default; }
 .t:hover, .picked { outline: 2px solid var(--quiet); }
 .t i::before { content: "↵"; font-style: normal; }
-.end { unicode-bidi: isolate; border: 1px solid var(--quiet); font-size: .75rem; padding: 0 .3em; margin: 0 .15em; user-select: none; }
+.end { unicode-bidi: isolate; border: 1px solid var(--quiet); font-size: .75rem; padding: 0 .3em; margin: 0 .15em; }
+.end, .none { user-select: none; }
 .legend { position: sticky; top: 0; background: var(--paper); padding: .5rem 0; font-size: .8rem; }
 .scale { display: flex; list-style: none; margin: 0; padding: 0; border: 1px solid var(--line); }
 .scale li { flex: 1 1 0; text-align: center; padding: .15rem 0; white-space: nowrap; overflow-wrap: normal; }
 .values { display: flex; justify-content: space-between; font-variant-numeric: tabular-nums; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-caption { text-align: start; padding-bottom: .5rem; }
 th { text-align: start; font-weight: normal; padding: .15rem 1rem .15rem 0; }
 thead th, td { text-align: end; padding: .15rem 0 .15rem 1rem; }
 pre { white-space: pre-wrap; font-size: .8rem; }
 small { color: var(--quiet); white-space: nowrap; }
-[role=status] { position: fixed; inset: auto 0 0; padding: .6rem 1rem; text-align: center; background: var(--ink); color: var(--paper); }
+[role=status] { position: fixed; inset: auto 0 0; padding: .6rem 1rem; text-align: center; }
+[role=status] { background: var(--ink); color: var(--paper); }
 [role=status]:empty { visibility: hidden; }
 @media print { .legend { position: static; } .t, .scale li { print-color-adjust: exact; } .pair > * { break-inside: avoid; } }
 """
@@ -382,87 +383,119 @@ document.querySelector('main').addEventListener('click', event => {
 """
 
 
-def css_colours(palette):
-    """The palette as CSS: the page's own colours, and a class for each tint, p1 to p10 and n1 to n10."""
-    named = dict(paper=palette.paper, ink=palette.ink, quiet=palette.quiet, line=[(a + b) // 2 for a, b in zip(palette.paper, palette.quiet)])
-    lines = [':root { ' + ' '.join(f'--{name}: rgb{tuple(rgb)};' for name, rgb in named.items()) + ' }']
-    return '\n'.join(lines + [f'.{tint_class(step)} {{ background: rgb{palette.tint(step)}; }}'
-                              for step in range(-STEPS, STEPS + 1) if step])
-
-
 def tint_class(step):
+    """The CSS class of a tint: p1 to p10, n1 to n10, '' for 0."""
     return f'{"p" if step > 0 else "n"}{abs(step)}' if step else ''
+
+
+def css_colours(palette):
+    """The palette as CSS: the page's own colours, and those of the tints."""
+    line = [(a + b) // 2 for a, b in zip(palette.paper, palette.quiet)]
+    named = dict(paper=palette.paper, ink=palette.ink, quiet=palette.quiet, line=line)
+    rules = [':root { ' + ' '.join(f'--{name}: rgb{tuple(rgb)};' for name, rgb in named.items()) + ' }']
+    rules += [f'.{tint_class(step)} {{ background: rgb{palette.tint(step)}; }}' for step in range(-STEPS, STEPS + 1) if step]
+    return '\n'.join(rules)
+
+
+def safe(text):
+    """Any text as HTML that shows it and does nothing else."""
+    return escape(visible(text))
 
 
 def html_response(pieces, limit):
     """A response as HTML, a span for each of token_pieces with its value as the title."""
     spans = []
     for text, values in pieces:
-        names = ['t', tint_class(step_of(sum(values), limit)), 'end' * (text is None)]
+        classes = ['t', tint_class(step_of(sum(values), limit)), 'end' * (text is None)]
         title = f'{sum(values):+.3f}'
         if len(values) > 1:
             title += f' ({len(values)} tokens: {", ".join(f"{v:+.3f}" for v in values)})'
-        shown = 'end' if text is None else escape(visible(text)).replace('\n', '<i></i>\n')
-        spans.append(f'<span class="{" ".join(filter(None, names))}" title="{title}">{shown}</span>')
-    nothing = '' if any(text for text, _ in pieces) else '<span class="none">(nothing) </span>'
-    return nothing + ''.join(spans)
+        shown = 'end' if text is None else safe(text).replace('\n', '<i></i>\n')        # a line break has a tint, too
+        spans.append(f'<span class="{" ".join(filter(None, classes))}" title="{title}">{shown}</span>')
+    return ''.join([] if any(text for text, _ in pieces) else ['<span class="none">(nothing) </span>']) + ''.join(spans)
 
 
-def html_page(title, prompts, limit, beta, rows, note, settings):
-    """The page: before and after side by side, every token tinted by its implicit reward. -> str
+def html_page(title, models, prompts, limit, beta, rows, note, settings):
+    """The page, before and after side by side, every token tinted by its implicit reward: str.
 
-    prompts: list of (prompt, [(side, pieces, numbers) of both sides, ...a pair a sample]), the pieces of token_pieces, the numbers as
-    text. limit: the scale's end. rows: of table_rows. note, settings: text below the table.
+    models: what BEFORE and AFTER are. prompts: list of (prompt, samples), a sample being both sides' (side, token_pieces,
+    list of numbers as text). limit: the reward of the strongest tints. rows: of table_rows. All other text is any text.
     """
-    def text_of_page(text):
-        return escape(visible(text))
-
-    swatches = ''.join(f'<li class="{tint_class(step)}" title="{step / STEPS * limit:+.3f}">{"-" if step < 0 else "+" if step else "0"}</li>'
-                       for step in range(-STEPS, STEPS + 1))
-    parts = ['<!DOCTYPE html>', '<html lang="en">', '<head>', '<meta charset="utf-8">',
-             '<meta name="viewport" content="width=device-width, initial-scale=1">', f'<title>{text_of_page(title)}</title>',
-             f'<style>{STYLE}{css_colours(LIGHT)}', '@media screen and (prefers-color-scheme: dark) {', css_colours(DARK), '}', '</style>',
-             '</head>', '<body>', '<main>', f'<h1>{text_of_page(title)}</h1>',
-             '<p>Responses of two models to the same prompts. Each token is tinted by its implicit reward, '
-             f'β log(after / before) with β = {beta:g}: <b>blue</b> where AFTER finds it likelier than BEFORE does, <b>orange</b> where less '
-             'likely. Hover over a token, or tap it, for its value; the sum stands under each response.</p>',
-             '<div class="legend" aria-label="scale of the tints" role="group">',
-             f'<ol class="scale" aria-hidden="true">{swatches}</ol>',
-             f'<div class="values"><span>{-limit:g} or less</span><span>{limit:+g} or more</span></div></div>']
+    swatches = ''.join(f'<li class="{tint_class(step)}" title="{step / STEPS * limit:+.3f}">{sign}</li>'
+                       for step, sign in enumerate("-" * STEPS + "0" + "+" * STEPS, -STEPS))
+    sections = []
     for n, (prompt, samples) in enumerate(prompts, 1):
-        shown = text_of_page(prompt) if prompt.strip() else '<span class="none">(empty prompt)</span>'
-        parts += ['<section>', f'<h2>Prompt {n}</h2>', f'<p class="text prompt" dir="auto">{shown}</p>']
-        for sample in samples:
-            parts.append('<div class="pair">')
-            for side, pieces, numbers in sample:
-                parts += ['<div>', f'<h3>{side.upper()}</h3>', f'<p class="text response" dir="auto">{html_response(pieces, limit)}</p>',
-                          f'<p class="numbers">{" · ".join(numbers)}</p>', '</div>']
-            parts.append('</div>')
-        parts.append('</section>')
-    cells = [f'<tr><th scope="row" dir="auto">{escape(label)}</th>'
-             + ''.join(f'<td>{mean}<small>{error}</small></td>' for mean, error in (numbers[:2], numbers[2:])) + '</tr>'
-             for label, *numbers in rows]
-    parts += ['<section>', '<h2>All samples</h2>', '<table>',
-              '<thead><tr><td></td><th scope="col">BEFORE</th><th scope="col">AFTER</th></tr></thead>', '<tbody>', *cells, '</tbody>',
-              '</table>', f'<p class="note">{text_of_page(note)}</p>', '</section>',
-              '<section>', '<h2>Settings</h2>', f'<pre>{text_of_page(settings)}</pre>', '</section>',
-              '</main>', '<div role="status"></div>', f'<script>{SCRIPT}</script>', '</body>', '</html>', '']
-    return '\n'.join(parts)
+        shown = safe(prompt.strip('\n')) if prompt.strip() else '<span class="none">(empty prompt)</span>'
+        sections += ['<section>', f'<h2>Prompt {n}</h2>', f'<p class="text prompt" lang="" dir="auto">{shown}</p>']
+        for both in samples:
+            sections.append('<div class="pair">')
+            for side, pieces, numbers in both:
+                sections += [f'<div><h3>{side.upper()}</h3>',
+                             f'<p class="text response" lang="" dir="auto">{html_response(pieces, limit)}</p>',
+                             f'<p class="numbers">{" · ".join(numbers)}</p></div>']
+            sections.append('</div>')
+        sections.append('</section>')
+    table = ''.join(f'<tr><th scope="row">{escape(label)}</th><td>{before}<small>{error}</small></td>'
+                    f'<td>{after}<small>{other}</small></td></tr>\n' for label, before, error, after, other in rows)
+    sections = '\n'.join(sections)
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{safe(title)}</title>
+<style>{STYLE}{css_colours(LIGHT)}
+@media screen and (prefers-color-scheme: dark) {{
+{css_colours(DARK)}
+}}</style>
+</head>
+<body>
+<main>
+<h1>{safe(title)}</h1>
+<p>Responses of two models to the same prompts: BEFORE is {safe(models[0])}, AFTER is {safe(models[1])}. Each token is tinted
+by its implicit reward, β log(after / before) with β = {beta:g}: <b>blue</b> where AFTER finds it likelier than BEFORE does,
+<b>orange</b> where less likely. Hover over a token, or tap it, for its value; the sum stands under each response.</p>
+<div class="legend" role="group" aria-label="scale of the tints">
+<ol class="scale" aria-hidden="true">{swatches}</ol>
+<div class="values"><span>{-limit:g} or less</span><span>{limit:+g} or more</span></div>
+</div>
+{sections}
+<section>
+<h2>All samples</h2>
+<table>
+<thead><tr><td></td><th scope="col">BEFORE</th><th scope="col">AFTER</th></tr></thead>
+<tbody>
+{table}</tbody>
+</table>
+<p class="note">{safe(note)}</p>
+</section>
+<section>
+<h2>Settings</h2>
+<pre>{safe(settings)}</pre>
+</section>
+</main>
+<div role="status"></div>
+<script>{SCRIPT}</script>
+</body>
+</html>
+"""
 
 
-def write_page(path, page=''):
-    """Write the page aside and rename it. Without one: a UserError where it could not be written, and nothing changes."""
+def write_page(path, page=None):
+    """Write the page aside and rename it; without one, only see that this can be done. UserErrors."""
     path = os.path.realpath(path)       # of a link, the file
+    aside = path + '.tmp'
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise UserError(f'html={path} is there and is no file: choose another name')
     try:
-        if os.path.exists(path) and not os.path.isfile(path):
-            raise UserError(f'html={path} is there and is no file: choose another name')
-        with open(path + '.tmp', 'w', encoding='utf-8') as f:
-            f.write(page)
-        if page:
-            os.replace(path + '.tmp', path)
-        else:
-            os.remove(path + '.tmp')
+        if os.path.exists(path):
+            open(path, 'r+b').close()   # renaming would not ask
+        with open(aside, 'w', encoding='utf-8') as f:
+            f.write(page or '')
+        os.replace(aside, path) if page else os.remove(aside)
     except OSError as error:
+        with suppress(OSError):
+            os.remove(aside)
         raise UserError(f'html={path} cannot be written: {error.strerror}') from None
 
 
@@ -495,8 +528,9 @@ def main(argv=None):
     val = Groups(data_dir, 'val')
     tokenizer = load_tokenizer(data_dir, val.meta['tokenizer'])
     own = [cfg.prompt] if 'prompt' in cfg.origin else read_prompts(cfg.prompts_file) if cfg.prompts_file else None
-    before, _ = load(cfg.before, os.path.join('out', cfg.name, 'sft'), val, device)
-    after, record = load(cfg.after, os.path.join('out', cfg.name, 'dpo'), val, device)
+    default_before, default_after = (os.path.join('out', cfg.name, stage) for stage in ('sft', 'dpo'))
+    before, _ = load(cfg.before, default_before, val, device)
+    after, record = load(cfg.after, default_after, val, device)
     prompts = ([prompt_ids(tokenizer, prompt, val.meta['template']) for prompt in own] if own
                else val_prompts(val, cfg.num_prompts))
     if not prompts:
@@ -555,21 +589,20 @@ def main(argv=None):
     # samples, then the summary: the page, JSON lines or the terminal
 
     shown = sorted(range(len(prompts)), key=lambda i: i % cfg.num_samples)[:cfg.show]      # other prompts before other samples
-    limit = scale([beta * v for i in shown for ratio in ratios[i] for v in ratio.tolist()])
-    pairs = {}
-    for i in shown:
-        pairs[i] = []
-        for side, made, ratio in zip(texts, responses, ratios[i]):
-            numbers = {name: values[i] for name, values in measures[side].items()}
-            words = [f'implicit {numbers["implicit_reward"]:+.2f}']
-            words += [f'true {numbers["true_reward"]:+.2f}'] if 'true_reward' in numbers else []
-            words += [f'{numbers["tokens"]} tokens' + ', no end' * (not numbers['ended'])]
-            pairs[i].append((side, token_pieces(tokenizer, made[i], (beta * ratio).tolist()), words))
+    limit = scale([beta * value for i in shown for ratio in ratios[i] for value in ratio.tolist()])
+    pairs = {i: [] for i in shown}
+    for i, (side, made), ratio in ((i, *both) for i in shown for both in zip(zip(texts, responses), ratios[i])):
+        numbers = {name: values[i] for name, values in measures[side].items()}
+        words = [f'implicit {numbers["implicit_reward"]:+.2f}']
+        words += [f'true {numbers["true_reward"]:+.2f}'] if 'true_reward' in numbers else []
+        words += [f'{numbers["tokens"]} tokens' + ', no end' * (not numbers['ended'])]
+        pairs[i].append((side, token_pieces(tokenizer, made[i], (beta * ratio).tolist()), words))
     if cfg.html:
-        by_prompt = itertools.groupby(sorted(shown), lambda i: i // cfg.num_samples)
-        write_page(cfg.html, html_page(f'{cfg.name}: before and after', [(prompt_texts[p * cfg.num_samples], [pairs[i] for i in some])
-                                                                         for p, some in by_prompt],
-                                       limit, beta, table_rows(summary, shares), f'{counted}; ± is a standard error; {note}', config.show(cfg)))
+        by_prompt = [(prompt_texts[some[0]], [pairs[i] for i in some]) for some in
+                     (list(group) for _, group in itertools.groupby(sorted(shown), lambda i: i // cfg.num_samples))]
+        models = cfg.before or default_before, cfg.after or default_after
+        write_page(cfg.html, html_page(f'{cfg.name}: before and after', models, by_prompt, limit, beta, table_rows(summary, shares),
+                                       f'{counted}; ± is a standard error; {note}', config.show(cfg)))
     if cfg.json:
         for i, prompt in enumerate(prompt_texts):
             both = {side: {'text': texts[side][i]} | {name: values[i] for name, values in measures[side].items() if name != 'kl'}
