@@ -343,7 +343,7 @@ STYLE = """
 :root { color-scheme: light dark; font: 100%/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); }
 body { margin: 0 auto; max-width: 72rem; padding: 1rem 1rem 4rem; overflow-wrap: anywhere; }
 h1 { font-size: 1.5rem; margin: .5rem 0; }
-h2 { font-size: 1rem; margin: 0; color: var(--quiet); font-weight: normal; }
+h2 { font-size: 1rem; margin: 0 0 .25rem; color: var(--quiet); font-weight: normal; }
 h3 { font-size: .8rem; margin: 0; color: var(--quiet); letter-spacing: .05em; }
 section { border-top: 1px solid var(--line); margin: 1.5rem 0; padding-top: 1rem; }
 .text { white-space: pre-wrap; unicode-bidi: plaintext; margin: .25rem 0 .5rem; tab-size: 4; }
