@@ -112,7 +112,7 @@ class Config:
     num_prompts: In[int, 'x >= 1'] = 8              # of val, distinct, in a fixed shuffled order: more extend fewer
     num_samples: In[int, 'x >= 1'] = 1              # of each prompt
     show: In[int, 'x >= 0'] = 8                     # samples printed, of different prompts first; the table is over all
-    html: str = ''                                  # a file for the same samples and table as a page, with nothing outside it
+    html: str = ''                                  # a file to write them to as well, as a page that needs nothing else
     max_new_tokens: In[int, 'x >= 1'] = 200         # of a response, where the end token does not come first
     temperature: In[float, 'x >= 0'] = 1.0          # 1 samples the model itself; 0 is greedy
     top_k: In[int, 'x >= 0'] = 0                    # draw from the k likeliest tokens only; 0 = all
@@ -264,9 +264,11 @@ def paint(text, style):
     """A line in its style, one or one for each character; plain where no colours are wanted."""
     if not colours():
         return text
-    runs = itertools.groupby(zip(text, itertools.repeat(style) if isinstance(style, str) else style), lambda pair: pair[1])
-    runs = [(code, ''.join(c for c, _ in run)) for code, run in runs]
-    return ''.join(f'\x1b[{code}m{run}\x1b[0m' if code else run for code, run in runs)
+    styles, parts = itertools.repeat(style) if isinstance(style, str) else style, []
+    for code, run in itertools.groupby(zip(text, styles), lambda pair: pair[1]):
+        run = ''.join(c for c, _ in run)
+        parts.append(f'\x1b[{code}m{run}\x1b[0m' if code else run)
+    return ''.join(parts)
 
 
 def tint_style(step):
@@ -292,12 +294,9 @@ def tinted(pieces, limit):
 
 def legend(limit):
     """The scale of the tints, as `tinted` gives it."""
-    steps = [step for step in range(-STEPS, STEPS + 1) if step]
-    text = f'implicit reward of a token: -{limit:g} {"-" * STEPS} 0 {"+" * STEPS} +{limit:g}, ∎ the end token'
-    codes = iter(map(tint_style, steps))
-    start = text.index('-' * STEPS)
-    inside = range(start, start + 2 * STEPS + 3)
-    return text, [next(codes) if i in inside and c in '-+' else '' for i, c in enumerate(text)]
+    before, after = f'implicit reward of a token: {-limit:g} ', f' {limit:+g}, ∎ the end token'
+    tints = [tint_style(step) for step in range(-STEPS, STEPS + 1)]
+    return before + '-' * STEPS + '0' + '+' * STEPS + after, [''] * len(before) + tints + [''] * len(after)
 
 
 def side_by_side(cells, width):
@@ -352,7 +351,7 @@ section { border-top: 1px solid var(--line); margin: 1.5rem 0; padding-top: 1rem
 .none, .numbers, .note { color: var(--quiet); }
 .numbers { margin: 0; font-size: .9rem; font-variant-numeric: tabular-nums; }
 .pair { display: grid; gap: 1rem 2rem; margin-top: .75rem; }
-@media (min-width: 44rem), print { .pair { grid-template-columns: repeat(2, minmax(0, 1fr)); } }
+@media (min-width: 44rem), print { .pair { grid-template-columns: 1fr 1fr; } }
 .t { border-radius: 2px; -webkit-box-decoration-break: clone; box-decoration-break: clone; cursor: default; }
 .t:hover, .picked { outline: 2px solid var(--quiet); }
 .t i::before { content: "↵"; font-style: normal; }
@@ -412,7 +411,7 @@ def html_response(pieces, limit):
             title += f' ({len(values)} tokens: {", ".join(f"{v:+.3f}" for v in values)})'
         shown = 'end' if text is None else safe(text).replace('\n', '<i></i>\n')        # a line break has a tint, too
         spans.append(f'<span class="{" ".join(filter(None, classes))}" title="{title}">{shown}</span>')
-    return ''.join([] if any(text for text, _ in pieces) else ['<span class="none">(nothing) </span>']) + ''.join(spans)
+    return '<span class="none">(nothing) </span>' * (not any(text for text, _ in pieces)) + ''.join(spans)
 
 
 def html_page(title, models, prompts, limit, beta, rows, note, settings):
@@ -591,18 +590,20 @@ def main(argv=None):
     shown = sorted(range(len(prompts)), key=lambda i: i % cfg.num_samples)[:cfg.show]      # other prompts before other samples
     limit = scale([beta * value for i in shown for ratio in ratios[i] for value in ratio.tolist()])
     pairs = {i: [] for i in shown}
-    for i, (side, made), ratio in ((i, *both) for i in shown for both in zip(zip(texts, responses), ratios[i])):
-        numbers = {name: values[i] for name, values in measures[side].items()}
-        words = [f'implicit {numbers["implicit_reward"]:+.2f}']
-        words += [f'true {numbers["true_reward"]:+.2f}'] if 'true_reward' in numbers else []
-        words += [f'{numbers["tokens"]} tokens' + ', no end' * (not numbers['ended'])]
-        pairs[i].append((side, token_pieces(tokenizer, made[i], (beta * ratio).tolist()), words))
+    for i, (k, side) in itertools.product(shown, enumerate(texts)):
+        ids, measured = responses[k][i], {name: values[i] for name, values in measures[side].items()}
+        numbers = [f'implicit {measured["implicit_reward"]:+.2f}']
+        numbers += [f'true {measured["true_reward"]:+.2f}'] if 'true_reward' in measured else []
+        numbers += [f'{len(ids)} tokens' + ', no end' * (not measured['ended'])]
+        pairs[i].append((side, token_pieces(tokenizer, ids, (beta * ratios[i][k]).tolist()), numbers))
     if cfg.html:
-        by_prompt = [(prompt_texts[some[0]], [pairs[i] for i in some]) for some in
-                     (list(group) for _, group in itertools.groupby(sorted(shown), lambda i: i // cfg.num_samples))]
-        models = cfg.before or default_before, cfg.after or default_after
-        write_page(cfg.html, html_page(f'{cfg.name}: before and after', models, by_prompt, limit, beta, table_rows(summary, shares),
-                                       f'{counted}; ± is a standard error; {note}', config.show(cfg)))
+        by_prompt = {}
+        for i in sorted(shown):
+            by_prompt.setdefault(i // cfg.num_samples, []).append(i)
+        page = html_page(f'{cfg.name}: before and after', (cfg.before or default_before, cfg.after or default_after),
+                         [(prompt_texts[some[0]], [pairs[i] for i in some]) for some in by_prompt.values()],
+                         limit, beta, table_rows(summary, shares), f'{counted}; ± is a standard error; {note}', config.show(cfg))
+        write_page(cfg.html, page)
     if cfg.json:
         for i, prompt in enumerate(prompt_texts):
             both = {side: {'text': texts[side][i]} | {name: values[i] for name, values in measures[side].items() if name != 'kl'}

@@ -9,6 +9,7 @@ import random
 import re
 import shutil
 import subprocess
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ import torch
 
 import config
 import sample
-from conftest import SHARED, small_gpt, write_data
+from conftest import small_gpt, write_data
 from model import fingerprint
 from prepare_prefs import Groups, load_tokenizer, text_of
 from sample import DARK, LIGHT, MIDDLE, STEPS
@@ -28,7 +29,8 @@ FAMILY, RAINBOW, GERMANY, FRANCE, THUMB = '👨\u200d👩\u200d👧\u200d👦', 
 HINDI, ACCENT, KEYCAP = 'स्ते', 'e\u0301', '1\ufe0f\u20e3'
 ATTACK = '<script>document.title="pwned"</script><img src=x onerror="document.title=\'pwned\'"></p></main><!-- </textarea> &amp; "\''
 TEXTS = [f'{FAMILY} family, {ENGLAND} and {GERMANY}{FRANCE} flags, {THUMB} {RAINBOW} {ACCENT}a\u0308 {KEYCAP} 🎬🎬',
-         'مرحبا بالعالم، هذا نص عربي طويل with English inside 123 وأرقام.\n\nand English after it', 'שלום עולם! with (parentheses) וסימנים — 42%.',
+         'مرحبا بالعالم، هذا نص عربي with English inside 123 وأرقام.\n\nand English after it',
+         'שלום עולם! with (parentheses) וסימנים — 42%.',
          '映画は素晴らしかった。我喜欢这部电影。', f'नम{HINDI} दुनिया ภาษาไทย', ATTACK, 'x' * 500 + ' ' + 'very-long/' * 50, '', ' \n ',
          '  two   runs\n\n\n\tof spaces ', 'NUL \x00 bell \x07 esc \x1b[31m cr \r \u202eover\u202c \u2028 \x85 end', ACCENT[1] * 9 + ' \ufffd']
 
@@ -37,7 +39,7 @@ def tokenizers(folder):
     """Byte tokens, which cut every character that is not ASCII, and GPT-2's where they can be had without a network."""
     write_data(folder, {'val': [[[1], [2, END], [3, END]]]})
     yield load_tokenizer(folder, 'tokenizer.json')
-    if (SHARED / 'tiktoken_cache').is_dir():
+    if os.environ.get('TIKTOKEN_CACHE_DIR'):        # conftest sets it where it can
         yield load_tokenizer(folder, 'gpt2')
 
 
@@ -57,7 +59,8 @@ def torture_page(tokenizer, limit=0.5):
                 for side, words in (('before', text), ('after', TEXTS[i - 1]))]
         prompts.append((text, [both]))
     rows = [('tokens a response', '31.2', ' ±0.2', '33.7', ' ±0.1'), (sample.visible(ATTACK), '-', '', '50.0%', '')]
-    return sample.html_page(f'</title>{ATTACK}', ('out/' + ATTACK, 'out/\udcff'), prompts, limit, 0.1, rows, ATTACK, f"prompt = '</pre>{ATTACK}\udcff'")
+    return sample.html_page(f'</title>{ATTACK}', ('out/' + ATTACK, 'out/\udcff'), prompts, limit, 0.1, rows, ATTACK,
+                            f"prompt = '</pre>{ATTACK}\udcff'")
 
 
 @pytest.fixture
@@ -133,6 +136,11 @@ def test_pieces_join_to_the_text_and_hold_every_value_once(tmp_path):
             assert ''.join(text or '' for text, _ in pieces) == text_of(tokenizer, ids)
             assert [v for _, some in pieces for v in some] == values
             assert all(text for text, _ in pieces if text is not None)
+            with suppress(UnicodeDecodeError):      # of whole characters a piece holds its tokens' bytes and no others
+                whole = iter(b''.join(map(tokenizer.decode_single_token_bytes, ids)).decode() and ids)
+                for text, some in pieces:
+                    data = b''.join(tokenizer.decode_single_token_bytes(next(whole)) for _ in some)
+                    assert text is None or data == text.encode()
             assert [text is None for text, _ in pieces] == [False] * (len(pieces) - 1) + [ids[-1] == tokenizer.eot_token]
 
 
@@ -195,8 +203,7 @@ def test_the_two_sides_are_told_apart_by_the_colour_blind(palette, kind, matrix)
 # -----------------------------------------------------------------------------
 # the page
 
-TAGS = {'html', 'head', 'meta', 'title', 'style', 'body', 'main', 'h1', 'h2', 'h3', 'p', 'b', 'div', 'ol', 'li', 'span', 'i', 'section', 'table',
-        'thead', 'tbody', 'tr', 'th', 'td', 'small', 'pre', 'script'}
+TAGS = set('html head meta title style body main h1 h2 h3 p b div ol li span i section table thead tbody tr th td small pre script'.split())
 
 
 def test_whatever_the_texts_hold_the_page_shows_it_and_no_more(tmp_path):
@@ -206,10 +213,11 @@ def test_whatever_the_texts_hold_the_page_shows_it_and_no_more(tmp_path):
         assert not page.open and {e[0] for e in page.elements} == TAGS
         assert [e[2] for e in page.of('script')] == [sample.SCRIPT]
         assert text.encode() and not re.search('[\0-\t\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2028\u2029]', text), 'nothing hidden'
-        assert not re.search(r'''(src|href|action|srcset|data)=|url\(|@import|https?:|//''', re.sub('>[^<]*<', '><', text)), 'nothing from outside'
-        assert [e[2] for e in page.of('prompt')] == [sample.visible(t).strip('\n') if t.strip() else '(empty prompt)' for t in TEXTS]
-        responses = [e[2] for e in page.of('response')]
-        assert responses == [(sample.visible(t) or '(nothing) ') + 'end' for i in range(len(TEXTS)) for t in (TEXTS[i], TEXTS[i - 1])]
+        bare = re.sub('>[^<]*<', '><', text)
+        assert not re.search(r'(src|href|action|srcset|data)=|url\(|@import|https?:', bare), 'nothing from outside'
+        assert [e[2] for e in page.of('prompt')] == [sample.visible(t) if t.strip() else '(empty prompt)' for t in TEXTS]
+        shown = [sample.visible(TEXTS[i]) or '(nothing) ' for n in range(len(TEXTS)) for i in (n, n - 1)]
+        assert [e[2] for e in page.of('response')] == [t + 'end' for t in shown]
         assert all(ATTACK in page.of(tag)[0][2] for tag in ('title', 'h1', 'pre')) and ATTACK in page.of('p')[0][2]
         assert page.of('note')[0][2] == ATTACK and page.of('th')[3][2] == ATTACK
         assert all(e[1]['dir'] == 'auto' for e in page.of('text')) and page.of('html')[0][1]['lang'] == 'en'
@@ -253,7 +261,8 @@ def test_the_page_of_a_run_holds_its_samples_its_table_and_its_settings(trained,
                                    f'{side["tokens"]} tokens' + ', no end' * (not side['ended'])])
     for e, side in zip(page.of('response'), (s[side] for s in shown for side in ('before', 'after'))):
         assert e[2].removesuffix('end') == (sample.visible(side['text']) or '(nothing) ')
-    titles = re.findall(r'class="t[^>]* title="(\S+?)[ "]', trained.joinpath('a&b.html').read_text(encoding='utf-8').split('<h3>')[2])
+    first = trained.joinpath('a&b.html').read_text(encoding='utf-8').split('<h3>')[2]
+    titles = re.findall(r'class="t[^>]* title="(\S+?)[ "]', first)
     assert sum(map(float, titles)) == pytest.approx(shown[0]['after']['implicit_reward'], abs=0.0005 * len(titles))
     cells = [e[2] for e in page.of('td')]
     for name in ('implicit_reward', 'true_reward', 'tokens'):
@@ -322,7 +331,7 @@ def test_tinted_columns_hold_every_character_in_its_tint_and_stay_aligned(monkey
     on_a_terminal(monkeypatch)
     for tokenizer in tokenizers(tmp_path / 'd'):
         for left, right in zip(TEXTS, TEXTS[1:] + TEXTS[:1]):
-            texts, styles = zip(*(sample.tinted(pieces_of(tokenizer, text, seed)[0], 0.5) for seed, text in enumerate((left, right))))
+            texts, styles = zip(*(sample.tinted(pieces_of(tokenizer, text)[0], 0.5) for text in (left, right)))
             cells = [[(side, sample.BOLD), (text, style), ('implicit +1.00', sample.DIM)]
                      for side, text, style in zip(('BEFORE', 'AFTER'), texts, styles)]
             lines = [cells_of(line) for line in sample.side_by_side(cells, width)]
@@ -413,6 +422,8 @@ frame.onload = () => {
     })
     const token = page.querySelector('.t'), bar = page.querySelector('[role=status]')
     const pair = page.querySelector('.pair').children
+    const mixed = page.querySelectorAll('.prompt')[1], last = page.createRange()         // English below Arabic
+    last.setStart(mixed.firstChild, mixed.textContent.lastIndexOf('\\n') + 1), last.setEndAfter(mixed.firstChild)
     token.click()
     document.querySelector('#out').textContent = JSON.stringify({
         title: page.title, pwned: document.title != 'probe', width: root.scrollWidth, room: root.clientWidth, widths,
@@ -420,6 +431,7 @@ frame.onload = () => {
         paper: view.getComputedStyle(page.documentElement).backgroundColor, ink: view.getComputedStyle(token).color,
         columns: pair[0].getBoundingClientRect().top == pair[1].getBoundingClientRect().top,
         tints: [...page.querySelectorAll('.scale li')].map(li => view.getComputedStyle(li).backgroundColor),
+        indent: last.getBoundingClientRect().left - mixed.getBoundingClientRect().left,
         directions: [...page.querySelectorAll('.prompt')].map(p => view.getComputedStyle(p).direction)})
 }
 frame.srcdoc = PAGE
@@ -448,5 +460,6 @@ def test_a_browser_shows_the_page_as_meant(tmp_path, width, dark):
     zero = 'rgba(0, 0, 0, 0)'
     assert seen['tints'] == [f'rgb{palette.tint(step)}' if step else zero for step in range(-STEPS, STEPS + 1)]
     assert [d for d in seen['directions'] if d == 'rtl'] == ['rtl'] * 2 and seen['directions'][1:3] == ['rtl'] * 2
+    assert abs(seen['indent']) < 1, 'each paragraph has its own direction'
     for tinted, plain in seen['widths']:
         assert tinted == pytest.approx(plain, rel=0.003), 'spans do not break ligatures, joined letters, emoji'
