@@ -161,12 +161,12 @@ def independent_logps(net, prompt, response):
 
 def watch_groups(monkeypatch):
     """A list that gets the groups [prompt, before's ids, after's ids] of each call that scores them."""
-    seen, original = [], sample.response_logps
+    seen, original = [], sample.response_token_logps
 
-    def response_logps(net, groups, *rest):
+    def response_token_logps(net, groups, *rest):
         seen.append(groups)
         return original(net, groups, *rest)
-    monkeypatch.setattr(sample, 'response_logps', response_logps)
+    monkeypatch.setattr(sample, 'response_token_logps', response_token_logps)
     return seen
 
 
@@ -378,13 +378,14 @@ TEXTS = ['', 'word ' * 40, 'x' * 300, '映画は素晴らしかった。' * 20, 
 def test_no_line_is_wider_than_the_terminal_and_no_letter_is_lost(width):
     for left in TEXTS:
         for right in TEXTS:
-            lines = sample.side_by_side([('BEFORE', sample.visible(left), 'implicit +1.00  true -33.00  200 tokens, no end'),
-                                         ('AFTER', sample.visible(right), 'implicit -1.00')], width)
+            cells = [('BEFORE', sample.visible(left), 'implicit +1.00  true -33.00  200 tokens, no end'),
+                     ('AFTER', sample.visible(right), 'implicit -1.00')]
+            lines = sample.side_by_side([[(text, '') for text in cell] for cell in cells], width)
             assert max(map(width_of, lines)) <= width
             if width >= 60:     # the bar stands in one column
                 assert {width_of(line[:line.index(' |')]) for line in lines} == {(width - 3) // 2}
         text = sample.visible(left)
-        assert ''.join(''.join(sample.wrap(text, width)).split()) == ''.join(text.split())
+        assert ''.join(''.join(line for line, _ in sample.wrap(text, '', width)).split()) == ''.join(text.split())
         assert not [c for c in text if c != '\n' and unicodedata.category(c) in ('Cc', 'Cs', 'Zl', 'Zp') or c == '\u202e']
 
 
@@ -401,7 +402,8 @@ def test_every_printed_line_fits_and_holds_no_escape_off_a_terminal(trained, cap
 
 def test_bold_and_dim_are_for_a_terminal_that_wants_them(monkeypatch):
     monkeypatch.delenv('NO_COLOR', raising=False)
-    cells = [('BEFORE', 'x', 'n')] * 2
+    monkeypatch.setenv('TERM', 'xterm')
+    cells = [[('BEFORE', sample.BOLD), ('x', ''), ('n', sample.DIM)]] * 2
     assert '\x1b' not in ''.join(sample.side_by_side(cells, 80))
     monkeypatch.setattr('sys.stdout.isatty', lambda: True, raising=False)
     assert '\x1b[1mBEFORE' in ''.join(sample.side_by_side(cells, 80))
