@@ -15,6 +15,7 @@ import math
 import os
 import re
 import signal
+import socket
 import sys
 import time
 import uuid
@@ -129,20 +130,31 @@ def main(argv=None):
     def meet():
         """Wait for all ranks. -> the store that they share, this attempt's own part of it, the launch's id, and whether this
         is a restart: torchrun's store outlives the processes that it restarts, with all that they wrote into it."""
-        address = f'{os.environ["MASTER_ADDR"]}:{port}'
-        advice = (f'start the same command on every node, with {address}, an address of the first; does a firewall let it '
-                  'through? --join_timeout waits longer')
+        address, until, note = (os.environ['MASTER_ADDR'], port), time.monotonic() + cfg.join_timeout, time.monotonic() + 10
+        advice = (f'start the same command on every node, with MASTER_ADDR={address[0]} and MASTER_PORT={port}, where rank 0 is; '
+                  'does a firewall let it through? --join_timeout waits longer')
         hosts_store = rank == 0 and os.environ.get('TORCHELASTIC_USE_AGENT_STORE') != 'True'
+        while not hosts_store:
+            try:
+                socket.create_connection(address, 5).close()        # the store's own tries print a C++ stack each
+                break
+            except OSError as error:
+                if time.monotonic() > until:
+                    raise UserError(f'rank 0 does not answer ({error}): {advice}') from None
+                time.sleep(0.2)
         try:
-            store = dist.TCPStore(os.environ['MASTER_ADDR'], port, is_master=hosts_store, wait_for_workers=False,
-                                  timeout=timedelta(seconds=cfg.join_timeout))
+            store = dist.TCPStore(*address, is_master=hosts_store, wait_for_workers=False,
+                                  timeout=timedelta(seconds=cfg.join_timeout + 10 * (rank > 0)))
             me = uuid.uuid4().hex       # a rank of an earlier attempt had another
             if rank:
                 store.set(f'hello {rank}', me)
                 group = store.get(me).decode()
                 store.set(f'{group} {rank}', '')
-                return store, group, (launch := store.get(f'{group} go').decode()), launch != group
-            here, until, note = {0}, time.monotonic() + cfg.join_timeout, time.monotonic() + 10
+                launch = store.get(f'{group} go').decode()
+                if ' ' in launch:       # what is wrong instead
+                    raise UserError(launch)
+                return store, group, launch, launch != group
+            here = {0}
             while missing := sorted(set(range(world)) - here):
                 for r in missing:
                     if store.check([f'{me} {r}']):
@@ -151,7 +163,8 @@ def main(argv=None):
                         store.set(store.get(f'hello {r}').decode(), me)
                 came = f'{len(here)} of {world} ranks came, missing {", ".join(map(str, missing))}'
                 if time.monotonic() > until:
-                    raise UserError(f'{came} after {cfg.join_timeout} s: {advice}')
+                    store.set(f'{me} go', error := f'{came} after {cfg.join_timeout} s: {advice}')
+                    raise UserError(error)
                 if time.monotonic() > note:
                     note = math.inf
                     say(f'waiting: {came}')
@@ -159,9 +172,8 @@ def main(argv=None):
             launch = store.compare_set('launch', '', me).decode()       # the first attempt's stays
             store.set(f'{me} go', launch)
             return store, me, launch, launch != me
-        except dist.DistError as error:
-            problem = 'cannot listen at' if hosts_store else 'no rank 0 at' if rank else 'cannot reach'
-            raise UserError(f'{problem} {address} ({str(error).splitlines()[0][:200]}): {advice}') from None
+        except RuntimeError as error:
+            raise UserError(f'the ranks cannot meet ({str(error).splitlines()[0][:200]}): {advice}') from None
 
     launch, restarted, step = '', False, 0
     if world > 1 or 'TORCHELASTIC_RUN_ID' in os.environ:
@@ -182,7 +194,7 @@ def main(argv=None):
         signal.signal(signal.SIGTERM, signal.SIG_IGN)       # torchrun's, which ends what is left
         try:
             store.set(f'alive {rank}', '')
-            time.sleep(3)               # the others find out, too
+            time.sleep(2)               # the others find out, too
             alive = [r for r in range(world) if store.check([f'alive {r}'])]
         except RuntimeError:
             alive = list(range(1, world))       # rank 0 held the store
@@ -317,7 +329,7 @@ def main(argv=None):
 
     net = torch.compile(policy, dynamic=True) if cfg.compile else policy        # rows vary in length
     ddp = DistributedDataParallel(net, device_ids=[local_rank] if device_type == 'cuda' else None,
-                                  broadcast_buffers=False, gradient_as_bucket_view=True) if world > 1 else net
+                                  gradient_as_bucket_view=True) if world > 1 else net
 
     # -------------------------------------------------------------------------
     # log
