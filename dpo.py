@@ -482,7 +482,7 @@ def main(argv=None):
         everyone = [None] * world
         dist.all_gather_object(everyone, asdict(cfg) | {
             f'{data_dir}/{train.split}': train.fingerprint, f'{data_dir}/{val.split}': val.fingerprint,
-            'the initial weights': init_fingerprint, f'the step to start from, by {out_dir}': start_step})
+            'init_from': init_fingerprint, f'step to start from, by {out_dir},': start_step})
         for other, theirs in enumerate(everyone):
             for key, value in theirs.items():
                 if value != everyone[0].get(key):

@@ -24,7 +24,7 @@ export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=100       # seconds for the step and the c
 # export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0       # where nodes have several networks, or ranks cannot connect
 
 first_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-port=$((20000 + SLURM_JOB_ID % 10000))          # two jobs may share a node
+port=$((20000 + SLURM_JOB_ID % 40000))          # two jobs may share a node
 resume=()
 if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ]; then resume=(--resume); fi
 
