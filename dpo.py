@@ -362,6 +362,10 @@ def main(argv=None):
     if world > 1:
         store = dist.PrefixStore(group, store)
         try:
+            dist.init_process_group('gloo', store=dist.PrefixStore('trial', store), rank=rank, world_size=world,
+                                    timeout=timedelta(seconds=cfg.join_timeout / 5))    # gloo waits five times that to connect
+            dist.barrier()
+            dist.destroy_process_group()
             dist.init_process_group('cpu:gloo,cuda:nccl' if device_type == 'cuda' else 'gloo', store=store, rank=rank, world_size=world)
         except RuntimeError as error:
             raise UserError(f'all {world} ranks came, but they cannot connect to one another ({str(error).splitlines()[0][:200]}): '
