@@ -13,10 +13,15 @@ import gc
 import json
 import math
 import os
+import re
 import signal
+import socket
+import sys
 import time
+import uuid
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 
 import numpy as np
 import torch
@@ -67,6 +72,7 @@ class Config:
     device: Literal['auto', 'cpu', 'cuda', 'mps'] = 'auto'  # auto = cuda where there is one, else cpu
     dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'  # of the matmuls; weights stay float32; auto = bfloat16 on cuda
     compile: bool = torch.cuda.is_available()       # torch.compile the model: minutes once, then faster
+    join_timeout: In[int, 'x >= 1'] = 120           # seconds to wait at the start for the other processes, of several
     resume: bool = False                            # go on from the last checkpoint of out/<name>/sft, if there is one
 
 
@@ -84,13 +90,30 @@ def main(argv=None):
     # -------------------------------------------------------------------------
     # launch: one process, or one a GPU under torchrun
 
-    world, rank, local_rank = (int(os.environ.get(key, default)) for key, default in
-                               (('WORLD_SIZE', 1), ('RANK', 0), ('LOCAL_RANK', 0)))
+    try:
+        world, rank, local_rank, local_world, port = (int(os.environ.get(key, default)) for key, default in (
+            ('WORLD_SIZE', 1), ('RANK', 0), ('LOCAL_RANK', 0), ('LOCAL_WORLD_SIZE', 1), ('MASTER_PORT', 0)))
+    except ValueError as error:
+        raise UserError(f'one of WORLD_SIZE, RANK, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_PORT in the environment: {error}') from None
     device_type = cfg.device if cfg.device != 'auto' else 'cuda' if torch.cuda.is_available() else 'cpu'
-    local_world = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
-    if device_type == 'cuda' and local_world > torch.cuda.device_count():
+    missing = [key for key in ('RANK', 'MASTER_ADDR', 'MASTER_PORT') + ('LOCAL_RANK',) * (device_type == 'cuda')
+               if world > 1 and not os.environ.get(key)]
+    if missing:
+        raise UserError(f'WORLD_SIZE={world} but {", ".join(missing)} not set: start with torchrun, which sets them all')
+    if not 0 <= rank < world:
+        raise UserError(f'RANK={rank} is not of WORLD_SIZE={world}: start with torchrun, which sets both')
+    copies = os.environ.get('SLURM_STEP_NUM_TASKS', '1')
+    if 'WORLD_SIZE' not in os.environ and copies != '1':
+        raise UserError(f'srun started {copies} processes that know nothing of one another: let it start torchrun, once a '
+                        'node, as in repro/slurm.sh')
+    gpus = torch.cuda.device_count()
+    if device_type == 'cuda' and max(local_world, local_rank + 1) > gpus:
+        local_world = max(local_world, local_rank + 1)
         raise UserError(f'{local_world} process{"es" * (local_world > 1)} on this machine, but torch sees '
-                        f'{torch.cuda.device_count()} GPUs: lower --nproc_per_node, or --device=cpu')
+                        f'{gpus} GPUs: lower --nproc_per_node, or --device=cpu')
+    if device_type == 'cuda' and world > 1 and not dist.is_nccl_available():
+        raise UserError(f'{world} processes on GPUs need NCCL, which this torch ({torch.__version__}) was built without: '
+                        'install one with it, or run one process, or --device=cpu')
     if device_type == 'mps' and not torch.backends.mps.is_available():
         raise UserError('device=mps is not available here: --device=cpu')
     if cfg.batch_size < world:
@@ -100,13 +123,98 @@ def main(argv=None):
     autocast = torch.autocast(device_type, torch.bfloat16) if bf16 else nullcontext()
     if device_type == 'cuda':
         torch.cuda.set_device(device)
-    if world > 1:
-        dist.init_process_group('cpu:gloo,cuda:nccl' if device_type == 'cuda' else 'gloo')
     out_dir = os.path.join('out', cfg.name, stage)
 
     def say(text):
         if rank == 0:
             tqdm.write(text)
+
+    def meet():
+        """Wait for all ranks. -> the store that they share, this attempt's own part of it, the launch's id, and whether this
+        is a restart: torchrun's store outlives the processes that it restarts, with all that they wrote into it."""
+        address, until, note = (os.environ['MASTER_ADDR'], port), time.monotonic() + cfg.join_timeout, time.monotonic() + 10
+        advice = (f'start the same command on every node, with MASTER_ADDR={address[0]} and MASTER_PORT={port}, where rank 0 is; '
+                  'does a firewall let it through? --join_timeout waits longer')
+        hosts_store = rank == 0 and os.environ.get('TORCHELASTIC_USE_AGENT_STORE') != 'True'
+        while not hosts_store:
+            try:
+                socket.create_connection(address, 5).close()        # the store's own tries print a C++ stack each
+                break
+            except OSError as error:
+                if time.monotonic() > until:
+                    raise UserError(f'rank 0 does not answer ({error}): {advice}') from None
+                time.sleep(0.2)
+        try:
+            store = dist.TCPStore(*address, is_master=hosts_store, wait_for_workers=False,
+                                  timeout=timedelta(seconds=cfg.join_timeout + 10 * (rank > 0)))
+            me = uuid.uuid4().hex       # a rank of an earlier attempt had another
+            if rank:
+                store.set(f'hello {rank}', me)
+                group = store.get(me).decode()
+                store.set(f'{group} {rank}', '')
+                launch = store.get(f'{group} go').decode()
+                if ' ' in launch:       # what is wrong instead
+                    raise UserError(launch)
+                return store, group, launch, launch != group
+            here = {0}
+            while missing := sorted(set(range(world)) - here):
+                for r in missing:
+                    if store.check([f'{me} {r}']):
+                        here.add(r)
+                    elif store.check([f'hello {r}']):
+                        store.set(store.get(f'hello {r}').decode(), me)
+                came = f'{len(here)} of {world} ranks came, missing {", ".join(map(str, missing))}'
+                if time.monotonic() > until:
+                    store.set(f'{me} go', error := f'{came} after {cfg.join_timeout} s: {advice}')
+                    raise UserError(error)
+                if time.monotonic() > note:
+                    note = math.inf
+                    say(f'waiting: {came}')
+                time.sleep(0.02)
+            launch = store.compare_set('launch', '', me).decode()       # the first attempt's stays
+            store.set(f'{me} go', launch)
+            return store, me, launch, launch != me
+        except RuntimeError as error:
+            raise UserError(f'the ranks cannot meet ({str(error).splitlines()[0][:200]}): {advice}') from None
+
+    launch, restarted, step = '', False, 0
+    if world > 1 or 'TORCHELASTIC_RUN_ID' in os.environ:
+        store, group, launch, restarted = meet()
+    if world > 1:
+        store = dist.PrefixStore(group, store)
+        try:
+            dist.init_process_group('gloo', store=dist.PrefixStore('trial', store), rank=rank, world_size=world,
+                                    timeout=timedelta(seconds=cfg.join_timeout / 5))    # gloo waits five times that to connect
+            dist.barrier()
+            dist.destroy_process_group()
+            dist.init_process_group('cpu:gloo,cuda:nccl' if device_type == 'cuda' else 'gloo', store=store, rank=rank, world_size=world)
+        except RuntimeError as error:
+            raise UserError(f'all {world} ranks came, but they cannot connect to one another ({str(error).splitlines()[0][:200]}): '
+                            'set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the network interface that the nodes share') from None
+
+    def on_error(kind, error, trace):
+        """sys.excepthook: one line where a rank is lost, from the first one left; the traceback of anything else."""
+        broken = re.search(r'closed by peer|reset by peer|refused|broken pipe|time[d ]*out|remote process exited', str(error), re.I)
+        if not issubclass(kind, RuntimeError) or not broken:
+            return sys.__excepthook__(kind, error, trace)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)       # torchrun's, which ends what is left
+        try:
+            store.set(f'alive {rank}', '')
+            time.sleep(2)               # the others find out, too
+            alive = [r for r in range(world) if store.check([f'alive {r}'])]
+        except RuntimeError:
+            alive = list(range(1, world))       # rank 0 held the store
+        if len(alive) == world:
+            return sys.__excepthook__(kind, error, trace)
+        if rank == alive[0]:
+            left = int(os.environ.get('TORCHELASTIC_MAX_RESTARTS', 0)) - int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0))
+            gone = ', '.join(str(r) for r in range(world) if r not in alive)
+            print(f'error: no answer from rank {gone} at step {step} ({broken[0]}): it died, or the network did; its own last '
+                  f'lines say why; ' + ('torchrun starts all again' if left > 0 else 'go on with --resume'), file=sys.stderr, flush=True)
+        os._exit(1)     # and wait for nobody
+
+    if world > 1:
+        sys.excepthook = on_error
 
     def reduced(tensor):
         """The sum over ranks, in place."""
@@ -117,7 +225,10 @@ def main(argv=None):
     def agree(error):
         """End the run on all ranks where rank 0 has an error, so that none is left waiting; '' is no error."""
         if reduced(torch.tensor([len(error)])).item():
-            raise UserError(error)
+            told = [error]
+            if world > 1:
+                dist.broadcast_object_list(told)
+            raise UserError(told[0])
 
     # -------------------------------------------------------------------------
     # data
@@ -160,7 +271,7 @@ def main(argv=None):
     # resume
 
     start_step, saved = 0, None
-    found = find_checkpoints(out_dir) if cfg.resume else []
+    found = find_checkpoints(out_dir) if cfg.resume or restarted else []
     for path in reversed(found):
         try:
             saved = read_checkpoint(path)
@@ -169,6 +280,8 @@ def main(argv=None):
             say(f'refused: {error}')
     if found and saved is None:
         raise UserError(f'cannot resume: no checkpoint of {out_dir} can be read')
+    if saved is not None and not cfg.resume and saved.get('launch') != launch:
+        saved = None            # an earlier run's: this launch was restarted before it saved
     if saved is not None:
         for what, now, then in (('the training data', train.fingerprint, saved['data_fingerprint']),
                                 ('the initial weights', init_fingerprint, saved['init_fingerprint']),
@@ -182,8 +295,18 @@ def main(argv=None):
         policy.load_state_dict(saved['model'])
         start_step = saved['step']
         say(f'resuming from {path}' + (f', with {", ".join(changed)}' if changed else ''))
-    elif cfg.resume:
+    elif cfg.resume or restarted:
         say(f'nothing to resume in {out_dir}: starting at step 0')
+    if world > 1:
+        everyone = [None] * world
+        dist.all_gather_object(everyone, asdict(cfg) | {
+            f'{data_dir}/{train.split}': train.fingerprint, f'{data_dir}/{val.split}': val.fingerprint,
+            'init_from': init_fingerprint, f'step to start from, by {out_dir},': start_step})
+        for other, theirs in enumerate(everyone):
+            for key, value in theirs.items():
+                if value != everyone[0].get(key):
+                    raise UserError(f'rank {other} has another {key} than rank 0 ({value!r}, not {everyone[0].get(key)!r}): all '
+                                    'nodes need the same command, and the same data/ and out/, on a shared disk or copied')
 
     # -------------------------------------------------------------------------
     # optimizer
@@ -214,7 +337,7 @@ def main(argv=None):
 
     net = torch.compile(policy, dynamic=True) if cfg.compile else policy        # rows vary in length
     ddp = DistributedDataParallel(net, device_ids=[local_rank] if device_type == 'cuda' else None,
-                                  broadcast_buffers=False, gradient_as_bucket_view=True) if world > 1 else net
+                                  gradient_as_bucket_view=True) if world > 1 else net
 
     # -------------------------------------------------------------------------
     # log
@@ -272,7 +395,7 @@ def main(argv=None):
             if rank == 0:
                 save_checkpoint(out_dir, step, policy, dict(
                     stage=stage, config=asdict(cfg), optimizer=optimizer.state_dict(), vocabulary=train.vocabulary,
-                    data_fingerprint=train.fingerprint, init_from=init_from, init_fingerprint=init_fingerprint))
+                    data_fingerprint=train.fingerprint, init_from=init_from, init_fingerprint=init_fingerprint, launch=launch))
         except OSError as os_error:
             error = (f'cannot save step {step} to {out_dir}: {os_error.strerror or os_error}; '
                      'the checkpoints before it are untouched')
@@ -301,7 +424,7 @@ def main(argv=None):
     def on_signal(number, frame):
         stopped_by[0] = number
         say(f'signal {number}: finishing this step, then saving')
-        signal.signal(number, signal.SIG_DFL)           # a second one stops at once
+        signal.signal(signal.SIGINT, signal.SIG_DFL)    # a second Ctrl-C stops at once; SIGTERM may come from Slurm and torchrun
 
     # -------------------------------------------------------------------------
     # evaluation: all of val, each group once, sums over ranks

@@ -17,6 +17,8 @@ import inspect
 import os
 import re
 import runpy
+import signal
+import socket
 import sys
 import time
 import types
@@ -28,13 +30,16 @@ EMBEDDED = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'reviews.py'
 
 
 class UserError(SystemExit):
-    """A user's mistake: one line on stderr (rank 0's, under torchrun) and exit status 1, no traceback."""
+    """A user's mistake: one line on stderr and exit status 1, no traceback. Under torchrun it is rank 0's; what another
+    rank alone knows it says itself, with its name, if nobody has ended it five seconds later."""
     def __init__(self, message):
         self.message = ' '.join(str(message).split())
-        speaks = os.environ.get('RANK', '0') == '0'
-        if not speaks:
-            time.sleep(5)       # torchrun ends all ranks when one leaves: let rank 0 say it first
-        super().__init__(f'error: {self.message}' if speaks else 1)
+        rank, local_rank = os.environ.get('RANK', '0'), os.environ.get('LOCAL_RANK', '0')
+        who = '' if rank == '0' else f'rank {rank} on {socket.gethostname()}: '
+        if who:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(5 if local_rank == '0' else 7)   # torchrun ends all ranks of a machine when one leaves
+        super().__init__(f'error: {who}{self.message}')
 
 
 def _read_file(path, stage):

@@ -352,13 +352,9 @@ RUNS = {name: ('tiny', [f'--loss={name}']) for name in FORMULAS} | {       # wha
     'dpo with nll': ('tiny', ['--nll_coef=0.5', '--ref_from=out/other'])}
 TWO = '''
 import os, sys
-import torch.distributed as dist
 sys.path.insert(0, {root!r})
 import dpo
-start = dist.init_process_group
-for i, (kind, flags) in enumerate({runs!r}):        # torchrun's rendezvous serves one process group: each run brings its own
-    dist.init_process_group = lambda backend: start(
-        backend, init_method=f'file://{{os.getcwd()}}/group-{{i}}', rank=int(os.environ['RANK']), world_size=2)
+for i, (kind, flags) in enumerate({runs!r}):
     dpo.main([*{flags!r}, f'--name={{kind}}', *flags])
     if os.environ['RANK'] == '0':
         os.rename(f'out/{{kind}}/dpo', f'out/two-{{i}}')

@@ -1,0 +1,270 @@
+"""Several processes: killed and restarted by torchrun, ranks that are missing or differ, two nodes, the Slurm script."""
+import multiprocessing
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+import config
+import dpo
+from conftest import ROOT, random_groups, read_log, small_gpt, write_data
+from model import find_checkpoints, read_checkpoint, save_checkpoint
+
+COMMON = ['--name=tiny', '--batch_size=8', '--max_steps=12', '--learning_rate=1e-4', '--warmup_steps=3', '--log_interval=1',
+          '--eval_interval=6', '--save_interval=4', '--device=cpu']
+ARGS = {'dpo': COMMON, 'sft': [*COMMON, '--init_from=scratch', '--n_layer=2', '--n_embd=32', '--dropout=0.1']}
+
+# runs a stage and kills it with SIGKILL: PLAN is {attempt: (rank, where, at which call)}
+DYING = '''
+import os, runpy, signal, sys, torch
+plan, sys.argv = eval(sys.argv[1]), sys.argv[2:]
+rank, where, when = plan.get(int(os.environ['TORCHELASTIC_RESTART_COUNT']), (None, None, None))
+calls = 0
+
+def dying(function):
+    def wrapped(*args, **kwargs):
+        global calls
+        calls += 1
+        if calls == when and rank == int(os.environ['RANK']):
+            if where == 'save':             # half of the file is there
+                args[1].write(b'half a checkpoint')
+                args[1].flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **kwargs)
+    return wrapped
+
+if where == 'load':
+    torch.nn.parallel.DistributedDataParallel = dying(torch.nn.parallel.DistributedDataParallel)
+elif where == 'step':                       # gradients are there, half of a step
+    torch.optim.RMSprop.step = dying(torch.optim.RMSprop.step)
+    torch.optim.AdamW.step = dying(torch.optim.AdamW.step)
+elif where == 'save':
+    torch.save = dying(torch.save)
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+runpy.run_path(sys.argv[0], run_name='__main__')
+'''
+
+
+def torchrun(*args, launch=('--standalone', '--nproc_per_node=2')):
+    done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', *launch, *map(str, args)], capture_output=True, text=True,
+                          timeout=280, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    return done.returncode, done.stdout, done.stderr
+
+
+def make_workplace():
+    rng = np.random.default_rng(0)
+    write_data('data/tiny', {'train': random_groups(48, 2, rng), 'val': random_groups(10, 2, rng)})
+    os.makedirs('out/tiny/sft')
+    save_checkpoint('out/tiny/sft', 1, small_gpt(), dict(config={}, vocabulary=None))
+
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+    """A directory with a run of each stage by two processes, which nothing disturbed, in out/whole."""
+    folder = tmp_path_factory.mktemp('whole')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        make_workplace()
+        Path('dying.py').write_text(DYING)
+        Path('both.py').write_text(f'import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport dpo, sft\n'
+                                   f'dpo.main({ARGS["dpo"]})\nsft.main({ARGS["sft"]})')
+        code, _, errors = torchrun('both.py')
+        assert code == 0, errors
+        os.makedirs('out/whole')
+        for stage in ('dpo', 'sft'):
+            os.rename(f'out/tiny/{stage}', f'out/whole/{stage}')
+        os.rename('out/tiny/sft.previous', 'out/tiny/sft')
+    return folder
+
+
+@pytest.fixture
+def place(whole, tmp_path, monkeypatch):
+    """A copy of it to work in."""
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+
+
+def equal(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    return all(map(equal, a, b)) if isinstance(a, list) else a == b
+
+
+def assert_same_run(folder, expected):
+    """Last checkpoints (weights, optimizer's state) and logs of two runs, bit for bit, but for speeds."""
+    a, b = (read_checkpoint(find_checkpoints(f)[-1]) for f in (folder, expected))
+    assert a['step'] == b['step'] == 12 and equal(a['model'], b['model']) and equal(a['optimizer'], b['optimizer'])
+    logs = [[{k: v for k, v in row.items() if 'second' not in k} for row in read_log(f)] for f in (folder, expected)]
+    assert logs[0] == logs[1]
+    assert sorted(os.listdir(folder)) == sorted(os.listdir(expected)), 'nothing half-written stays'
+
+
+def workers_left():
+    """Processes of this test's directory that still run."""
+    here = os.getcwd()
+    found = []
+    for pid in filter(str.isdigit, os.listdir('/proc') if os.path.isdir('/proc') else []):
+        try:
+            if os.readlink(f'/proc/{pid}/cwd') == here and int(pid) != os.getpid():
+                found += [Path(f'/proc/{pid}/cmdline').read_text().replace('\0', ' ')]
+        except OSError:
+            pass
+    return found
+
+
+def test_killed_ranks_are_restarted_and_the_run_is_bit_identical_to_an_undisturbed_one(place):
+    """Rank 1 in mid-step before the first checkpoint, rank 0 in mid-save; an older, finished run stands in the folder."""
+    old = small_gpt(seed=3)
+    os.makedirs('out/tiny/dpo')
+    save_checkpoint('out/tiny/dpo', 12, old, {})
+    plan = {0: (1, 'load', 1), 1: (1, 'step', 3), 2: (0, 'save', 2)}
+    code, output, errors = torchrun('dying.py', plan, ROOT / 'dpo.py', *ARGS['dpo'],
+                                    launch=('--standalone', '--nproc_per_node=2', '--max-restarts=3'))
+    assert code == 0, errors
+    assert re.findall(r'(?:nothing to resume|resuming from) .*', output) == [
+        'nothing to resume in out/tiny/dpo: starting at step 0'] * 2 + ['resuming from out/tiny/dpo/step-000004.pt']
+    assert_same_run('out/tiny/dpo', 'out/whole/dpo')
+    kept = read_checkpoint(find_checkpoints('out/tiny/dpo.previous')[-1])['model']
+    assert equal(dict(kept), dict(old.state_dict())), 'the older run is moved aside once, and not lost'
+    assert 'error: no answer from rank 1 at step 3' in errors and 'error: no answer from rank 0 at step 8' in errors
+    assert 'Traceback' not in errors and workers_left() == []
+
+
+def test_sft_is_restarted_the_same_way(place):
+    code, output, errors = torchrun('dying.py', {0: (0, 'step', 7)}, ROOT / 'sft.py', *ARGS['sft'],
+                                    launch=('--standalone', '--nproc_per_node=2', '--max-restarts=1'))
+    assert code == 0 and 'resuming from out/tiny/sft/step-000004.pt' in output, errors
+    assert_same_run('out/tiny/sft', 'out/whole/sft')
+    assert find_checkpoints('out/tiny/sft.previous')[-1].endswith('step-000001.pt'), 'what stood there'
+
+
+NO_WAIT = SimpleNamespace(sleep=lambda seconds: None)        # what ranks other than 0 wait before they speak
+
+
+def by_hand(rank, world, port):
+    return {'RANK': str(rank), 'WORLD_SIZE': str(world), 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port)}
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return s.getsockname()[1]
+
+
+BAD = {     # environment, extra flags, the line
+    'no address': ({'WORLD_SIZE': '2', 'RANK': '0'}, [], 'WORLD_SIZE=2 but MASTER_ADDR, MASTER_PORT not set: start with torchrun'),
+    'no rank': ({'WORLD_SIZE': '2'}, [], 'RANK, MASTER_ADDR, MASTER_PORT not set'),
+    'not a number': ({'WORLD_SIZE': 'two'}, [], "WORLD_SIZE, RANK.* in the environment: .*'two'"),
+    'a rank too many': (by_hand(2, 2, 1), [], 'RANK=2 is not of WORLD_SIZE=2'),
+    'no local rank on GPUs': (by_hand(0, 2, 1), ['--device=cuda'], 'LOCAL_RANK not set'),
+    'srun alone': ({'SLURM_STEP_NUM_TASKS': '8'}, [], 'srun started 8 processes that know nothing of one another.*torchrun'),
+    'fewer GPUs than ranks': (by_hand(1, 2, 1) | {'LOCAL_RANK': '1'}, ['--device=cuda'], '2 processes on this machine, but torch sees'),
+    'nobody at the address': (by_hand(1, 2, 1), [], 'rank 1 on .*: rank 0 does not answer .*refused.*MASTER_ADDR=127.0.0.1.*firewall'),
+    'no such host': (by_hand(1, 2, 1) | {'MASTER_ADDR': 'no-such-host.invalid'}, [], 'rank 0 does not answer'),
+    'a rank that never comes': (by_hand(0, 3, None), [], '1 of 3 ranks came, missing 1, 2 after 1 s: start the same command on every node'),
+}
+
+
+@pytest.mark.parametrize('case', BAD)
+def test_a_launch_that_cannot_work_ends_with_one_line(tmp_path, monkeypatch, case):
+    environment, flags, expected = BAD[case]
+    monkeypatch.chdir(tmp_path)
+    for key, value in environment.items():
+        monkeypatch.setenv(key, value if value != 'None' else str(free_port()))
+    monkeypatch.setattr(config, 'time', NO_WAIT)
+    if case == 'fewer GPUs than ranks':
+        monkeypatch.setattr(torch.cuda, 'device_count', lambda: 1)
+    with pytest.raises(SystemExit, match=f'^error: .*{expected}') as caught:
+        dpo.main([*ARGS['dpo'], '--join_timeout=1', *flags])
+    assert '\n' not in caught.value.code and not os.listdir()
+
+
+def test_gpus_without_nccl_are_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for key, value in (by_hand(0, 2, 1) | {'LOCAL_RANK': '0'}).items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 8)
+    monkeypatch.setattr(dist, 'is_nccl_available', lambda: False)
+    with pytest.raises(SystemExit, match=r'2 processes on GPUs need NCCL, which this torch \(.*\) was built without'):
+        dpo.main([*ARGS['dpo'], '--device=cuda'])
+
+
+def one_rank(rank, port, folder, flags, results):
+    """A process of two that were started by hand; its last words."""
+    os.environ.update(by_hand(rank, 2, port))
+    os.chdir(folder)
+    config.time = NO_WAIT
+    try:
+        dpo.main([*ARGS['dpo'], *flags])
+    except SystemExit as error:
+        results.put((rank, error.code))
+
+
+@pytest.mark.parametrize('folder, flags, lines', [
+    ('.', ['--beta=0.5'], {'error: rank 1 has another beta than rank 0 (0.5, not 0.1): all nodes need the same command',
+                           'error: rank 1 on HOST: rank 1 has another beta'}),
+    ('other data', [], {"error: rank 1 has another data/tiny/train than rank 0 ('", 'error: rank 1 on HOST: rank 1 has another data/tiny/train'}),
+    ('no checkpoint', ['--resume'], {'error: rank 1 has another step to start from, by out/tiny/dpo, than rank 0 (0, not 12)',
+                                     'error: rank 1 on HOST: rank 1 has another step'}),
+    ('no sft', [], {'error: rank 1 on HOST: out/tiny/sft holds no checkpoint: run sft.py'})])
+def test_ranks_that_differ_say_in_what(place, monkeypatch, folder, flags, lines):
+    monkeypatch.setenv('PYTHONPATH', str(ROOT))     # of the server below
+    if folder != '.':
+        shutil.copytree('data', f'{folder}/data')
+        if folder == 'other data':
+            write_data(f'{folder}/data/tiny', {s: random_groups(n, 2, np.random.default_rng(7)) for s, n in (('train', 48), ('val', 10))})
+        if folder != 'no sft':
+            shutil.copytree('out/tiny/sft', f'{folder}/out/tiny/sft')
+    if folder == 'no checkpoint':
+        shutil.copytree('out/whole/dpo', 'out/tiny/dpo')
+    server = multiprocessing.get_context('forkserver')      # which imports torch once for all
+    server.set_forkserver_preload(['dpo'])
+    results, port = server.Queue(), free_port()
+    ranks = [server.Process(target=one_rank, args=(rank, port, folder if rank else '.', flags if rank or folder != '.' else [], results))
+             for rank in (0, 1)]
+    for process in ranks:
+        process.start()
+    try:
+        for _ in lines:
+            rank, said = results.get(timeout=120)
+            assert any(said.startswith(line.replace('HOST', socket.gethostname())) for line in lines) and '\n' not in said
+    finally:
+        for process in ranks:
+            process.kill()
+
+
+STUBS = {   # two nodes on this machine, each with torchrun
+    'scontrol': '#!/bin/bash\nif [ "$1" = show ]; then printf "127.0.0.1\\nsecond\\n"; else echo "scontrol $@"; fi\n',
+    'srun': '#!/bin/bash\nshift\n"$@" & first=$!\n"$@" & wait $! && wait $first\n',
+    'torchrun': f'#!/bin/bash\nexec {sys.executable} -m torch.distributed.run "$@"\n',
+}
+
+
+def test_the_slurm_script_on_two_nodes_gives_the_run_of_one_node(place):
+    """With stubs of Slurm's commands, each node one process; and what it passes on when a job is queued again."""
+    os.makedirs('bin')
+    for name, text in STUBS.items():
+        Path('bin', name).write_text(text)
+        os.chmod(f'bin/{name}', 0o755)
+    env = {**os.environ, 'PATH': f'{os.getcwd()}/bin:{os.environ["PATH"]}', 'SLURM_JOB_ID': str(free_port() - 20000),
+           'SLURM_JOB_NODELIST': 'any', 'SLURM_NNODES': '2', 'OMP_NUM_THREADS': '1'}
+    done = subprocess.run(['bash', ROOT / 'repro/slurm.sh', ROOT / 'dpo.py', *ARGS['dpo']], env=env, capture_output=True, text=True,
+                          timeout=280)
+    assert done.returncode == 0 and 'dpo, 2 processes on cpu' in done.stdout, done.stderr
+    assert_same_run('out/tiny/dpo', 'out/whole/dpo')
+    Path('bin/torchrun').write_text('#!/bin/bash\necho "$@"\n')
+    for restarts, flags in (('0', ''), ('1', ' --resume')):
+        done = subprocess.run(['bash', ROOT / 'repro/slurm.sh', 'dpo.py', 'config/hh.py'], env=env | {'SLURM_RESTART_COUNT': restarts},
+                              capture_output=True, text=True, timeout=60)
+        assert done.stdout.endswith(f'dpo.py config/hh.py{flags}\n'), done.stdout
