@@ -187,9 +187,11 @@ def main(argv=None):
                                     timeout=timedelta(seconds=cfg.join_timeout / 5))    # gloo waits five times that to connect
             dist.barrier()
             dist.destroy_process_group()
-            dist.init_process_group('cpu:gloo,cuda:nccl' if device_type == 'cuda' else 'gloo', store=store, rank=rank, world_size=world)
+            dist.init_process_group('cpu:gloo,cuda:nccl' if device_type == 'cuda' else 'gloo', store=store, rank=rank,
+                                    world_size=world)
         except RuntimeError as error:
-            raise UserError(f'all {world} ranks came, but they cannot connect to one another ({str(error).splitlines()[0][:200]}): '
+            why = str(error).splitlines()[0][:200]
+            raise UserError(f'all {world} ranks came, but they cannot connect to one another ({why}): '
                             'set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the network interface that the nodes share') from None
 
     def on_error(kind, error, trace):
@@ -210,7 +212,7 @@ def main(argv=None):
             left = int(os.environ.get('TORCHELASTIC_MAX_RESTARTS', 0)) - int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0))
             gone = ', '.join(str(r) for r in range(world) if r not in alive)
             print(f'error: no answer from rank {gone} at step {step} ({broken[0]}): it died, or the network did; its own last '
-                  f'lines say why; ' + ('torchrun starts all again' if left > 0 else 'go on with --resume'), file=sys.stderr, flush=True)
+                  f'lines say why; {"torchrun starts all again" if left > 0 else "go on with --resume"}', file=sys.stderr, flush=True)
         os._exit(1)     # and wait for nobody
 
     if world > 1:
@@ -424,7 +426,7 @@ def main(argv=None):
     def on_signal(number, frame):
         stopped_by[0] = number
         say(f'signal {number}: finishing this step, then saving')
-        signal.signal(signal.SIGINT, signal.SIG_DFL)    # a second Ctrl-C stops at once; SIGTERM may come from Slurm and torchrun
+        signal.signal(signal.SIGINT, signal.SIG_DFL)    # a second Ctrl-C stops at once; SIGTERM, Slurm and torchrun send both
 
     # -------------------------------------------------------------------------
     # evaluation: all of val, each group once, sums over ranks

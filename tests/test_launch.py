@@ -42,9 +42,7 @@ def dying(function):
         return function(*args, **kwargs)
     return wrapped
 
-if where == 'load':
-    torch.nn.parallel.DistributedDataParallel = dying(torch.nn.parallel.DistributedDataParallel)
-elif where == 'step':                       # gradients are there, half of a step
+if where == 'step':                         # gradients are there, half of a step
     torch.optim.RMSprop.step = dying(torch.optim.RMSprop.step)
     torch.optim.AdamW.step = dying(torch.optim.AdamW.step)
 elif where == 'save':
@@ -128,17 +126,38 @@ def test_killed_ranks_are_restarted_and_the_run_is_bit_identical_to_an_undisturb
     old = small_gpt(seed=3)
     os.makedirs('out/tiny/dpo')
     save_checkpoint('out/tiny/dpo', 12, old, {})
-    plan = {0: (1, 'load', 1), 1: (1, 'step', 3), 2: (0, 'save', 2)}
+    plan = {0: (1, 'step', 3), 1: (0, 'save', 2)}
     code, output, errors = torchrun('dying.py', plan, ROOT / 'dpo.py', *ARGS['dpo'],
                                     launch=('--standalone', '--nproc_per_node=2', '--max-restarts=3'))
     assert code == 0, errors
     assert re.findall(r'(?:nothing to resume|resuming from) .*', output) == [
-        'nothing to resume in out/tiny/dpo: starting at step 0'] * 2 + ['resuming from out/tiny/dpo/step-000004.pt']
+        'nothing to resume in out/tiny/dpo: starting at step 0', 'resuming from out/tiny/dpo/step-000004.pt']
     assert_same_run('out/tiny/dpo', 'out/whole/dpo')
     kept = read_checkpoint(find_checkpoints('out/tiny/dpo.previous')[-1])['model']
     assert equal(dict(kept), dict(old.state_dict())), 'the older run is moved aside once, and not lost'
-    assert 'error: no answer from rank 1 at step 3' in errors and 'error: no answer from rank 0 at step 8' in errors
+    assert 'error: no answer from rank 1 at step 3 (' in errors and 'error: no answer from rank 0 at step 8 (' in errors
     assert 'Traceback' not in errors and workers_left() == []
+
+
+def test_a_restart_goes_on_from_its_own_launch_alone(place, monkeypatch, capsys):
+    """One process under torchrun, whose store the test plays; the first attempt died before it wrote anything."""
+    def attempt(store, *flags):
+        monkeypatch.setenv('MASTER_PORT', str(store.port))
+        dpo.main([*ARGS['dpo'], *flags])
+        return re.findall(r'(?:nothing to resume in|resuming from) [^:,\n]*', capsys.readouterr().out)
+    for key, value in (by_hand(0, 1, 0) | {'TORCHELASTIC_RUN_ID': 'none', 'TORCHELASTIC_USE_AGENT_STORE': 'True'}).items():
+        monkeypatch.setenv(key, value)
+    old = dist.TCPStore('127.0.0.1', 0, is_master=True, wait_for_workers=False)
+    assert attempt(old, '--max_steps=8') == []
+    store = dist.TCPStore('127.0.0.1', 0, is_master=True, wait_for_workers=False)
+    store.set('launch', 'of the first attempt')
+    assert attempt(store, '--max_steps=4') == ['nothing to resume in out/tiny/dpo']
+    assert attempt(store) == ['resuming from out/tiny/dpo/step-000004.pt']
+    with open(find_checkpoints('out/tiny/dpo')[-1], 'ab') as file:
+        file.write(b'damage')
+    assert attempt(store) == ['resuming from out/tiny/dpo/step-000008.pt']
+    assert attempt(old, '--resume') == ['resuming from out/tiny/dpo/step-000012.pt'], 'the user wants it, whose ever it is'
+    assert find_checkpoints('out/tiny/dpo.previous')[-1].endswith('step-000008.pt'), 'still there'
 
 
 def test_sft_is_restarted_the_same_way(place):
