@@ -1533,16 +1533,12 @@ def draw_pairs(cfg, policy):
     """
     import torch
     import torch.distributed as dist
-    world, rank, local_rank = (int(os.environ.get(key, default)) for key, default in
-                               (('WORLD_SIZE', 1), ('RANK', 0), ('LOCAL_RANK', 0)))
+    from launch import join, read_ranks
     device_type = cfg.device if cfg.device != 'auto' else 'cuda' if torch.cuda.is_available() else 'cpu'
-    gpus = torch.cuda.device_count()
-    if device_type == 'cuda' and local_rank >= gpus or device_type == 'mps' and not torch.backends.mps.is_available():
-        raise UserError(f'device={device_type}: torch sees {gpus} GPUs here: --device=cpu' + ', or fewer processes' * (gpus > 0))
+    world, rank, local_rank = read_ranks(device_type)
     device = torch.device(device_type, local_rank) if device_type == 'cuda' else torch.device(device_type)
     bf16 = device_type == 'cuda' and torch.cuda.is_bf16_supported()
-    if world > 1:
-        dist.init_process_group('gloo')
+    join(world, rank, 'gloo', 120)
 
     # the reward, on rank 0, before the long work
     sources, error = {split: Groups(cfg.source, split) for split in ('train', 'val')}, ['']

@@ -13,15 +13,10 @@ import gc
 import json
 import math
 import os
-import re
 import signal
-import socket
-import sys
 import time
-import uuid
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 
 import numpy as np
 import torch
@@ -31,6 +26,7 @@ from tqdm import tqdm
 
 import config
 from config import In, Literal, UserError
+from launch import join, name_lost_ranks, read_ranks
 from model import (GPT, CheckpointError, GPTConfig, export_error, find_checkpoints, fingerprint, load_model, open_run,
                    packed_mask, peak_flops, read_checkpoint, save_checkpoint, token_logps)
 from prepare_prefs import Groups, packed_batches, plan_rows, row_limit, step_groups
@@ -90,32 +86,8 @@ def main(argv=None):
     # -------------------------------------------------------------------------
     # launch: one process, or one a GPU under torchrun
 
-    try:
-        world, rank, local_rank, local_world, port = (int(os.environ.get(key, default)) for key, default in (
-            ('WORLD_SIZE', 1), ('RANK', 0), ('LOCAL_RANK', 0), ('LOCAL_WORLD_SIZE', 1), ('MASTER_PORT', 0)))
-    except ValueError as error:
-        raise UserError(f'one of WORLD_SIZE, RANK, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_PORT in the environment: {error}') from None
     device_type = cfg.device if cfg.device != 'auto' else 'cuda' if torch.cuda.is_available() else 'cpu'
-    missing = [key for key in ('RANK', 'MASTER_ADDR', 'MASTER_PORT') + ('LOCAL_RANK',) * (device_type == 'cuda')
-               if world > 1 and not os.environ.get(key)]
-    if missing:
-        raise UserError(f'WORLD_SIZE={world} but {", ".join(missing)} not set: start with torchrun, which sets them all')
-    if not 0 <= rank < world:
-        raise UserError(f'RANK={rank} is not of WORLD_SIZE={world}: start with torchrun, which sets both')
-    copies = os.environ.get('SLURM_STEP_NUM_TASKS', '1')
-    if 'WORLD_SIZE' not in os.environ and copies != '1':
-        raise UserError(f'srun started {copies} processes that know nothing of one another: let it start torchrun, once a '
-                        'node, as in repro/slurm.sh')
-    gpus = torch.cuda.device_count()
-    if device_type == 'cuda' and max(local_world, local_rank + 1) > gpus:
-        local_world = max(local_world, local_rank + 1)
-        raise UserError(f'{local_world} process{"es" * (local_world > 1)} on this machine, but torch sees '
-                        f'{gpus} GPUs: lower --nproc_per_node, or --device=cpu')
-    if device_type == 'cuda' and world > 1 and not dist.is_nccl_available():
-        raise UserError(f'{world} processes on GPUs need NCCL, which this torch ({torch.__version__}) was built without: '
-                        'install one with it, or run one process, or --device=cpu')
-    if device_type == 'mps' and not torch.backends.mps.is_available():
-        raise UserError('device=mps is not available here: --device=cpu')
+    world, rank, local_rank = read_ranks(device_type)
     if cfg.batch_size < world:
         raise UserError(f'batch_size={cfg.batch_size} is smaller than the {world} processes that share it')
     device = torch.device(device_type, local_rank) if device_type == 'cuda' else torch.device(device_type)
@@ -129,94 +101,10 @@ def main(argv=None):
         if rank == 0:
             tqdm.write(text)
 
-    def meet():
-        """Wait for all ranks. -> the store that they share, this attempt's own part of it, the launch's id, and whether this
-        is a restart: torchrun's store outlives the processes that it restarts, with all that they wrote into it."""
-        address, until, note = (os.environ['MASTER_ADDR'], port), time.monotonic() + cfg.join_timeout, time.monotonic() + 10
-        advice = (f'start the same command on every node, with MASTER_ADDR={address[0]} and MASTER_PORT={port}, where rank 0 is; '
-                  'does a firewall let it through? --join_timeout waits longer')
-        hosts_store = rank == 0 and os.environ.get('TORCHELASTIC_USE_AGENT_STORE') != 'True'
-        while not hosts_store:
-            try:
-                socket.create_connection(address, 5).close()        # the store's own tries print a C++ stack each
-                break
-            except OSError as error:
-                if time.monotonic() > until:
-                    raise UserError(f'rank 0 does not answer ({error}): {advice}') from None
-                time.sleep(0.2)
-        try:
-            store = dist.TCPStore(*address, is_master=hosts_store, wait_for_workers=False,
-                                  timeout=timedelta(seconds=cfg.join_timeout + 10 * (rank > 0)))
-            me = uuid.uuid4().hex       # a rank of an earlier attempt had another
-            if rank:
-                store.set(f'hello {rank}', me)
-                group = store.get(me).decode()
-                store.set(f'{group} {rank}', '')
-                launch = store.get(f'{group} go').decode()
-                if ' ' in launch:       # what is wrong instead
-                    raise UserError(launch)
-                return store, group, launch, launch != group
-            here = {0}
-            while missing := sorted(set(range(world)) - here):
-                for r in missing:
-                    if store.check([f'{me} {r}']):
-                        here.add(r)
-                    elif store.check([f'hello {r}']):
-                        store.set(store.get(f'hello {r}').decode(), me)
-                came = f'{len(here)} of {world} ranks came, missing {", ".join(map(str, missing))}'
-                if time.monotonic() > until:
-                    store.set(f'{me} go', error := f'{came} after {cfg.join_timeout} s: {advice}')
-                    raise UserError(error)
-                if time.monotonic() > note:
-                    note = math.inf
-                    say(f'waiting: {came}')
-                time.sleep(0.02)
-            launch = store.compare_set('launch', '', me).decode()       # the first attempt's stays
-            store.set(f'{me} go', launch)
-            return store, me, launch, launch != me
-        except RuntimeError as error:
-            raise UserError(f'the ranks cannot meet ({str(error).splitlines()[0][:200]}): {advice}') from None
-
-    launch, restarted, step = '', False, 0
-    if world > 1 or 'TORCHELASTIC_RUN_ID' in os.environ:
-        store, group, launch, restarted = meet()
+    step = 0
+    store, launch, restarted = join(world, rank, 'cpu:gloo,cuda:nccl' if device_type == 'cuda' else 'gloo', cfg.join_timeout)
     if world > 1:
-        store = dist.PrefixStore(group, store)
-        try:
-            dist.init_process_group('gloo', store=dist.PrefixStore('trial', store), rank=rank, world_size=world,
-                                    timeout=timedelta(seconds=cfg.join_timeout / 5))    # gloo waits five times that to connect
-            dist.barrier()
-            dist.destroy_process_group()
-            dist.init_process_group('cpu:gloo,cuda:nccl' if device_type == 'cuda' else 'gloo', store=store, rank=rank,
-                                    world_size=world)
-        except RuntimeError as error:
-            why = str(error).splitlines()[0][:200]
-            raise UserError(f'all {world} ranks came, but they cannot connect to one another ({why}): '
-                            'set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the network interface that the nodes share') from None
-
-    def on_error(kind, error, trace):
-        """sys.excepthook: one line where a rank is lost, from the first one left; the traceback of anything else."""
-        broken = re.search(r'closed by peer|reset by peer|refused|broken pipe|time[d ]*out|remote process exited', str(error), re.I)
-        if not issubclass(kind, RuntimeError) or not broken:
-            return sys.__excepthook__(kind, error, trace)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)       # torchrun's, which ends what is left
-        try:
-            store.set(f'alive {rank}', '')
-            time.sleep(2)               # the others find out, too
-            alive = [r for r in range(world) if store.check([f'alive {r}'])]
-        except RuntimeError:
-            alive = list(range(1, world))       # rank 0 held the store
-        if len(alive) == world:
-            return sys.__excepthook__(kind, error, trace)
-        if rank == alive[0]:
-            left = int(os.environ.get('TORCHELASTIC_MAX_RESTARTS', 0)) - int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0))
-            gone = ', '.join(str(r) for r in range(world) if r not in alive)
-            print(f'error: no answer from rank {gone} at step {step} ({broken[0]}): it died, or the network did; its own last '
-                  f'lines say why; {"torchrun starts all again" if left > 0 else "go on with --resume"}', file=sys.stderr, flush=True)
-        os._exit(1)     # and wait for nobody
-
-    if world > 1:
-        sys.excepthook = on_error
+        name_lost_ranks(store, world, rank, lambda: f' at step {step}')
 
     def reduced(tensor):
         """The sum over ranks, in place."""
