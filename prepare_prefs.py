@@ -535,7 +535,7 @@ def encode_groups(rows, tokenizer, cfg):
     parts, cut = [], np.zeros(3, np.int64)
     for prompt, *responses in rows:
         prompt = prompt_ids(tokenizer, prompt, cfg.template)
-        responses = [tokenizer.encode_ordinary(response) + [tokenizer.eot_token] for response in responses]
+        responses = [encode(tokenizer, response) + [tokenizer.eot_token] for response in responses]
         group = truncate(prompt, responses, cfg.max_length, cfg.max_prompt_length)
         lost = [len(whole) - len(part) for whole, part in zip([prompt, *responses], group)]
         if any(lost):
@@ -548,7 +548,7 @@ def encode_documents(rows, tokenizer, cfg):
     """The same of documents, [text] each: groups of a prompt of one token and one response."""
     parts, step = [], cfg.max_length - 1
     for text, in rows:
-        ids = [tokenizer.eot_token, *tokenizer.encode_ordinary(text), tokenizer.eot_token]
+        ids = [tokenizer.eot_token, *encode(tokenizer, text), tokenizer.eot_token]
         for i in range(0, len(ids) - 1, step):
             parts += ids[i:i + 1], ids[i + 1:i + 1 + step]
     return parts, np.zeros(3, np.int64)
@@ -620,10 +620,6 @@ def check(cfg):
             raise UserError(f'documents {cfg.documents} does not exist')
 
 
-def sha256_json(value):
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
 def hash_inputs(cfg, hub, policy):
     """A hash over all that decides the result: the format, the knobs, the content of the sources, the policy's weights."""
     knobs, files = dataclasses.asdict(cfg), {}
@@ -663,10 +659,10 @@ def why_remake(folder, inputs):
             return 'its knobs or its source have changed'
         for split in meta['splits']:
             Groups(folder, split)       # checks the files
-        return '' if hash_set(folder, meta) == meta['fingerprint'] else 'its tokenizer.json is damaged'
+        return ''
     except UserError as error:
         return error.message
-    except (OSError, KeyError, TypeError) as error:
+    except (OSError, KeyError) as error:
         return f'it is incomplete ({type(error).__name__}: {error})'
 
 
@@ -694,8 +690,7 @@ def write_set(cfg, aside, hub, inputs):
         info = write_split(os.path.join(aside, split), rows(), n, K, encode, tokenizer, cfg, labels)
         meta['splits'][split] = dict(read=n + sum(dropped.values()), kept=n, dropped=dropped) | info
     meta['fingerprint'] = hash_set(aside, meta)
-    with open(os.path.join(aside, 'meta.json'), 'w') as f:
-        json.dump(meta, f, indent=1)
+    write_meta(aside, meta)
     return meta
 
 
@@ -704,8 +699,7 @@ def new_files(folder):
     """A temporary folder, whose files take the place of the set in `folder` once they are all there."""
     try:
         os.makedirs(folder, exist_ok=True)
-        for left in glob.glob(os.path.join(folder, '.tmp-*')):      # by a run that was killed
-            shutil.rmtree(left)
+        sweep(folder)
         with tempfile.TemporaryDirectory(prefix='.tmp-', dir=folder) as aside:
             yield aside
             publish(aside, folder)
@@ -714,17 +708,32 @@ def new_files(folder):
             os.removedirs(folder)       # only if it is empty: a failed first run leaves nothing
 
 
+def sweep(folder):
+    """Remove what killed runs left; a set that one had only begun to replace comes back."""
+    for left in glob.glob(os.path.join(glob.escape(folder), '.tmp-*')):
+        if os.path.exists(os.path.join(left, 'meta.json')):     # publish moves it last
+            put_back(left, folder)
+        shutil.rmtree(left)
+
+
+def put_back(aside, folder):
+    old = os.path.join(aside, 'old')
+    for file in os.listdir(old) if os.path.isdir(old) else ():
+        os.replace(os.path.join(old, file), os.path.join(folder, file))
+
+
 def publish(aside, folder):
-    """Put the files of a whole set, in `aside`, in place of the old; if that fails midway these come back."""
-    old = tempfile.mkdtemp(dir=aside)
+    """Put the files of a whole set, in `aside`, in place of the old; if that fails midway these come back. Killed midway,
+    the next run brings them back; until then the hashes in meta.json tell readers that the two are mixed."""
+    old = os.path.join(aside, 'old')
+    os.mkdir(old)
     try:
         for file in FILES:              # meta.json is the last
             for source, target in ((folder, old), (aside, folder)):
                 if os.path.exists(os.path.join(source, file)):
                     os.replace(os.path.join(source, file), os.path.join(target, file))
     except BaseException:
-        for file in os.listdir(old):
-            os.replace(os.path.join(old, file), os.path.join(folder, file))
+        put_back(aside, folder)
         raise
 
 
@@ -773,8 +782,7 @@ def write_groups(folder, source, splits, dropped=None, **facts):
             lost = dropped.get(split, {})
             meta['splits'][split] = dict(read=len(groups) + sum(lost.values()), kept=len(groups), dropped=lost) | info
         meta['fingerprint'] = hash_set(aside, meta)
-        with open(os.path.join(aside, 'meta.json'), 'w') as f:
-            json.dump(meta, f, indent=1)
+        write_meta(aside, meta)
     return meta
 
 
@@ -948,7 +956,7 @@ def draw_pairs(cfg, policy):
 # -----------------------------------------------------------------------------
 # the reader half: what sft.py, dpo.py and sample.py import
 
-FORMAT = 1                  # of the files under data/<name>/; readers refuse another
+FORMAT = 2                  # of the files under data/<name>/; readers refuse another
 EOT = '<|endoftext|>'       # the end token's name, in GPT-2's vocabulary and in ours
 
 
@@ -963,11 +971,23 @@ def load_tokenizer(folder, name):
         except Exception as error:      # it downloads on first use
             raise UserError(f"tokenizer '{name}' could not be loaded ({type(error).__name__}): tiktoken downloads it on first use; "
                             'offline, set TIKTOKEN_CACHE_DIR to a folder that holds it') from None
-    with open(os.path.join(folder, name)) as f:
-        saved = json.load(f)
-    ranks = {base64.b64decode(token): rank for rank, token in enumerate(saved['tokens'])}
-    return tiktoken.Encoding(saved['name'], pat_str=saved['pattern'], mergeable_ranks=ranks,
-                             special_tokens={EOT: len(ranks)})
+    path = os.path.join(folder, name)
+    try:
+        with open(path) as f:
+            saved = json.load(f)
+        ranks = {base64.b64decode(token): rank for rank, token in enumerate(saved['tokens'])}
+        assert len(ranks) == len(saved['tokens']) and all(bytes([b]) in ranks for b in range(256)), 'no byte-level vocabulary'
+        return tiktoken.Encoding(saved['name'], pat_str=saved['pattern'], mergeable_ranks=ranks, special_tokens={EOT: len(ranks)})
+    except OSError as error:
+        raise UserError(f'{path} cannot be read ({error.strerror}): run prepare_prefs.py again') from None
+    except Exception as error:      # whatever foreign content makes of base64 and tiktoken
+        raise UserError(f'{path} is no tokenizer ({type(error).__name__}: {error}): run prepare_prefs.py again') from None
+
+
+def encode(tokenizer, text):
+    """The ids of a text: list of int. White space by the hundred thousand would overflow tiktoken's stack: it goes in pieces."""
+    pieces = re.split(r'(\s{100000})', text) if len(text) > 100_000 else [text]
+    return [token for piece in pieces for token in tokenizer.encode_ordinary(piece)]
 
 
 def prompt_ids(tokenizer, prompt, template):
@@ -981,7 +1001,7 @@ def prompt_ids(tokenizer, prompt, template):
     before, _, after = template.removeprefix(EOT).partition('{prompt}')
     if not (prompt.startswith(before) and prompt.endswith(after)):
         prompt = before + prompt + after
-    ids = tokenizer.encode_ordinary(prompt)
+    ids = encode(tokenizer, prompt)
     return [tokenizer.eot_token] * (bos or not ids) + ids
 
 
@@ -1097,19 +1117,39 @@ class Sampled:
         self.lengths = self.index[:, -1] - self.index[:, 0]
 
 
+def sha256_json(value):
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def write_meta(folder, meta):
+    """Write data/<name>/meta.json; it holds a hash of the tokenizer's file and one of all the rest of it, for read_meta."""
+    name = meta['tokenizer']
+    if name.endswith('.json'):
+        meta = meta | {'tokenizer_sha256': sha256_file(os.path.join(folder, name))}
+    with open(os.path.join(folder, 'meta.json'), 'w') as f:
+        json.dump(meta | {'sha256': sha256_json(meta)}, f, indent=1)
+
+
 def read_meta(folder):
-    """data/<name>/meta.json as a dict, or a UserError that says how to make it."""
+    """data/<name>/meta.json as a dict, or a UserError that says how to make it; a damaged tokenizer.json is one, too."""
     path = os.path.join(folder, 'meta.json')
     try:
         with open(path) as f:
             meta = json.load(f)
         assert meta['format'] == FORMAT, f"format {meta['format']}, this code reads {FORMAT}"
-        assert isinstance(meta['splits'], dict) and isinstance(meta['tokenizer'], str)
-        return meta
+        assert meta.pop('sha256') == sha256_json(meta), 'its content is not what was written'
+        name = meta['tokenizer']
     except FileNotFoundError:
         raise UserError(f'{path} does not exist: run prepare_prefs.py with this config first') from None
-    except (ValueError, KeyError, TypeError, AssertionError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, AssertionError, RecursionError) as error:
         raise UserError(f'{path} cannot be read ({type(error).__name__}: {error}): run prepare_prefs.py again') from None
+    if name.endswith('.json'):
+        path = os.path.join(folder, name)
+        if not os.path.isfile(path):
+            raise UserError(f'{path} is missing: run prepare_prefs.py again')
+        if sha256_file(path) != meta['tokenizer_sha256']:
+            raise UserError(f'{path} is damaged: its content is not what meta.json records; run prepare_prefs.py again')
+    return meta
 
 
 def read_reward(path):
@@ -1295,6 +1335,8 @@ def main(argv=None):
         inputs = hash_inputs(cfg, hub, fingerprint)
         why = why_remake(folder, inputs)
         if not why:
+            if os.environ.get('RANK', '0') == '0':
+                sweep(folder)
             say(f'{folder} is reused: same knobs, same source, undamaged')
             return
         say(f'making {folder}: {why}', flush=True)

@@ -166,8 +166,8 @@ def main(argv=None):
     if found and saved is None:
         raise UserError(f'cannot resume: no checkpoint of {out_dir} can be read')
     if saved is not None:
-        for what, now, then in (('the training data', train.fingerprint, saved['data_fingerprint']),
-                                ('the initial weights', init_fingerprint, saved['init_fingerprint']),
+        for what, now, then in (('the training data', train.fingerprint, saved.get('data_fingerprint')),
+                                ('the initial weights', init_fingerprint, saved.get('init_fingerprint')),
                                 ('batch_size', cfg.batch_size, saved['config']['batch_size']),
                                 ('seed', cfg.seed, saved['config']['seed']),
                                 ('optimizer', cfg.optimizer, saved['config']['optimizer'])):
@@ -352,9 +352,9 @@ def main(argv=None):
             dist.all_reduce(signalled, dist.ReduceOp.MAX)           # all ranks leave, or none
         stopped_by_any = signalled.item()
         leaving = step == total_steps or stopped_by_any > 0
-        log_now = step == 1 or step % cfg.log_interval == 0 or leaving
         eval_now = not stopped_by_any and (step == total_steps or cfg.eval_interval and step % cfg.eval_interval == 0)
         save_now = leaving or cfg.save_interval and step % cfg.save_interval == 0
+        log_now = step == 1 or step % cfg.log_interval == 0 or save_now      # what comes after a checkpoint is summed up apart
         if not (log_now or eval_now or save_now):
             continue                                                # and never wait for the GPU
         stop_if_not_finite(unread)
