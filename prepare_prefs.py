@@ -1037,18 +1037,22 @@ class Groups:
         if split not in self.meta['splits']:
             raise UserError(f"{folder} has no split '{split}', only {', '.join(self.meta['splits'])}")
         self.folder, self.split, info = folder, split, self.meta['splits'][split]
-        labelled = 'labels_sha256' in info
-        for end, key in (('.bin', 'bin_sha256'), ('.idx.npy', 'idx_sha256'), ('.labels.npy', 'labels_sha256'))[:2 + labelled]:
-            path = os.path.join(folder, split + end)
-            if not os.path.isfile(path):
-                raise UserError(f'{path} is missing: run prepare_prefs.py again')
-            if sha256_file(path) != info[key]:
-                raise UserError(f'{path} is damaged: its content is not what meta.json records; run prepare_prefs.py again')
-        self.tokens = np.memmap(os.path.join(folder, f'{split}.bin'), dtype=info['dtype'], mode='r')
-        index = np.load(os.path.join(folder, f'{split}.idx.npy'), mmap_mode='r')
-        self.K = k or index.shape[1] - 2
+        try:
+            labelled = 'labels_sha256' in info
+            for end, key in (('.bin', 'bin_sha256'), ('.idx.npy', 'idx_sha256'), ('.labels.npy', 'labels_sha256'))[:2 + labelled]:
+                path = os.path.join(folder, split + end)
+                if not os.path.isfile(path):
+                    raise UserError(f'{path} is missing: run prepare_prefs.py again')
+                if sha256_file(path) != info[key]:
+                    raise UserError(f'{path} is damaged: its content is not what meta.json records; run prepare_prefs.py again')
+            self.tokens = np.memmap(os.path.join(folder, f'{split}.bin'), dtype=info['dtype'], mode='r')
+            index = np.load(os.path.join(folder, f'{split}.idx.npy'), mmap_mode='r')
+            labels = np.load(os.path.join(folder, f'{split}.labels.npy')) if labelled else None
+            assert index[-1, -1] == len(self.tokens), f'{len(self.tokens)} tokens, {index[-1, -1]} in its index'
+        except (ValueError, TypeError, LookupError, AssertionError) as error:       # the hashes are right: it was made so
+            raise UserError(f'{folder} {split} is not what prepare_prefs.py writes ({type(error).__name__}: {error})') from None
+        self.labels, self.K = labels, k or index.shape[1] - 2
         assert self.K <= index.shape[1] - 2, f'{folder} {split} has {index.shape[1] - 2} responses a group, not {k}'
-        self.labels = np.load(os.path.join(folder, f'{split}.labels.npy')) if labelled else None
         if labelled and k:
             index, self.labels = index[self.labels], self.labels[self.labels]
             if not len(index):
@@ -1138,6 +1142,8 @@ def read_meta(folder):
             meta = json.load(f)
         assert meta['format'] == FORMAT, f"format {meta['format']}, this code reads {FORMAT}"
         assert meta.pop('sha256') == sha256_json(meta), 'its content is not what was written'
+        for key, kind in dict(tokenizer=str, template=str, vocab_size=int, eot_token=int, max_length=int, splits=dict).items():
+            assert isinstance(meta[key], kind), f'{key} is {meta[key]!r:.40}'
         name = meta['tokenizer']
     except FileNotFoundError:
         raise UserError(f'{path} does not exist: run prepare_prefs.py with this config first') from None
