@@ -469,10 +469,14 @@ def save_checkpoint(folder, step, model, state, keep=2):
                 os.remove(leftover)
     found = find_checkpoints(folder)
     last = found.index(path) + 1
-    kept = found[max(0, last - keep):last]
-    for old in set(found) - set(kept):
-        os.remove(old[:-3] + '.json')
-    for left in glob.glob(os.path.join(glob.escape(folder), 'step-*')):     # the others' weights, and what a killed run left
+    _keep_only(folder, found[max(0, last - keep):last])
+
+
+def _keep_only(folder, kept):
+    """Remove all checkpoints of a folder but `kept`, and what a killed run has left half-written or half-removed."""
+    for old in set(find_checkpoints(folder)) - set(kept):
+        os.remove(old[:-3] + '.json')           # first: it makes the weights count
+    for left in glob.glob(os.path.join(glob.escape(folder), 'step-*')):
         if re.search(r'step-\d+\.(pt|pt\.tmp|json\.tmp)$', left) and left not in kept:
             os.remove(left)
 
@@ -543,17 +547,20 @@ def open_run(folder, start_step):
         shutil.rmtree(folder + '.previous', ignore_errors=True)
         os.rename(folder, folder + '.previous')
     os.makedirs(folder, exist_ok=True)
+    found = find_checkpoints(folder)            # killed in its last save, a run has not removed the oldest yet
+    last = sum(_step_of(p) <= start_step for p in found)
+    _keep_only(folder, found[max(0, last - 2):])
     path = os.path.join(folder, 'log.jsonl')
     kept = []
     if start_step and os.path.exists(path):
-        with open(path) as f:
+        with open(path, 'rb') as f:
             for line in f:
                 try:
                     kept += [line] if json.loads(line)['step'] <= start_step else []
                 except (ValueError, KeyError, TypeError):
                     pass        # the torn line of a killed run
     try:
-        with open(path + '.tmp', 'w') as f:
+        with open(path + '.tmp', 'wb') as f:
             f.writelines(kept)
         os.replace(path + '.tmp', path)
     finally:

@@ -175,7 +175,10 @@ def main(argv=None):
                 raise UserError(f'cannot resume {path}: {what} changed since ({then} then, {now} now)')
         changed = [f'{k} {saved["config"].get(k)!r} -> {v!r}' for k, v in asdict(cfg).items()
                    if k != 'resume' and saved['config'].get(k) != v]
-        policy.load_state_dict(saved['model'])
+        try:
+            policy.load_state_dict(saved['model'])
+        except RuntimeError:
+            raise UserError(f'cannot resume {path}: its weights do not fit the model of {init_from}') from None
         start_step = saved['step']
         say(f'resuming from {path}' + (f', with {", ".join(changed)}' if changed else ''))
     elif cfg.resume:
@@ -192,7 +195,10 @@ def main(argv=None):
     else:
         optimizer = torch.optim.AdamW(param_groups, lr=cfg.learning_rate, betas=(0.9, 0.95), fused=device_type != 'mps')
     if saved is not None:
-        optimizer.load_state_dict(saved['optimizer'])
+        try:
+            optimizer.load_state_dict(saved['optimizer'])
+        except (KeyError, TypeError, ValueError):
+            raise UserError(f'cannot resume {path}: it holds no state of the optimizer') from None
         optimizer.param_groups[0]['weight_decay'] = cfg.weight_decay       # the knob's, not the saved one
     saved = None                # frees the copy
 

@@ -678,6 +678,7 @@ CHECKPOINTS = {     # what stands in place of a checkpoint: a function of the re
     'no heads': lambda state: state | {'model_config': state['model_config'] | {'n_head': 0}},
     'a negative width': lambda state: state | {'model_config': state['model_config'] | {'n_embd': -16}},
     'weights of other shapes': lambda state: state | {'model': {k: v[:1] for k, v in state['model'].items()}},
+    'an optimizer that is none': lambda state: state | {'optimizer': {}},
     'weights that are no tensors': lambda state: state | {'model': {k: 1 for k in state['model']}},
     'text': lambda state: b'hello',
     'gzip': lambda state: b'\x1f\x8b' + b'\0' * 50,
@@ -757,7 +758,9 @@ HARMLESS = {        # code that nobody asks for: the result is as ever
     'code as text in a step file': ('dpo', lambda cwd: (path := cwd / START[1]) and path.write_text(json.dumps(
         json.loads(path.read_text()) | {'config': "__import__('os').system('touch code-was-run')"}))),
 }
-CODE = ([(reader, what) for what in CHECKPOINTS for reader in ('dpo', 'resume', 'sample', 'draw')] +
+NOT_RESUMED = {'a model_config that is a list', 'no heads', 'a negative width'}      # a run that resumes has it from where it began
+CODE = ([(reader, what) for what in CHECKPOINTS for reader in ('dpo', 'resume', 'sample', 'draw')
+         if reader != 'resume' or what not in NOT_RESUMED] +
         [(reader, what) for what, (reader, _) in (FILES | HARMLESS).items()])
 
 
@@ -789,9 +792,9 @@ def code(seed, rng, base, cwd, undisturbed, new):
 
 CLASSES = {         # name: (function, trials, what its second number counts, the commands that it compares with)
     'kill': (kill, 50, 'kills', ('sft', 'dpo', 'replace', 'resume', 'draw')),
-    'rename': (rename, 160, 'kills', ('replace', 'sft', 'dpo', 'resume')),
+    'rename': (rename, 120, 'kills', ('replace', 'sft', 'dpo', 'resume')),
     'full': (full, 60, 'refused', ('sft', 'dpo', 'replace', 'resume', 'draw')),
-    'damage': (damage, 2 * len(CELLS), 'refused', tuple(READS)),
+    'damage': (damage, 300, 'refused', tuple(READS)),
     'lines': (lines, 40, 'lines', ()),
     'code': (code, len(CODE), 'refused', ('dpo', 'resume', 'sample', 'draw', 'kto', 'hf')),
 }
