@@ -355,15 +355,15 @@ def main(argv=None):
     if found and saved is None:
         raise UserError(f'cannot resume: no checkpoint of {out_dir} can be read')
     if saved is not None:
+        knobs = saved.get('config', {})
         for what, now, then in (('the training data', train.fingerprint, saved.get('data_fingerprint')),
                                 ('the initial weights', init_fingerprint, saved.get('init_fingerprint')),
-                                ('batch_size', cfg.batch_size, saved['config']['batch_size']),
-                                ('seed', cfg.seed, saved['config']['seed']),
-                                ('optimizer', cfg.optimizer, saved['config']['optimizer'])):
+                                ('batch_size', cfg.batch_size, knobs.get('batch_size')),
+                                ('seed', cfg.seed, knobs.get('seed')),
+                                ('optimizer', cfg.optimizer, knobs.get('optimizer'))):
             if now != then:
                 raise UserError(f'cannot resume {path}: {what} changed since ({then} then, {now} now)')
-        changed = [f'{k} {saved["config"].get(k)!r} -> {v!r}' for k, v in asdict(cfg).items()
-                   if k != 'resume' and saved['config'].get(k) != v]
+        changed = [f'{k} {knobs.get(k)!r} -> {v!r}' for k, v in asdict(cfg).items() if k != 'resume' and knobs.get(k) != v]
         try:
             policy.load_state_dict(saved['model'])
         except RuntimeError:

@@ -535,7 +535,7 @@ def encode_groups(rows, tokenizer, cfg):
     parts, cut = [], np.zeros(3, np.int64)
     for prompt, *responses in rows:
         prompt = prompt_ids(tokenizer, prompt, cfg.template)
-        responses = [encode(tokenizer, response) + [tokenizer.eot_token] for response in responses]
+        responses = [text_ids(tokenizer, response) + [tokenizer.eot_token] for response in responses]
         group = truncate(prompt, responses, cfg.max_length, cfg.max_prompt_length)
         lost = [len(whole) - len(part) for whole, part in zip([prompt, *responses], group)]
         if any(lost):
@@ -548,7 +548,7 @@ def encode_documents(rows, tokenizer, cfg):
     """The same of documents, [text] each: groups of a prompt of one token and one response."""
     parts, step = [], cfg.max_length - 1
     for text, in rows:
-        ids = [tokenizer.eot_token, *encode(tokenizer, text), tokenizer.eot_token]
+        ids = [tokenizer.eot_token, *text_ids(tokenizer, text), tokenizer.eot_token]
         for i in range(0, len(ids) - 1, step):
             parts += ids[i:i + 1], ids[i + 1:i + 1 + step]
     return parts, np.zeros(3, np.int64)
@@ -984,7 +984,7 @@ def load_tokenizer(folder, name):
         raise UserError(f'{path} is no tokenizer ({type(error).__name__}: {error}): run prepare_prefs.py again') from None
 
 
-def encode(tokenizer, text):
+def text_ids(tokenizer, text):
     """The ids of a text: list of int. White space by the hundred thousand would overflow tiktoken's stack: it goes in pieces."""
     pieces = re.split(r'(\s{100000})', text) if len(text) > 100_000 else [text]
     return [token for piece in pieces for token in tokenizer.encode_ordinary(piece)]
@@ -1001,7 +1001,7 @@ def prompt_ids(tokenizer, prompt, template):
     before, _, after = template.removeprefix(EOT).partition('{prompt}')
     if not (prompt.startswith(before) and prompt.endswith(after)):
         prompt = before + prompt + after
-    ids = encode(tokenizer, prompt)
+    ids = text_ids(tokenizer, prompt)
     return [tokenizer.eot_token] * (bos or not ids) + ids
 
 

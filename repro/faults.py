@@ -476,6 +476,8 @@ def damage(seed, rng, base, cwd, new):
 
 def good_row(kind, rng, i):
     text = lambda: sentence(rng, 1, 30)         # noqa: E731
+    if kind == 'documents':
+        return dict(text=f'{i}' + text())
     if kind == 'pairs':
         return dict(prompt=f'Q{i}' + text(), chosen=text() + 'w', rejected=text() + 'l')
     if kind == 'rankings':
@@ -496,6 +498,8 @@ def expected(kind, line):
 
     def is_text(value, blank=False):
         return isinstance(value, str) and not any('\ud800' <= c <= '\udfff' for c in value) and bool(blank or value.strip())
+    if kind == 'documents':
+        return isinstance(row, dict) and is_text(row.get('text')) and (['', row['text']], None)
     if not isinstance(row, dict) or not is_text(row.get('prompt'), blank=True):
         return False
     if kind == 'unpaired':
@@ -591,7 +595,7 @@ def kept_texts(folder):
 
 
 def lines(seed, rng, base, cwd, new, n=250):
-    kind = ('pairs', 'rankings', 'unpaired')[seed % 3]
+    kind = ('pairs', 'rankings', 'unpaired', 'documents')[seed % 4]
     content, mutated = [], 0
     while mutated < n:
         row, good = good_row(kind, rng, len(content)), len(content) < 2 or rng.random() < 0.2
@@ -602,7 +606,7 @@ def lines(seed, rng, base, cwd, new, n=250):
     content = b'\n'.join(content).split(b'\n')
     verdicts = [expected(kind, line) for line in content]
     good, bad = [v for v in verdicts if v], [i for i, v in enumerate(verdicts, 1) if v is False]
-    command = 'prepare_prefs --name=own --source=own.jsonl --tokenizer=bytes --max_length=3000000 --max_prompt_length=1000000'.split()
+    command = f'prepare_prefs --name=own --{"documents" if kind == "documents" else "source"}=own.jsonl --tokenizer=bytes --max_length=3000000 --max_prompt_length=1000000'.split()
     done = run([*command, '--max_bad_lines=100000'], cwd, new, limit=60)
     what = f'{kind}, {len(good)} good and {len(bad)} bad lines: '
     if done.status or 'Traceback' in done.err or 'panicked' in done.err:

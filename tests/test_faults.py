@@ -17,7 +17,7 @@ import prepare_prefs
 from config import UserError
 from conftest import ROOT, random_groups, read_log, small_gpt, write_data
 from model import CheckpointError, find_checkpoints, load_model, open_run, read_checkpoint, save_checkpoint
-from prepare_prefs import Groups, encode, load_tokenizer, read_meta, write_meta
+from prepare_prefs import Groups, load_tokenizer, read_meta, text_ids, write_meta
 
 sys.path.insert(0, str(ROOT / 'repro'))
 import faults                                           # noqa: E402
@@ -60,7 +60,7 @@ def test_the_campaign_fails_where_a_stage_does_not_check_what_it_reads():
     ('rankings', b'{"prompt": "p", "responses": ["a", "b", "c"], "scores": [1, 3, 2.5]}', (['p', 'b', 'c', 'a'], None)),
     ('rankings', b'{"prompt": "p", "responses": ["a", "b", "c"], "scores": [1, 1.0, 2]}', False),
     ('unpaired', b'{"prompt": "p", "completion": "a", "label": false}', (['p', 'a'], False)),
-    ('unpaired', b'{"prompt": "p", "completion": "a", "label": 1}', False)])
+    ('unpaired', b'{"prompt": "p", "completion": "a", "label": 1}', False), ('documents', b'{"text": " a"}', (['', ' a'], None))])
 def test_the_oracle_says_what_the_format_says(kind, line, says):
     assert faults.expected(kind, line) == says
 
@@ -126,7 +126,7 @@ def test_a_million_spaces_are_tokenised(tmp_path):
     prepare_prefs.make_tokenizer('bytes', [], str(tmp_path))
     tokenizer = load_tokenizer(str(tmp_path), 'tokenizer.json')
     for text in ('a' + ' ' * 1_000_000 + 'b', '\n' * 250_000, 'x y\u3000' * 60_000):
-        assert bytes(encode(tokenizer, text)).decode() == text
+        assert bytes(text_ids(tokenizer, text)).decode() == text
 
 
 def test_what_a_killed_run_left_goes_and_foreign_names_stay(tmp_path):
@@ -171,7 +171,8 @@ def test_a_damaged_hugging_face_directory_is_one_line(tmp_path):
 
 
 @pytest.mark.parametrize('change, says', [
-    (dict(optimizer={}), 'no state of the optimizer'), (dict(model={}), 'weights do not fit'), (dict(data_fingerprint=None), 'data changed')])
+    (dict(optimizer={}), 'no state of the optimizer'), (dict(model={}), 'weights do not fit'), (dict(data_fingerprint=None, config={}), 'data changed'),
+    (dict(config={}), 'batch_size changed')])
 def test_a_foreign_checkpoint_is_not_resumed(experiment, change, says):
     dpo.main([*DPO, '--max_steps=1'])
     state = read_checkpoint(find_checkpoints('out/tiny/dpo')[-1]) | change
