@@ -765,8 +765,9 @@ HARMLESS = {        # code that nobody asks for: the result is as ever
         json.loads(path.read_text()) | {'config': "__import__('os').system('touch code-was-run')"}))),
 }
 NOT_RESUMED = {'a model_config that is a list', 'no heads', 'a negative width'}      # a run that resumes has it from where it began
+RESUMED = {'an optimizer that is none'}                                              # nobody else reads that
 CODE = ([(reader, what) for what in CHECKPOINTS for reader in ('dpo', 'resume', 'sample', 'draw')
-         if reader != 'resume' or what not in NOT_RESUMED] +
+         if what not in (NOT_RESUMED if reader == 'resume' else RESUMED)] +
         [(reader, what) for what, (reader, _) in (FILES | HARMLESS).items()])
 
 
