@@ -19,13 +19,13 @@ import hashlib
 import json
 import math
 import os
-import pickle
 import re
 import shutil
 import sys
 import tempfile
 import urllib.error
 import urllib.request
+import warnings
 from dataclasses import asdict, dataclass, fields
 
 import torch
@@ -581,9 +581,16 @@ def save_checkpoint(folder, step, model, state, keep=2):
                 os.remove(leftover)
     found = find_checkpoints(folder)
     last = found.index(path) + 1
-    for old in found[:max(0, last - keep)] + found[last:]:
-        os.remove(old[:-3] + '.json')
-        os.remove(old)
+    _keep_only(folder, found[max(0, last - keep):last])
+
+
+def _keep_only(folder, kept):
+    """Remove all checkpoints of a folder but `kept`, and what a killed run has left half-written or half-removed."""
+    for old in set(find_checkpoints(folder)) - set(kept):
+        os.remove(old[:-3] + '.json')           # first: it makes the weights count
+    for left in glob.glob(os.path.join(glob.escape(folder), 'step-*')):
+        if re.search(r'step-\d+\.(pt|pt\.tmp|json\.tmp)$', left) and left not in kept:
+            os.remove(left)
 
 
 class _HashingFile:
@@ -605,8 +612,14 @@ class _HashingFile:
 
 def find_checkpoints(folder):
     """The checkpoints of a folder, oldest first: list of paths of .pt files."""
-    found = [path[:-5] + '.pt' for path in glob.glob(os.path.join(glob.escape(folder), 'step-*.json'))]
-    return sorted(found, key=lambda path: int(re.search(r'step-(\d+)\.pt$', path)[1]))
+    found = [path[:-5] + '.pt' for path in glob.glob(os.path.join(glob.escape(folder), 'step-*.json')) if _step_of(path) is not None]
+    return sorted(found, key=_step_of)
+
+
+def _step_of(path):
+    """The step in the name of a checkpoint's file, None where there is none."""
+    number = re.search(r'step-(\d+)\.(pt|json)$', path)
+    return number and int(number[1])
 
 
 def read_checkpoint(path):
@@ -620,15 +633,19 @@ def read_checkpoint(path):
                 digest.update(block)
         if digest.hexdigest() != record['sha256']:
             raise CheckpointError(f'{path} is damaged: its content is not what {path[:-3]}.json records')
-        state = torch.load(path, map_location='cpu', weights_only=True)     # no code is ever run from a checkpoint
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')     # torch's guesses about foreign files; ours is one line
+            state = torch.load(path, map_location='cpu', weights_only=True)     # no code is ever run from a checkpoint
         if not isinstance(state, dict) or state.get('format') != 1 or not {'model', 'model_config', 'step'} <= state.keys():
             raise CheckpointError(f'{path} is not a checkpoint of this project (or of a later version of it)')
+        if _step_of(path) not in (None, state['step']):
+            raise CheckpointError(f'{path} is not what its name says, but step {state["step"]}')
         return state
     except OSError as error:
         raise CheckpointError(f'{path} cannot be read as a checkpoint: {error.strerror}: {error.filename}') from None
-    except (ValueError, KeyError, TypeError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        if isinstance(error, CheckpointError):
-            raise
+    except CheckpointError:
+        raise
+    except Exception as error:      # whatever a foreign file makes of json and torch
         raise CheckpointError(f'{path} is not a checkpoint of this project ({type(error).__name__})') from None
 
 
@@ -642,18 +659,25 @@ def open_run(folder, start_step):
         shutil.rmtree(folder + '.previous', ignore_errors=True)
         os.rename(folder, folder + '.previous')
     os.makedirs(folder, exist_ok=True)
+    found = find_checkpoints(folder)            # killed in its last save, a run has not removed the oldest yet
+    last = sum(_step_of(p) <= start_step for p in found)
+    _keep_only(folder, found[max(0, last - 2):])
     path = os.path.join(folder, 'log.jsonl')
     kept = []
     if start_step and os.path.exists(path):
-        with open(path) as f:
+        with open(path, 'rb') as f:
             for line in f:
                 try:
                     kept += [line] if json.loads(line)['step'] <= start_step else []
                 except (ValueError, KeyError, TypeError):
                     pass        # the torn line of a killed run
-    with open(path + '.tmp', 'w') as f:
-        f.writelines(kept)
-    os.replace(path + '.tmp', path)
+    try:
+        with open(path + '.tmp', 'wb') as f:
+            f.writelines(kept)
+        os.replace(path + '.tmp', path)
+    finally:
+        if os.path.exists(path + '.tmp'):       # the disk is full
+            os.remove(path + '.tmp')
     return open(path, 'a', buffering=1)
 
 
@@ -666,7 +690,12 @@ def load_model(init_from, **options):
     if not init_from.endswith('.pt') and not find_checkpoints(init_from):
         if os.path.isdir(init_from) and not os.path.isfile(os.path.join(init_from, 'config.json')):
             raise CheckpointError(f'{init_from} holds neither a checkpoint (step-*.pt) nor GPT-2 weights (config.json)')
-        return GPT.from_pretrained(init_from, **options), {}
+        try:
+            return GPT.from_pretrained(init_from, **options), {}
+        except CheckpointError:
+            raise
+        except Exception as error:      # whatever a damaged file makes of json, torch and safetensors
+            raise CheckpointError(f'{init_from} cannot be read as GPT-2 weights ({type(error).__name__}: {error})') from None
     path = init_from if init_from.endswith('.pt') else find_checkpoints(init_from)[-1]
     try:
         state = read_checkpoint(path)
@@ -677,7 +706,7 @@ def load_model(init_from, **options):
     try:
         model = GPT(GPTConfig(**{k: v for k, v in state['model_config'].items() if k in known} | options))
         model.load_state_dict(state['model'])
-    except (RuntimeError, TypeError) as error:
+    except Exception as error:      # whatever foreign content makes of torch
         raise CheckpointError(f'{path}: its weights are not those of its model_config ({type(error).__name__})') from None
     return model, {key: value for key, value in state.items() if key not in ('model', 'optimizer')}
 

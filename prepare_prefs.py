@@ -974,7 +974,7 @@ def encode_groups(rows, tokenizer, cfg):
     parts, whole = [], []
     for prompt, *responses in rows:
         prompt = rendered_ids(tokenizer, prompt, cfg.template)
-        responses = [tokenizer.encode_ordinary(response) + [tokenizer.eot_token] for response in responses]
+        responses = [text_ids(tokenizer, response) + [tokenizer.eot_token] for response in responses]
         parts += truncate(prompt, responses, cfg.max_length, cfg.max_prompt_length)
         whole += [prompt, *responses]
     return parts, whole
@@ -984,7 +984,7 @@ def encode_documents(rows, tokenizer, cfg):
     """The same of documents, [text] each: groups of a prompt of one token and one response."""
     parts, step = [], cfg.max_length - 1
     for text, in rows:
-        ids = [tokenizer.eot_token, *tokenizer.encode_ordinary(text), tokenizer.eot_token]
+        ids = [tokenizer.eot_token, *text_ids(tokenizer, text), tokenizer.eot_token]
         for i in range(0, len(ids) - 1, step):
             parts += ids[i:i + 1], ids[i + 1:i + 1 + step]
     return parts, parts
@@ -1256,10 +1256,6 @@ def check(cfg):
             raise UserError(f'documents {cfg.documents} does not exist')
 
 
-def sha256_json(value):
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
 def hash_inputs(cfg, hub, policy):
     """A hash over all that decides the result: the format, the knobs, the content of the sources, the policy's weights."""
     knobs, files = dataclasses.asdict(cfg), {}
@@ -1299,10 +1295,10 @@ def why_remake(folder, inputs):
             return 'its knobs or its source have changed'
         for split in meta['splits']:
             Groups(folder, split)       # checks the files
-        return '' if hash_set(folder, meta) == meta['fingerprint'] else 'its tokenizer.json is damaged'
+        return ''
     except UserError as error:
         return error.message
-    except (OSError, KeyError, TypeError) as error:
+    except (OSError, KeyError) as error:
         return f'it is incomplete ({type(error).__name__}: {error})'
 
 
@@ -1334,8 +1330,7 @@ def write_set(cfg, aside, hub, inputs):
     labels = {split: labels for split, (*_, labels) in plans.items() if labels is not None}
     meta['notes'] = suspicions(aside, meta, seen, labels)
     meta['fingerprint'] = hash_set(aside, meta)
-    with open(os.path.join(aside, 'meta.json'), 'w') as f:
-        json.dump(meta, f, indent=1)
+    write_meta(aside, meta)
     return meta, seen, labels
 
 
@@ -1344,8 +1339,7 @@ def new_files(folder):
     """A temporary folder, whose files take the place of the set in `folder` once they are all there."""
     try:
         os.makedirs(folder, exist_ok=True)
-        for left in glob.glob(os.path.join(folder, '.tmp-*')):      # by a run that was killed
-            shutil.rmtree(left)
+        sweep(folder)
         with tempfile.TemporaryDirectory(prefix='.tmp-', dir=folder) as aside:
             yield aside
             publish(aside, folder)
@@ -1354,17 +1348,32 @@ def new_files(folder):
             os.removedirs(folder)       # only if it is empty: a failed first run leaves nothing
 
 
+def sweep(folder):
+    """Remove what killed runs left; a set that one had only begun to replace comes back."""
+    for left in glob.glob(os.path.join(glob.escape(folder), '.tmp-*')):
+        if os.path.exists(os.path.join(left, 'meta.json')):     # publish moves it last
+            put_back(left, folder)
+        shutil.rmtree(left)
+
+
+def put_back(aside, folder):
+    old = os.path.join(aside, 'old')
+    for file in os.listdir(old) if os.path.isdir(old) else ():
+        os.replace(os.path.join(old, file), os.path.join(folder, file))
+
+
 def publish(aside, folder):
-    """Put the files of a whole set, in `aside`, in place of the old; if that fails midway these come back."""
-    old = tempfile.mkdtemp(dir=aside)
+    """Put the files of a whole set, in `aside`, in place of the old; if that fails midway these come back. Killed midway,
+    the next run brings them back; until then the hashes in meta.json tell readers that the two are mixed."""
+    old = os.path.join(aside, 'old')
+    os.mkdir(old)
     try:
         for file in FILES:              # meta.json is the last
             for source, target in ((folder, old), (aside, folder)):
                 if os.path.exists(os.path.join(source, file)):
                     os.replace(os.path.join(source, file), os.path.join(target, file))
     except BaseException:
-        for file in os.listdir(old):
-            os.replace(os.path.join(old, file), os.path.join(folder, file))
+        put_back(aside, folder)
         raise
 
 
@@ -1419,8 +1428,7 @@ def write_groups(folder, source, splits, dropped=None, **facts):
             meta['splits'][split] = dict(read=len(groups) + sum(lost.values()), kept=len(groups), dropped=lost) | info
         meta['notes'] = suspicions(aside, meta, seen)
         meta['fingerprint'] = hash_set(aside, meta)
-        with open(os.path.join(aside, 'meta.json'), 'w') as f:
-            json.dump(meta, f, indent=1)
+        write_meta(aside, meta)
     return meta
 
 
@@ -1591,7 +1599,7 @@ def draw_pairs(cfg, policy):
 # -----------------------------------------------------------------------------
 # the reader half: what sft.py, dpo.py and sample.py import
 
-FORMAT = 1                  # of the files under data/<name>/; readers refuse another
+FORMAT = 2                  # of the files under data/<name>/; readers refuse another
 EOT = '<|endoftext|>'       # the end token's name, in GPT-2's vocabulary and in ours
 
 
@@ -1606,11 +1614,23 @@ def load_tokenizer(folder, name):
         except Exception as error:      # it downloads on first use
             raise UserError(f"tokenizer '{name}' could not be loaded ({type(error).__name__}): tiktoken downloads it on first use; "
                             'offline, set TIKTOKEN_CACHE_DIR to a folder that holds it') from None
-    with open(os.path.join(folder, name)) as f:
-        saved = json.load(f)
-    ranks = {base64.b64decode(token): rank for rank, token in enumerate(saved['tokens'])}
-    return tiktoken.Encoding(saved['name'], pat_str=saved['pattern'], mergeable_ranks=ranks,
-                             special_tokens={EOT: len(ranks)})
+    path = os.path.join(folder, name)
+    try:
+        with open(path) as f:
+            saved = json.load(f)
+        ranks = {base64.b64decode(token): rank for rank, token in enumerate(saved['tokens'])}
+        assert len(ranks) == len(saved['tokens']) and all(bytes([b]) in ranks for b in range(256)), 'no byte-level vocabulary'
+        return tiktoken.Encoding(saved['name'], pat_str=saved['pattern'], mergeable_ranks=ranks, special_tokens={EOT: len(ranks)})
+    except OSError as error:
+        raise UserError(f'{path} cannot be read ({error.strerror}): run prepare_prefs.py again') from None
+    except Exception as error:      # whatever foreign content makes of base64 and tiktoken
+        raise UserError(f'{path} is no tokenizer ({type(error).__name__}: {error}): run prepare_prefs.py again') from None
+
+
+def text_ids(tokenizer, text):
+    """The ids of a text: list of int. White space by the hundred thousand would overflow tiktoken's stack: it goes in pieces."""
+    pieces = re.split(r'(\s{100000})', text) if len(text) > 100_000 else [text]
+    return [token for piece in pieces for token in tokenizer.encode_ordinary(piece)]
 
 
 def save_tokenizer(folder, tokenizer, template, max_length):
@@ -1703,7 +1723,7 @@ def spaced(before, text):
 
 def rendered_ids(tokenizer, text, template):
     """The ids of a rendered prompt: list of int, never empty. See prompt_ids."""
-    ids = tokenizer.encode_ordinary(text)
+    ids = text_ids(tokenizer, text)
     return [tokenizer.eot_token] * (template.startswith(EOT) or not ids) + ids
 
 
@@ -1748,18 +1768,22 @@ class Groups:
         if split not in self.meta['splits']:
             raise UserError(f"{folder} has no split '{split}', only {', '.join(self.meta['splits'])}")
         self.folder, self.split, info = folder, split, self.meta['splits'][split]
-        labelled = 'labels_sha256' in info
-        for end, key in (('.bin', 'bin_sha256'), ('.idx.npy', 'idx_sha256'), ('.labels.npy', 'labels_sha256'))[:2 + labelled]:
-            path = os.path.join(folder, split + end)
-            if not os.path.isfile(path):
-                raise UserError(f'{path} is missing: run prepare_prefs.py again')
-            if sha256_file(path) != info[key]:
-                raise UserError(f'{path} is damaged: its content is not what meta.json records; run prepare_prefs.py again')
-        self.tokens = np.memmap(os.path.join(folder, f'{split}.bin'), dtype=info['dtype'], mode='r')
-        index = np.load(os.path.join(folder, f'{split}.idx.npy'), mmap_mode='r')
-        self.K = k or index.shape[1] - 2
+        try:
+            labelled = 'labels_sha256' in info
+            for end, key in (('.bin', 'bin_sha256'), ('.idx.npy', 'idx_sha256'), ('.labels.npy', 'labels_sha256'))[:2 + labelled]:
+                path = os.path.join(folder, split + end)
+                if not os.path.isfile(path):
+                    raise UserError(f'{path} is missing: run prepare_prefs.py again')
+                if sha256_file(path) != info[key]:
+                    raise UserError(f'{path} is damaged: its content is not what meta.json records; run prepare_prefs.py again')
+            self.tokens = np.memmap(os.path.join(folder, f'{split}.bin'), dtype=info['dtype'], mode='r')
+            index = np.load(os.path.join(folder, f'{split}.idx.npy'), mmap_mode='r')
+            labels = np.load(os.path.join(folder, f'{split}.labels.npy')) if labelled else None
+            assert index[-1, -1] == len(self.tokens), f'{len(self.tokens)} tokens, {index[-1, -1]} in its index'
+        except (ValueError, TypeError, LookupError, AssertionError) as error:       # the hashes are right: it was made so
+            raise UserError(f'{folder} {split} is not what prepare_prefs.py writes ({type(error).__name__}: {error})') from None
+        self.labels, self.K = labels, k or index.shape[1] - 2
         assert self.K <= index.shape[1] - 2, f'{folder} {split} has {index.shape[1] - 2} responses a group, not {k}'
-        self.labels = np.load(os.path.join(folder, f'{split}.labels.npy')) if labelled else None
         if labelled and k:
             index, self.labels = index[self.labels], self.labels[self.labels]
             if not len(index):
@@ -1828,19 +1852,41 @@ class Sampled:
         self.lengths = self.index[:, -1] - self.index[:, 0]
 
 
+def sha256_json(value):
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def write_meta(folder, meta):
+    """Write data/<name>/meta.json; it holds a hash of the tokenizer's file and one of all the rest of it, for read_meta."""
+    name = meta['tokenizer']
+    if name.endswith('.json'):
+        meta = meta | {'tokenizer_sha256': sha256_file(os.path.join(folder, name))}
+    with open(os.path.join(folder, 'meta.json'), 'w') as f:
+        json.dump(meta | {'sha256': sha256_json(meta)}, f, indent=1)
+
+
 def read_meta(folder):
-    """data/<name>/meta.json as a dict, or a UserError that says how to make it."""
+    """data/<name>/meta.json as a dict, or a UserError that says how to make it; a damaged tokenizer.json is one, too."""
     path = os.path.join(folder, 'meta.json')
     try:
         with open(path) as f:
             meta = json.load(f)
         assert meta['format'] == FORMAT, f"format {meta['format']}, this code reads {FORMAT}"
-        assert isinstance(meta['splits'], dict) and isinstance(meta['tokenizer'], str)
-        return meta
+        assert meta.pop('sha256') == sha256_json(meta), 'its content is not what was written'
+        for key, kind in dict(tokenizer=str, template=str, vocab_size=int, eot_token=int, max_length=int, splits=dict).items():
+            assert isinstance(meta[key], kind), f'{key} is {meta[key]!r:.40}'
+        name = meta['tokenizer']
     except FileNotFoundError:
         raise UserError(f'{path} does not exist: run prepare_prefs.py with this config first') from None
-    except (ValueError, KeyError, TypeError, AssertionError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, AssertionError, RecursionError) as error:
         raise UserError(f'{path} cannot be read ({type(error).__name__}: {error}): run prepare_prefs.py again') from None
+    if name.endswith('.json'):
+        path = os.path.join(folder, name)
+        if not os.path.isfile(path):
+            raise UserError(f'{path} is missing: run prepare_prefs.py again')
+        if sha256_file(path) != meta['tokenizer_sha256']:
+            raise UserError(f'{path} is damaged: its content is not what meta.json records; run prepare_prefs.py again')
+    return meta
 
 
 def read_reward(path):
@@ -2028,6 +2074,8 @@ def main(argv=None):
         inputs = hash_inputs(cfg, hub, fingerprint)
         why = why_remake(folder, inputs)
         if not why:
+            if os.environ.get('RANK', '0') == '0':
+                sweep(folder)
             say('\n'.join([*notes_of(read_meta(folder)), f'{folder} is reused: same knobs, same source, undamaged']))
             return
         say(f'making {folder}: {why}', flush=True)

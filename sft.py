@@ -173,16 +173,19 @@ def main(argv=None):
     if saved is not None and not cfg.resume and saved.get('launch') != launch:
         saved = None            # an earlier run's: this launch was restarted before it saved
     if saved is not None:
-        for what, now, then in (('the training data', train.fingerprint, saved['data_fingerprint']),
-                                ('the initial weights', init_fingerprint, saved['init_fingerprint']),
-                                ('batch_size', cfg.batch_size, saved['config']['batch_size']),
-                                ('seed', cfg.seed, saved['config']['seed']),
-                                ('optimizer', cfg.optimizer, saved['config']['optimizer'])):
+        knobs = saved.get('config', {})
+        for what, now, then in (('the training data', train.fingerprint, saved.get('data_fingerprint')),
+                                ('the initial weights', init_fingerprint, saved.get('init_fingerprint')),
+                                ('batch_size', cfg.batch_size, knobs.get('batch_size')),
+                                ('seed', cfg.seed, knobs.get('seed')),
+                                ('optimizer', cfg.optimizer, knobs.get('optimizer'))):
             if now != then:
                 raise UserError(f'cannot resume {path}: {what} changed since ({then} then, {now} now)')
-        changed = [f'{k} {saved["config"].get(k)!r} -> {v!r}' for k, v in asdict(cfg).items()
-                   if k != 'resume' and saved['config'].get(k) != v]
-        policy.load_state_dict(saved['model'])
+        changed = [f'{k} {knobs.get(k)!r} -> {v!r}' for k, v in asdict(cfg).items() if k != 'resume' and knobs.get(k) != v]
+        try:
+            policy.load_state_dict(saved['model'])
+        except RuntimeError:
+            raise UserError(f'cannot resume {path}: its weights do not fit the model of {init_from}') from None
         start_step = saved['step']
         say(f'resuming from {path}' + (f', with {", ".join(changed)}' if changed else ''))
     elif cfg.resume or restarted:
@@ -209,7 +212,10 @@ def main(argv=None):
     else:
         optimizer = torch.optim.AdamW(param_groups, lr=cfg.learning_rate, betas=(0.9, 0.95), fused=device_type != 'mps')
     if saved is not None:
-        optimizer.load_state_dict(saved['optimizer'])
+        try:
+            optimizer.load_state_dict(saved['optimizer'])
+        except (KeyError, TypeError, ValueError):
+            raise UserError(f'cannot resume {path}: it holds no state of the optimizer') from None
         optimizer.param_groups[0]['weight_decay'] = cfg.weight_decay       # the knob's, not the saved one
     saved = None                # frees the copy
 
@@ -376,9 +382,9 @@ def main(argv=None):
             dist.all_reduce(signalled, dist.ReduceOp.MAX)           # all ranks leave, or none
         stopped_by_any = signalled.item()
         leaving = step == total_steps or stopped_by_any > 0
-        log_now = step == 1 or step % cfg.log_interval == 0 or leaving
         eval_now = not stopped_by_any and (step == total_steps or cfg.eval_interval and step % cfg.eval_interval == 0)
         save_now = leaving or cfg.save_interval and step % cfg.save_interval == 0
+        log_now = step == 1 or step % cfg.log_interval == 0 or save_now      # what comes after a checkpoint is summed up apart
         if not (log_now or eval_now or save_now):
             continue                                                # and never wait for the GPU
         stop_if_not_finite(unread)

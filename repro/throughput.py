@@ -55,7 +55,7 @@ import torch
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 from model import GPT, GPTConfig                        # noqa: E402
-from prepare_prefs import Groups, sha256_file           # noqa: E402
+from prepare_prefs import Groups, sha256_file, write_meta           # noqa: E402
 
 MODELS = {'tiny': (2, 2, 64), 'gpt2': (12, 12, 768), 'gpt2-medium': (24, 16, 1024), 'gpt2-large': (36, 20, 1280),
           'gpt2-xl': (48, 25, 1600)}                    # layers, heads, width; tiny is for a look at this script
@@ -418,8 +418,7 @@ def write_bench(cwd, name, train, val, options):
                                      bin_sha256=sha256_file(f'{path}.bin'), idx_sha256=sha256_file(f'{path}.idx.npy'))
     if not options.data:
         meta.update(vocab_size=options.vocab, eot_token=options.vocab - 1)
-    with open(os.path.join(folder, 'meta.json'), 'w') as f:
-        json.dump(meta, f)
+    write_meta(folder, meta)
 
 
 def model_config(model, options):

@@ -42,7 +42,7 @@ def write_data(folder, splits, max_length=64):
         meta['splits'][split] = dict(groups=len(groups), K=width - 1, dtype='uint16',
                                      bin_sha256=prepare_prefs.sha256_file(folder / f'{split}.bin'),
                                      idx_sha256=prepare_prefs.sha256_file(folder / f'{split}.idx.npy'))
-    (folder / 'meta.json').write_text(json.dumps(meta))
+    prepare_prefs.write_meta(folder, meta)
     return folder
 
 

@@ -2,7 +2,6 @@
 import decimal
 import gc
 import inspect
-import json
 import math
 import os
 import re
@@ -312,12 +311,12 @@ def test_dpo_loss_stays_under_20_lines_before_the_plumbing_and_every_loss_names_
 def write_unpaired(folder, splits, labels, max_length=64):
     """data/<name>/ of single responses and their labels, {split: list of bool}."""
     write_data(folder, splits, max_length)
-    meta = json.loads((Path(folder) / 'meta.json').read_text())
+    meta = prepare_prefs.read_meta(folder)
     for split, values in labels.items():
         path = Path(folder) / f'{split}.labels.npy'
         np.save(path, np.array(values, bool))
         meta['splits'][split]['labels_sha256'] = prepare_prefs.sha256_file(path)
-    (Path(folder) / 'meta.json').write_text(json.dumps(meta))
+    prepare_prefs.write_meta(folder, meta)
 
 
 def make_data(kind):

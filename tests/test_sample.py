@@ -14,7 +14,7 @@ import config
 import sample
 from conftest import ROOT, VOCAB, run_stage, small_gpt, write_data
 from model import draw, fingerprint, load_model, save_checkpoint
-from prepare_prefs import Groups
+from prepare_prefs import Groups, read_meta, write_meta
 
 END = VOCAB - 1
 
@@ -315,8 +315,8 @@ def test_an_empty_prompt_samples_from_the_end_token(trained, capsys):
 
 
 def test_the_template_goes_around_a_prompt_as_in_training(trained, capsys):
-    path = trained / 'data/tiny/meta.json'
-    path.write_text(json.dumps(json.loads(path.read_text()) | dict(template='<|endoftext|>Q: {prompt}\nA:')))
+    folder = trained / 'data/tiny'
+    write_meta(folder, read_meta(folder) | dict(template='<|endoftext|>Q: {prompt}\nA:'))
     for prompt in ('why?', 'Q: why?\nA:'):
         (s,), _ = run_json(capsys, f'--prompt={prompt}')
         assert s['prompt'] == 'Q: why?\nA:'
