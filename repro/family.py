@@ -184,7 +184,7 @@ def work(job, needed):
     knobs = {'name': data, 'init_from': os.path.abspath(os.path.join('out', common['name'], 'sft')), 'loss': loss.removesuffix('_nll'),
              **{key: value for key, value in job.items() if key not in ('method', 'seed', 'common', 'labels')},
              'batch_size': batch, 'optimizer': 'adamw', 'schedule': 'constant' if few else 'linear', 'warmup_steps': 20,
-             'eval_interval': 0, 'log_interval': math.ceil(FEW / batch) if few else 10, 'save_interval': 0, 'seed': seed,
+             'eval_interval': 0, 'kl_prompts': 0, 'log_interval': math.ceil(FEW / batch) if few else 10, 'save_interval': 0, 'seed': seed,
              'device': 'cpu', 'compile': False, 'resume': True}
     points, cost, peak, stopped = [], 0.0, 0, ''
     folder = os.path.join(path_of(job), 'run')

@@ -86,7 +86,7 @@ def work(job, _):
                 dpo.main([f'--name={name}', f'--init_from={begin}', f'--ref_from={sft_folder if way == "fixed" else begin}',
                           f'--beta={common["beta"]}', f'--batch_size={common["batch_size"]}', f'--max_steps={n}',
                           '--optimizer=adamw', f'--learning_rate={common["learning_rate"]}', '--schedule=linear', '--warmup_steps=10',
-                          '--eval_interval=0', f'--seed={1000 * seed + r}', '--device=cpu'])
+                          '--eval_interval=0', '--kl_prompts=0', f'--seed={1000 * seed + r}', '--device=cpu'])
                 for number, handler in handlers.items():        # dpo.py has set its own
                     signal.signal(number, handler)
             policy = os.path.abspath(f'out/{name}/dpo')

@@ -310,7 +310,7 @@ def run_dpo(label, options, flags, cwd, name='bench'):
     """dpo.py as a user runs it. -> (what watch saw, the training records of log.jsonl)"""
     ran = watch(label, 'dpo.py', [
         f'--name={name}', '--init_from=init', '--optimizer=rmsprop', f'--learning_rate={LEARNING_RATE}', '--warmup_steps=0',
-        f'--grad_clip={GRAD_CLIP}', '--log_interval=1', '--eval_interval=0', '--save_interval=0', f'--seed={options.seed}',
+        f'--grad_clip={GRAD_CLIP}', '--log_interval=1', '--eval_interval=0', '--kl_prompts=0', '--save_interval=0', f'--seed={options.seed}',
         f'--batch_size={options.batch_size}', f'--device={options.device}', f'--dtype={options.dtype}', *options.ours, *flags], cwd)
     records = []
     if not ran['error']:
