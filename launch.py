@@ -143,7 +143,7 @@ def name_lost_ranks(store, world, rank, where):
             left = int(os.environ.get('TORCHELASTIC_MAX_RESTARTS', 0)) - int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0))
             gone = ', '.join(str(r) for r in range(world) if r not in alive)
             print(f'error: no answer from rank {gone}{where()} ({broken[0]}): it died, or the network did; its own last '
-                  f'lines say why; {"torchrun starts all again" if left > 0 else "go on with --resume"}', file=sys.stderr, flush=True)
+                  f'lines say why; {"torchrun starts all again" if left > 0 else "start it again, a training run with --resume"}', file=sys.stderr, flush=True)
         os._exit(1)     # and wait for nobody
 
     sys.excepthook = on_error

@@ -1533,32 +1533,40 @@ def pair_up(groups, rewards, pairing):
     return pairs, np.array(kept), tied
 
 
-def draw_pairs(cfg, policy):
+def draw_pairs(cfg, policy, inputs):
     """Draw from the policy, score, and make pairs, on all ranks.
 
     Returns on rank 0 {split: pairs}, {split: {'tied': n}} and {split: mean rewards of samples, chosen, rejected}, on the
     others None. A batch of prompts is always the same one, and has its own seed: it does not matter who draws it.
+    inputs: hash_inputs', which all ranks must share.
     """
     import torch
     import torch.distributed as dist
-    from launch import join, read_ranks
+    from launch import join, name_lost_ranks, read_ranks
     device_type = cfg.device if cfg.device != 'auto' else 'cuda' if torch.cuda.is_available() else 'cpu'
     world, rank, local_rank = read_ranks(device_type)
     device = torch.device(device_type, local_rank) if device_type == 'cuda' else torch.device(device_type)
     bf16 = device_type == 'cuda' and torch.cuda.is_bf16_supported()
-    join(world, rank, 'gloo', 120)
+    store, _, _ = join(world, rank, 'gloo', 120)
+    if world > 1:
+        name_lost_ranks(store, world, rank, lambda: '')
 
     # the reward, on rank 0, before the long work
-    sources, error = {split: Groups(cfg.source, split) for split in ('train', 'val')}, ['']
+    sources, error = {split: Groups(cfg.source, split) for split in ('train', 'val')}, ''
     if rank == 0:
         try:
             rewards_of = open_reward(cfg.reward, sources['train'], device)
         except UserError as user_error:
-            error = [user_error.message]
+            error = user_error.message
     if world > 1:
-        dist.broadcast_object_list(error)       # so that none is left waiting
-    if error[0]:
-        raise UserError(error[0])
+        everyone = [None] * world
+        dist.all_gather_object(everyone, (error, inputs))       # so that none is left waiting
+        error = everyone[0][0]
+        if not error and (others := [str(r) for r, (_, theirs) in enumerate(everyone) if theirs != everyone[0][1]]):
+            error = (f'rank {", ".join(others)} has another command, {cfg.source}, {cfg.policy} or {cfg.reward} than rank 0: all nodes '
+                     'need the same, on a shared disk or copied')
+    if error:
+        raise UserError(error)
 
     # responses
     policy.to(device).eval()
@@ -1576,6 +1584,7 @@ def draw_pairs(cfg, policy):
         gathered = [None] * world if rank == 0 else None
         dist.gather_object(drawn, gathered)
         dist.destroy_process_group()
+        sys.excepthook = sys.__excepthook__         # the ranks part here
         if rank:
             return None
         drawn = {key: made for part in gathered for key, made in part.items()}
@@ -1857,10 +1866,10 @@ def sha256_json(value):
 
 
 def write_meta(folder, meta):
-    """Write data/<name>/meta.json; it holds a hash of the tokenizer's file and one of all the rest of it, for read_meta."""
+    """Write data/<name>/meta.json; with a hash of the tokenizer's file, which `meta` gets too, and one of itself, for read_meta."""
     name = meta['tokenizer']
     if name.endswith('.json'):
-        meta = meta | {'tokenizer_sha256': sha256_file(os.path.join(folder, name))}
+        meta['tokenizer_sha256'] = sha256_file(os.path.join(folder, name))
     with open(os.path.join(folder, 'meta.json'), 'w') as f:
         json.dump(meta | {'sha256': sha256_json(meta)}, f, indent=1)
 
@@ -2080,7 +2089,7 @@ def main(argv=None):
             return
         say(f'making {folder}: {why}', flush=True)
         if cfg.policy:
-            drawn = draw_pairs(cfg, policy)
+            drawn = draw_pairs(cfg, policy, inputs)
             if drawn is None:           # rank 0 alone goes on
                 return
             splits, dropped, rewards = drawn

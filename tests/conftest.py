@@ -1,10 +1,14 @@
 """What several test files need: the stages importable, the shared real data where it is, small data sets and models."""
 import base64
+import importlib
 import json
+import multiprocessing
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +22,7 @@ if (SHARED / 'tiktoken_cache').is_dir():
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
 torch.set_num_threads(1)        # for models this small a second one only costs, most of all on a busy machine
 
+import config                                           # noqa: E402
 import prepare_prefs                                    # noqa: E402
 from model import GPT, GPTConfig, save_checkpoint       # noqa: E402
 
@@ -89,6 +94,52 @@ def run_stage(script, *args, cwd=None, processes=1, env=None, check=True):
                           env={**os.environ, 'OMP_NUM_THREADS': '1', **(env or {})})
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
+
+
+def by_hand(rank, world, port):
+    return {'RANK': str(rank), 'WORLD_SIZE': str(world), 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port)}
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return s.getsockname()[1]
+
+
+NO_WAIT = SimpleNamespace(sleep=lambda seconds: None)        # what ranks other than 0 wait before they speak
+
+
+def one_rank(stage, environment, folder, args, results):
+    os.environ.update(environment)
+    os.chdir(folder)
+    config.time, said = NO_WAIT, ''
+    try:
+        importlib.import_module(stage).main(args)
+    except BaseException as error:
+        said = error.code if isinstance(error, SystemExit) else repr(error)
+    results.put((int(environment['RANK']), said))
+
+
+def run_ranks(stage, args, folders=None, answers=None):
+    """A stage by one process for each of `args`, its flags, started by hand: without torchrun, and torch is imported once for all.
+
+    folders: where each runs; answers: wait for so many of them, then kill the rest. -> {rank: its error, '' for none}
+    """
+    world, here = len(args), os.getcwd()
+    server = multiprocessing.get_context('forkserver')
+    server.set_forkserver_preload(['dpo'])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('PYTHONPATH', str(ROOT))
+        results, port = server.Queue(), free_port()
+        ranks = [server.Process(target=one_rank, args=(stage, by_hand(r, world, port), os.path.join(here, (folders or ['.'] * world)[r]), args[r],
+                                                       results)) for r in range(world)]
+        for process in ranks:
+            process.start()
+    try:
+        return dict(results.get(timeout=120) for _ in range(answers or world))
+    finally:
+        for process in ranks:
+            process.kill()
 
 
 def read_log(folder):

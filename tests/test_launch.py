@@ -1,5 +1,4 @@
-"""Several processes: killed and restarted by torchrun, ranks that are missing or differ, two nodes, the Slurm script."""
-import multiprocessing
+"""Several processes: the Slurm script on two nodes, killed and restarted by torchrun; ranks that are missing or differ."""
 import os
 import re
 import shutil
@@ -7,7 +6,6 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,46 +14,40 @@ import torch.distributed as dist
 
 import config
 import dpo
-from conftest import ROOT, random_groups, read_log, small_gpt, write_data
+from conftest import NO_WAIT, ROOT, by_hand, free_port, random_groups, read_log, run_ranks, small_gpt, write_data
 from model import find_checkpoints, read_checkpoint, save_checkpoint
 
 COMMON = ['--name=tiny', '--batch_size=8', '--max_steps=12', '--learning_rate=1e-4', '--warmup_steps=3', '--log_interval=1',
           '--eval_interval=6', '--save_interval=4', '--device=cpu']
 ARGS = {'dpo': COMMON, 'sft': [*COMMON, '--init_from=scratch', '--n_layer=2', '--n_embd=32', '--dropout=0.1']}
 
-# runs a stage and kills it with SIGKILL: PLAN is {attempt: (rank, where, at which call)}
+# runs dpo.py and sft.py and kills them with SIGKILL, once at each point: stage, rank, where, at which call
 DYING = '''
 import os, runpy, signal, sys, torch
-plan, sys.argv = eval(sys.argv[1]), sys.argv[2:]
-rank, where, when = plan.get(int(os.environ['TORCHELASTIC_RESTART_COUNT']), (None, None, None))
-calls = 0
+points, root, args = [('dpo', 1, 'step', 3), ('dpo', 0, 'save', 2), ('sft', 0, 'step', 7)], *eval(sys.argv[1])
 
-def dying(function):
-    def wrapped(*args, **kwargs):
-        global calls
-        calls += 1
-        if calls == when and rank == int(os.environ['RANK']):
+def dying(function, where):
+    def wrapped(*call, **options):
+        calls[where] += 1
+        point = stage, int(os.environ['RANK']), where, calls[where]
+        if point in points and not os.path.exists(mark := f'died-{points.index(point)}'):
+            open(mark, 'w').close()
             if where == 'save':             # half of the file is there
-                args[1].write(b'half a checkpoint')
-                args[1].flush()
+                call[1].write(b'half a checkpoint')
+                call[1].flush()
             os.kill(os.getpid(), signal.SIGKILL)
-        return function(*args, **kwargs)
+        return function(*call, **options)
     return wrapped
 
-if where == 'step':                         # gradients are there, half of a step
-    torch.optim.RMSprop.step = dying(torch.optim.RMSprop.step)
-    torch.optim.AdamW.step = dying(torch.optim.AdamW.step)
-elif where == 'save':
-    torch.save = dying(torch.save)
-sys.path.insert(0, os.path.dirname(sys.argv[0]))
-runpy.run_path(sys.argv[0], run_name='__main__')
+for optimizer in (torch.optim.RMSprop, torch.optim.AdamW):
+    optimizer.step = dying(optimizer.step, 'step')          # gradients are there, half of a step
+torch.save = dying(torch.save, 'save')
+sys.path.insert(0, root)
+for stage in ('dpo', 'sft'):
+    calls = dict(step=0, save=0)
+    sys.argv = [f'{root}/{stage}.py', *args[stage]]
+    runpy.run_path(sys.argv[0], run_name='__main__')
 '''
-
-
-def torchrun(*args, launch=('--standalone', '--nproc_per_node=2')):
-    done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', *launch, *map(str, args)], capture_output=True, text=True,
-                          timeout=280, env={**os.environ, 'OMP_NUM_THREADS': '1'})
-    return done.returncode, done.stdout, done.stderr
 
 
 def make_workplace():
@@ -72,13 +64,9 @@ def whole(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         make_workplace()
-        Path('dying.py').write_text(DYING)
-        Path('both.py').write_text(f'import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport dpo, sft\n'
-                                   f'dpo.main({ARGS["dpo"]})\nsft.main({ARGS["sft"]})')
-        code, _, errors = torchrun('both.py')
-        assert code == 0, errors
         os.makedirs('out/whole')
         for stage in ('dpo', 'sft'):
+            assert run_ranks(stage, [ARGS[stage]] * 2) == {0: '', 1: ''}
             os.rename(f'out/tiny/{stage}', f'out/whole/{stage}')
         os.rename('out/tiny/sft.previous', 'out/tiny/sft')
     return folder
@@ -121,22 +109,55 @@ def workers_left():
     return found
 
 
-def test_killed_ranks_are_restarted_and_the_run_is_bit_identical_to_an_undisturbed_one(place):
-    """Rank 1 in mid-step before the first checkpoint, rank 0 in mid-save; an older, finished run stands in the folder."""
+STUBS = {   # two nodes on this machine, each with torchrun
+    'scontrol': '#!/bin/bash\nif [ "$1" = show ]; then printf "127.0.0.1\\nsecond\\n"; else echo "scontrol $@"; fi\n',
+    'srun': '#!/bin/bash\nshift\n"$@" & first=$!\n"$@" & wait $! && wait $first\n',
+    'torchrun': f'#!/bin/bash\nexec {sys.executable} -m torch.distributed.run "$@"\n',
+}
+
+
+@pytest.fixture
+def sbatch(place):
+    """repro/slurm.sh with stubs of Slurm's commands, each of two nodes one process: a function of arguments and environment."""
+    os.makedirs('bin')
+    for name, text in STUBS.items():
+        Path('bin', name).write_text(text)
+        os.chmod(f'bin/{name}', 0o755)
+
+    def run(*args, **env):
+        env = {'PATH': f'{os.getcwd()}/bin:{os.environ["PATH"]}', 'SLURM_JOB_ID': str(free_port() - 20000), 'SLURM_JOB_NODELIST': 'any',
+               'SLURM_NNODES': '2', 'OMP_NUM_THREADS': '1', **env}
+        return subprocess.run(['bash', ROOT / 'repro/slurm.sh', *map(str, args)], env={**os.environ, **env}, capture_output=True, text=True, timeout=280)
+    return run
+
+
+def test_killed_ranks_are_restarted_on_two_nodes_and_the_runs_are_bit_identical_to_undisturbed_ones(sbatch):
+    """Rank 1 in mid-step before dpo's first checkpoint, rank 0 in mid-save, then in sft's mid-step; older runs stand there."""
     old = small_gpt(seed=3)
     os.makedirs('out/tiny/dpo')
     save_checkpoint('out/tiny/dpo', 12, old, {})
-    plan = {0: (1, 'step', 3), 1: (0, 'save', 2)}
-    code, output, errors = torchrun('dying.py', plan, ROOT / 'dpo.py', *ARGS['dpo'],
-                                    launch=('--standalone', '--nproc_per_node=2', '--max-restarts=3'))
-    assert code == 0, errors
-    assert re.findall(r'(?:nothing to resume|resuming from) .*', output) == [
-        'nothing to resume in out/tiny/dpo: starting at step 0', 'resuming from out/tiny/dpo/step-000004.pt']
+    Path('dying.py').write_text(DYING)
+    shutil.copytree('out/tiny/sft', 'start')        # sft replaces it
+    done = sbatch('dying.py', repr((str(ROOT), ARGS | {'dpo': [*ARGS['dpo'], '--init_from=start']})))
+    assert done.returncode == 0, done.stderr
+    assert sorted(map(str, Path().glob('died-*'))) == ['died-0', 'died-1', 'died-2'] and 'dpo, 2 processes on cpu' in done.stdout
+    assert re.findall(r'(?:nothing to resume in|resuming from) [^:,\n]*', done.stdout) == [
+        'nothing to resume in out/tiny/dpo',
+        'resuming from out/tiny/dpo/step-000004.pt', 'nothing to resume in out/tiny/sft',
+        'resuming from out/tiny/dpo/step-000012.pt', 'resuming from out/tiny/sft/step-000004.pt']
     assert_same_run('out/tiny/dpo', 'out/whole/dpo')
+    assert_same_run('out/tiny/sft', 'out/whole/sft')
     kept = read_checkpoint(find_checkpoints('out/tiny/dpo.previous')[-1])['model']
     assert equal(dict(kept), dict(old.state_dict())), 'the older run is moved aside once, and not lost'
-    assert 'error: no answer from rank 1 at step 3 (' in errors and 'error: no answer from rank 0 at step 8 (' in errors
-    assert 'Traceback' not in errors and workers_left() == []
+    assert find_checkpoints('out/tiny/sft.previous')[-1].endswith('step-000001.pt'), 'what stood there'
+    assert 'error: no answer from rank 1 at step 3 (' in done.stderr and 'error: no answer from rank 0 at step 8 (' in done.stderr
+    assert 'Traceback' not in done.stderr and workers_left() == []
+
+
+@pytest.mark.parametrize('restarts, flags', [('0', ''), ('1', ' --resume')])
+def test_a_slurm_job_that_is_queued_again_resumes(sbatch, restarts, flags):
+    Path('bin/torchrun').write_text('#!/bin/bash\necho "$@"\n')
+    assert sbatch('dpo.py', 'config/hh.py', SLURM_RESTART_COUNT=restarts).stdout.endswith(f'dpo.py config/hh.py{flags}\n')
 
 
 def test_a_restart_goes_on_from_its_own_launch_alone(place, monkeypatch, capsys):
@@ -158,27 +179,6 @@ def test_a_restart_goes_on_from_its_own_launch_alone(place, monkeypatch, capsys)
     assert attempt(store) == ['resuming from out/tiny/dpo/step-000008.pt']
     assert attempt(old, '--resume') == ['resuming from out/tiny/dpo/step-000012.pt'], 'the user wants it, whose ever it is'
     assert find_checkpoints('out/tiny/dpo.previous')[-1].endswith('step-000008.pt'), 'still there'
-
-
-def test_sft_is_restarted_the_same_way(place):
-    code, output, errors = torchrun('dying.py', {0: (0, 'step', 7)}, ROOT / 'sft.py', *ARGS['sft'],
-                                    launch=('--standalone', '--nproc_per_node=2', '--max-restarts=1'))
-    assert code == 0 and 'resuming from out/tiny/sft/step-000004.pt' in output, errors
-    assert_same_run('out/tiny/sft', 'out/whole/sft')
-    assert find_checkpoints('out/tiny/sft.previous')[-1].endswith('step-000001.pt'), 'what stood there'
-
-
-NO_WAIT = SimpleNamespace(sleep=lambda seconds: None)        # what ranks other than 0 wait before they speak
-
-
-def by_hand(rank, world, port):
-    return {'RANK': str(rank), 'WORLD_SIZE': str(world), 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port)}
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        return s.getsockname()[1]
 
 
 BAD = {     # environment, extra flags, the line
@@ -219,17 +219,6 @@ def test_gpus_without_nccl_are_refused(tmp_path, monkeypatch):
         dpo.main([*ARGS['dpo'], '--device=cuda'])
 
 
-def one_rank(rank, port, folder, flags, results):
-    """A process of two that were started by hand; its last words."""
-    os.environ.update(by_hand(rank, 2, port))
-    os.chdir(folder)
-    config.time = NO_WAIT
-    try:
-        dpo.main([*ARGS['dpo'], *flags])
-    except SystemExit as error:
-        results.put((rank, error.code))
-
-
 @pytest.mark.parametrize('folder, flags, lines', [
     ('.', ['--beta=0.5'], {'error: rank 1 has another beta than rank 0 (0.5, not 0.1): all nodes need the same command',
                            'error: rank 1 on HOST: rank 1 has another beta'}),
@@ -237,8 +226,7 @@ def one_rank(rank, port, folder, flags, results):
     ('no checkpoint', ['--resume'], {'error: rank 1 has another step to start from, by out/tiny/dpo, than rank 0 (0, not 12)',
                                      'error: rank 1 on HOST: rank 1 has another step'}),
     ('no sft', [], {'error: rank 1 on HOST: out/tiny/sft holds no checkpoint: run sft.py'})])
-def test_ranks_that_differ_say_in_what(place, monkeypatch, folder, flags, lines):
-    monkeypatch.setenv('PYTHONPATH', str(ROOT))     # of the server below
+def test_ranks_that_differ_say_in_what(place, folder, flags, lines):
     if folder != '.':
         shutil.copytree('data', f'{folder}/data')
         if folder == 'other data':
@@ -247,43 +235,7 @@ def test_ranks_that_differ_say_in_what(place, monkeypatch, folder, flags, lines)
             shutil.copytree('out/tiny/sft', f'{folder}/out/tiny/sft')
     if folder == 'no checkpoint':
         shutil.copytree('out/whole/dpo', 'out/tiny/dpo')
-    server = multiprocessing.get_context('forkserver')      # which imports torch once for all
-    server.set_forkserver_preload(['dpo'])
-    results, port = server.Queue(), free_port()
-    ranks = [server.Process(target=one_rank, args=(rank, port, folder if rank else '.', flags if rank or folder != '.' else [], results))
-             for rank in (0, 1)]
-    for process in ranks:
-        process.start()
-    try:
-        for _ in lines:
-            rank, said = results.get(timeout=120)
-            assert any(said.startswith(line.replace('HOST', socket.gethostname())) for line in lines) and '\n' not in said
-    finally:
-        for process in ranks:
-            process.kill()
-
-
-STUBS = {   # two nodes on this machine, each with torchrun
-    'scontrol': '#!/bin/bash\nif [ "$1" = show ]; then printf "127.0.0.1\\nsecond\\n"; else echo "scontrol $@"; fi\n',
-    'srun': '#!/bin/bash\nshift\n"$@" & first=$!\n"$@" & wait $! && wait $first\n',
-    'torchrun': f'#!/bin/bash\nexec {sys.executable} -m torch.distributed.run "$@"\n',
-}
-
-
-def test_the_slurm_script_on_two_nodes_gives_the_run_of_one_node(place):
-    """With stubs of Slurm's commands, each node one process; and what it passes on when a job is queued again."""
-    os.makedirs('bin')
-    for name, text in STUBS.items():
-        Path('bin', name).write_text(text)
-        os.chmod(f'bin/{name}', 0o755)
-    env = {**os.environ, 'PATH': f'{os.getcwd()}/bin:{os.environ["PATH"]}', 'SLURM_JOB_ID': str(free_port() - 20000),
-           'SLURM_JOB_NODELIST': 'any', 'SLURM_NNODES': '2', 'OMP_NUM_THREADS': '1'}
-    done = subprocess.run(['bash', ROOT / 'repro/slurm.sh', ROOT / 'dpo.py', *ARGS['dpo']], env=env, capture_output=True, text=True,
-                          timeout=280)
-    assert done.returncode == 0 and 'dpo, 2 processes on cpu' in done.stdout, done.stderr
-    assert_same_run('out/tiny/dpo', 'out/whole/dpo')
-    Path('bin/torchrun').write_text('#!/bin/bash\necho "$@"\n')
-    for restarts, flags in (('0', ''), ('1', ' --resume')):
-        done = subprocess.run(['bash', ROOT / 'repro/slurm.sh', 'dpo.py', 'config/hh.py'], env=env | {'SLURM_RESTART_COUNT': restarts},
-                              capture_output=True, text=True, timeout=60)
-        assert done.stdout.endswith(f'dpo.py config/hh.py{flags}\n'), done.stdout
+    args = [*ARGS['dpo'], *(flags if folder != '.' else [])]
+    said = run_ranks('dpo', [args, [*ARGS['dpo'], *flags]], ['.', folder], answers=len(lines))
+    for words in said.values():
+        assert any(words.startswith(line.replace('HOST', socket.gethostname())) for line in lines) and '\n' not in words

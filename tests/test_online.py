@@ -9,7 +9,7 @@ import torch
 
 import prepare_prefs
 from config import UserError
-from conftest import ROOT, random_groups, run_stage, small_gpt
+from conftest import ROOT, random_groups, run_ranks, run_stage, small_gpt
 from model import fingerprint, load_model, save_checkpoint
 from prepare_prefs import Groups, Sampled, load_tokenizer, open_reward, pair_up, read_meta, write_groups
 
@@ -206,13 +206,26 @@ def test_a_mistake_ends_in_one_line_and_leaves_the_set(drawn, experiment, flags,
     assert content('data/drawn') == before and not [f for f in os.listdir('data') if f not in ('tiny', 'drawn')]
 
 
-def test_torchrun_is_for_drawing_alone_and_an_error_of_rank_0_ends_all(drawn, experiment, monkeypatch):
-    done = run_stage('prepare_prefs.py', *drawn, '--reward=out/tiny/sft', cwd=experiment, processes=2, check=False)
-    said = [line for line in done.stderr.splitlines() if line.startswith('error:')]
-    assert done.returncode != 0 and said == ['error: out/tiny/sft/step-000001.pt is no reward model: run repro/reward_model.py']
+def test_several_processes_are_for_drawing_alone(monkeypatch):
     monkeypatch.setenv('WORLD_SIZE', '2')
     with pytest.raises(UserError, match='run without torchrun'):
         prepare_prefs.main(['--name=mine', '--source=pairs.jsonl'])
+
+
+@pytest.mark.parametrize('flags, line', [
+    ('--reward=out/tiny/sft', 'error: out/tiny/sft/step-000001.pt is no reward model: run repro/reward_model.py'),
+    ('--seed=2', 'error: rank 1 has another command, data/tiny, out/tiny/sft or reward.py than rank 0: all nodes need the same')])
+def test_an_error_of_one_rank_ends_all_and_draws_nothing(drawn, flags, line):
+    first, second = ([*drawn, flags], drawn) if 'reward' in flags else (drawn, [*drawn, flags])
+    said = run_ranks('prepare_prefs', [first, second])
+    assert said[0].startswith(line) and line[7:] in said[1] and not os.path.exists('data/drawn')
+
+
+def test_a_rank_that_is_killed_is_named_in_one_line(drawn, experiment):
+    (experiment / 'reward.py').write_text('import os\nos.kill(os.getpid(), 9)\n')         # on rank 0 alone, as a judge without memory
+    done = run_stage('prepare_prefs.py', *drawn, cwd=experiment, processes=2, check=False)
+    assert done.returncode != 0 and 'error: no answer from rank 0 (' in done.stderr and '[rank1]: Traceback' not in done.stderr
+    assert not os.path.exists('data/drawn')
 
 
 # -----------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import torch
 
 import dpo
 import sft
-from conftest import random_groups, read_log, run_stage, small_gpt, write_data
+from conftest import random_groups, read_log, run_ranks, small_gpt, write_data
 from model import GPT, find_checkpoints, read_checkpoint, save_checkpoint
 from prepare_prefs import Groups
 
@@ -112,7 +112,7 @@ def test_kl_does_not_depend_on_the_number_of_processes(two_models):
     flags = [*DPO, '--max_steps=1', '--eval_interval=0', '--ref_from=out/tiny/other']
     dpo.main(flags)
     one = read_log('out/tiny/dpo')[0]
-    run_stage('dpo.py', *flags, processes=2)
+    assert run_ranks('dpo', [flags] * 2) == {0: '', 1: ''}
     two = read_log('out/tiny/dpo')[0]
     assert [two['eval/kl'], two['eval/kl_error']] == pytest.approx([one['eval/kl'], one['eval/kl_error']], rel=1e-5)
 
