@@ -126,10 +126,12 @@ def name_lost_ranks(store, world, rank, where):
 
     where: a function, '' or ' at step 8' by now.
     """
+    before = sys.excepthook
+
     def on_error(kind, error, trace):
         broken = re.search(r'closed by peer|reset by peer|refused|broken pipe|time[d ]*out|remote process exited', str(error), re.I)
         if not issubclass(kind, RuntimeError) or not broken:
-            return sys.__excepthook__(kind, error, trace)
+            return before(kind, error, trace)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)       # torchrun's, which ends what is left
         try:
             store.set(f'alive {rank}', '')
@@ -138,7 +140,7 @@ def name_lost_ranks(store, world, rank, where):
         except RuntimeError:
             alive = list(range(1, world))       # rank 0 held the store
         if len(alive) == world:
-            return sys.__excepthook__(kind, error, trace)
+            return before(kind, error, trace)
         if rank == alive[0]:
             left = int(os.environ.get('TORCHELASTIC_MAX_RESTARTS', 0)) - int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0))
             gone = ', '.join(str(r) for r in range(world) if r not in alive)

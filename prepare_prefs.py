@@ -1548,6 +1548,7 @@ def draw_pairs(cfg, policy, inputs):
     device = torch.device(device_type, local_rank) if device_type == 'cuda' else torch.device(device_type)
     bf16 = device_type == 'cuda' and torch.cuda.is_bf16_supported()
     store, _, _ = join(world, rank, 'gloo', 120)
+    before = sys.excepthook
     if world > 1:
         name_lost_ranks(store, world, rank, lambda: '')
 
@@ -1584,7 +1585,7 @@ def draw_pairs(cfg, policy, inputs):
         gathered = [None] * world if rank == 0 else None
         dist.gather_object(drawn, gathered)
         dist.destroy_process_group()
-        sys.excepthook = sys.__excepthook__         # the ranks part here
+        sys.excepthook = before         # the ranks part here
         if rank:
             return None
         drawn = {key: made for part in gathered for key, made in part.items()}

@@ -14,6 +14,7 @@ import json
 import math
 import os
 import signal
+import threading
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -250,6 +251,7 @@ def main(argv=None):
                 tracker = wandb.init(project='nanodpo', name=f'{cfg.name}-{stage}', config=asdict(cfg), dir=folder)
             elif cfg.track == 'tensorboard':
                 from torch.utils.tensorboard import SummaryWriter
+                threading.excepthook = lambda failed: None      # its thread's: the next call raises the same
             log_file = open_run(out_dir, start_step)
             if cfg.track == 'tensorboard':  # after a resume, what a killed run wrote past its checkpoint goes
                 tracker = SummaryWriter(out_dir, purge_step=start_step + 1)
@@ -276,14 +278,14 @@ def main(argv=None):
         try:
             if rank == 0:
                 log_file.write(json.dumps({'step': step, **record}) + '\n')
+            if rank == 0 and cfg.track == 'wandb':
+                tracker.log(record, step=step)
+            elif rank == 0 and cfg.track == 'tensorboard':
+                for key, value in record.items():
+                    tracker.add_scalar(key, value, step)
         except OSError as os_error:
-            error = f'cannot write {out_dir}/log.jsonl: {os_error.strerror}; the checkpoints are untouched'
+            error = f'cannot write the log to {out_dir}: {os_error.strerror}; the checkpoints are untouched'
         agree(error)
-        if rank == 0 and cfg.track == 'wandb':
-            tracker.log(record, step=step)
-        elif rank == 0 and cfg.track == 'tensorboard':
-            for key, value in record.items():
-                tracker.add_scalar(key, value, step)
 
     def save(step):
         error = ''

@@ -13,6 +13,7 @@ Literal['a', 'b']; the comment beside the knob is what `--help` prints.
 import ast
 import dataclasses
 import difflib
+import errno
 import inspect
 import os
 import re
@@ -100,12 +101,21 @@ def _from_flag(text, annotation):
         return text     # the type check says what is wrong with it
 
 
+def _excepthook(kind, error, trace):
+    """One line where a disk is full or nobody reads stdout, which any print may find; the traceback of anything else."""
+    if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EPIPE):
+        return sys.__excepthook__(kind, error, trace)
+    print(f'error: {error.strerror}: {error.filename or "standard output, or a file"}', file=sys.stderr, flush=True)
+    os._exit(1)         # python would try to write the rest of stdout, and say so again
+
+
 def load(Config, stage, argv=None):
     """The config of `stage`: the dataclass's defaults, then files, then flags.
 
     argv: the command line's arguments (default sys.argv[1:]). `--help` prints the knobs and exits.
     Returns an instance of Config; its attribute `origin` maps each key that was set to where it came from.
     """
+    sys.excepthook = _excepthook
     argv = sys.argv[1:] if argv is None else argv
     hints = typing.get_type_hints(Config, include_extras=True)
     files = [a for a in argv if not a.startswith('-')]

@@ -3,6 +3,8 @@ import json
 import os
 import pickle
 import resource
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -295,3 +297,10 @@ def test_an_export_that_fails_leaves_the_folder_that_stood_there(experiment, mon
     with pytest.raises(OSError):
         small_gpt(seed=2).save_pretrained('hf')
     assert snapshot() == before and GPT.from_pretrained('hf')
+
+
+@pytest.mark.skipif(not os.path.exists('/dev/full'), reason='Linux has it')
+def test_a_full_disk_under_stdout_is_one_line():
+    with open('/dev/full', 'w') as full:
+        done = subprocess.run([sys.executable, '-u', ROOT / 'prepare_prefs.py', '--help'], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1 and done.stderr == 'error: No space left on device: standard output, or a file\n'
