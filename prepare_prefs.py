@@ -1330,8 +1330,7 @@ def write_set(cfg, aside, hub, inputs):
     labels = {split: labels for split, (*_, labels) in plans.items() if labels is not None}
     meta['notes'] = suspicions(aside, meta, seen, labels)
     meta['fingerprint'] = hash_set(aside, meta)
-    write_meta(aside, meta)
-    return meta, seen, labels
+    return write_meta(aside, meta), seen, labels
 
 
 @contextlib.contextmanager
@@ -1428,8 +1427,7 @@ def write_groups(folder, source, splits, dropped=None, **facts):
             meta['splits'][split] = dict(read=len(groups) + sum(lost.values()), kept=len(groups), dropped=lost) | info
         meta['notes'] = suspicions(aside, meta, seen)
         meta['fingerprint'] = hash_set(aside, meta)
-        write_meta(aside, meta)
-    return meta
+        return write_meta(aside, meta)
 
 
 def check_drawing(cfg):
@@ -1867,12 +1865,13 @@ def sha256_json(value):
 
 
 def write_meta(folder, meta):
-    """Write data/<name>/meta.json; with a hash of the tokenizer's file, which `meta` gets too, and one of itself, for read_meta."""
+    """Write data/<name>/meta.json, with a hash of the tokenizer's file and one of all the rest of it. -> as read_meta reads it."""
     name = meta['tokenizer']
     if name.endswith('.json'):
-        meta['tokenizer_sha256'] = sha256_file(os.path.join(folder, name))
+        meta = meta | {'tokenizer_sha256': sha256_file(os.path.join(folder, name))}
     with open(os.path.join(folder, 'meta.json'), 'w') as f:
         json.dump(meta | {'sha256': sha256_json(meta)}, f, indent=1)
+    return meta
 
 
 def read_meta(folder):

@@ -16,4 +16,5 @@ if ! cmp -s requirements.txt "$VIRTUAL_ENV/nanodpo-requirements.txt"; then
     cp requirements.txt "$VIRTUAL_ENV/nanodpo-requirements.txt"
 fi
 
-python -m pytest -q tests "$@"
+# two at a time: each takes one thread, and most of them wait for processes that they have started
+python -m pytest -q -n 2 --dist=worksteal tests "$@"

@@ -29,17 +29,19 @@ sys.path.insert(0, ROOT)
 LONG = {        # a command's beginning: (what is added, how long it takes without)
     'bash test.sh': ('tests/test_model.py', 'minutes'),
     'python repro/frontier.py': ('--quick', '42 minutes'),
-    'python repro/family.py': ('--quick', '36 minutes'),
-    'python repro/throughput.py': ('--quick', 'a quarter of an hour, and 16 GB'),
     'python repro/faults.py': ('--trials=0.05', 'a quarter of an hour'),
 }
-ELSEWHERE = {'sbatch': 'needs Slurm; tests/test_launch.py runs the script with stand-ins for its commands'}
+ELSEWHERE = {
+    'sbatch': 'needs Slurm; tests/test_launch.py runs the script with stand-ins for its commands',
+    'torchrun --nnodes=4': 'needs four nodes; tests/test_launch.py starts two agents on one machine',
+}
 
 
 def commands(text):
     """The commands of a Markdown text, in order, each once: indented lines that begin with the name of a program."""
-    lines = re.findall(r'^    ((?:[A-Z_]+=\S+ )?(?:python|torchrun|bash|sbatch) .*)$', text, re.M)
-    return list(dict.fromkeys(re.split(r'\s+#', line)[0].strip() for line in lines))
+    text = re.sub(r' *\\{1,2}\n *', ' ', text)     # a command that goes on in the next line, of a docstring too
+    lines = re.findall(r'^ {4,}((?:[A-Z_]+=\S+ )?(?:python|torchrun|bash|sbatch) .*)$', text, re.M)
+    return list(dict.fromkeys(command.strip() for line in lines for command in re.split(r'\s+#', line)[0].split(' && ')))
 
 
 def added(command):
@@ -93,6 +95,7 @@ def stand_ins(folder):
         'pairs.jsonl': [dict(prompt=q, chosen=' ' + w, rejected=' ' + l) for q, w, l in rows],
         'chats.jsonl': [{side: [dict(role='user', content=q), dict(role='assistant', content=a)]
                          for side, a in (('chosen', w), ('rejected', l))} for q, w, l in rows],
+        'rated.jsonl': [dict(question=q, good=' ' + w, bad=' ' + l, score_chosen=i % 5, score_rejected=1) for i, (q, w, l) in enumerate(rows)],
         'rankings.jsonl': [dict(prompt=q, responses=[' ' + w, ' ' + w[:20], ' ' + l]) for q, w, l in rows],
         'likes.jsonl': [dict(prompt=q, completion=' ' + (w, l)[i % 2], label=i % 2 == 0) for i, (q, w, l) in enumerate(rows)],
     }

@@ -63,7 +63,7 @@ from tqdm import tqdm
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import config                                                   # noqa: E402
 from config import In, Literal, UserError                       # noqa: E402
-from prepare_prefs import Groups, load_tokenizer, parse_line, text_of   # noqa: E402
+from prepare_prefs import Groups, load_tokenizer, parse_json, text_of   # noqa: E402
 
 # -----------------------------------------------------------------------------
 # what the judge reads. The mark is a hash of the texts, so that no text can close its own block
@@ -171,7 +171,7 @@ def read_samples(path, side):
         raise UserError(f'{path} cannot be read: {error.strerror}') from None
     for number, line in lines:
         try:
-            row = parse_line(line)
+            row = parse_json(line)
             if isinstance(row, dict) and set(row) == {'summary'}:
                 continue
             key, text = (row['prompt'], row['sample']), row[side]['text']
