@@ -247,7 +247,8 @@ class GPT(nn.Module):
         for key, value in sizes.items():
             if type(value) is not int or not 1 <= value < 2**31:
                 raise CheckpointError(f"{name_or_dir}/config.json: {key} is {value!r}, it must be a positive whole number")
-        allowed = dict(activation_function=['gelu_new'], tie_word_embeddings=[True], n_inner=[None, 4 * sizes['n_embd']],
+        allowed = dict(activation_function=['gelu_new', 'gelu_pytorch_tanh'],           # two names of one function
+                       tie_word_embeddings=[True], n_inner=[4 * sizes['n_embd'], None],
                        scale_attn_weights=[True], scale_attn_by_inverse_layer_idx=[False], add_cross_attention=[False])
         for key, values in allowed.items():
             if key in hf and hf[key] not in values:
@@ -436,8 +437,9 @@ def _fetcher(name_or_dir):
             return path
         if optional:
             return None
-        raise CheckpointError(f'{path} does not exist' + ('; convert pytorch_model.bin to model.safetensors first' if
-                              os.path.isfile(os.path.join(name_or_dir, 'pytorch_model.bin')) else ''))
+        raise CheckpointError(f'{path} does not exist' + ('; convert pytorch_model.bin first: '
+                              f'transformers.GPT2LMHeadModel.from_pretrained({name_or_dir!r}).save_pretrained({name_or_dir!r})'
+                              if os.path.isfile(os.path.join(name_or_dir, 'pytorch_model.bin')) else ''))
 
     if os.path.isdir(name_or_dir):
         return local

@@ -164,7 +164,7 @@ def help_text(Config, stage):
         knob = re.match(r'    (\w+): .*? = (.*?)(?:\s+# (.*))?$', line)
         more = re.match(r'\s+# (.*)', line)
         if knob:
-            lines.append(f'  --{knob[1]}={knob[2]}'.ljust(34) + (knob[3] or ''))
+            lines.append(f'  --{knob[1]}={knob[2]}'.ljust(33) + ' ' + (knob[3] or ''))
         elif more:
             lines.append(' ' * 34 + more[1])
     return '\n'.join(lines)

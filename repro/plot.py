@@ -35,7 +35,7 @@ def read_run(folder):
     try:
         with open(path, encoding='utf-8') as f:
             lines = f.read().split('\n')
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f'{folder} has no log.jsonl: name the folder of a run, such as out/reviews/dpo') from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f'{path} cannot be read: {error}') from None
@@ -126,10 +126,14 @@ def plot(folders, out):
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     folders = [arg for arg in argv if not arg.startswith('-')]
+    folders = [os.path.dirname(arg) or '.' if os.path.basename(arg) == 'log.jsonl' else arg for arg in folders]
     out = os.path.join(folders[0], 'curves.png') if len(folders) == 1 else 'compare.png'
     for flag in [arg for arg in argv if arg.startswith('-')]:
+        if flag in ('-h', '--help'):
+            print(__doc__.strip())
+            return
         if not flag.startswith('--out='):
-            raise SystemExit(__doc__ if flag in ('-h', '--help') else UserError(f'{flag} is unknown: there is --out=FILE.png').code)
+            raise UserError(f'{flag} is unknown: there is --out=FILE.png')
         out = flag.removeprefix('--out=')
     if not folders:
         raise UserError('name the folder of a run, or of several, such as out/reviews/dpo')

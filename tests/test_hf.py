@@ -190,6 +190,9 @@ def test_a_float16_hub_layout_with_buffers_and_other_files_is_read(hub_layout):
     ours = GPT.from_pretrained(str(hub_layout))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(hub_layout, dtype=torch.float32)
     assert_equal_up_to_rounding(ours, theirs, torch.randint(0, 97, (2, 24)))
+    config = json.loads((hub_layout / 'config.json').read_text())
+    (hub_layout / 'config.json').write_text(json.dumps(config | dict(activation_function='gelu_pytorch_tanh', n_inner=4 * config['n_embd'])))
+    assert fingerprint(GPT.from_pretrained(str(hub_layout))) == fingerprint(ours), 'the same in other words'
 
 
 @pytest.mark.parametrize('name', ['gpt2', 'openai-community/gpt2-medium'])

@@ -287,6 +287,20 @@ def test_a_log_that_is_none_is_one_line_and_no_figure(tmp_path, monkeypatch, con
     assert '\n' not in stop.value.code and not os.path.exists('both.png')
 
 
+def test_a_run_is_its_folder_or_the_log_in_it_and_help_is_no_error(tmp_path, monkeypatch, capsys):
+    from repro import plot
+    monkeypatch.chdir(tmp_path)
+    write_log('a', dpo_log(1))
+    drawn = []
+    monkeypatch.setattr(plot, 'plot', lambda folders, out: drawn.append((folders, out)))
+    plot.main(['a/log.jsonl'])
+    monkeypatch.chdir('a')
+    plot.main(['log.jsonl', '../a', '--out=x.png'])
+    assert drawn == [(['a'], 'a/curves.png'), (['.', '../a'], 'x.png')]
+    plot.main(['--help'])
+    assert plot.__doc__.strip() in capsys.readouterr().out
+
+
 def test_runs_are_named_by_what_tells_them_apart():
     from repro.plot import names_of
     assert names_of(['out/a/dpo', 'out/b/dpo']) == ['a', 'b'] and names_of(['out/a/sft/', 'out/a/dpo']) == ['sft', 'dpo']
