@@ -310,7 +310,7 @@ def main(argv=None):
     data_dir = os.path.join('data', cfg.name)
     train, val = Groups(data_dir, 'train'), Groups(data_dir, 'val')
     if cfg.save_pretrained:             # what cannot be written is refused before training
-        agree(export_error(cfg.save_pretrained, data_dir, keep=(cfg.init_from, cfg.ref_from)) if rank == 0 else '')
+        agree(export_error(cfg.save_pretrained, data_dir, keep=(cfg.init_from, cfg.ref_from, out_dir)) if rank == 0 else '')
     kind = 'unpaired examples' if train.labels is not None else {1: 'single responses', 2: 'pairs'}.get(train.K, f'rankings of {train.K}')
     fitting = {'kto': 'pairs or unpaired examples', 'plackett_luce': 'pairs or rankings'}.get(cfg.loss, 'pairs')
     if kind.split()[0] not in fitting.split():

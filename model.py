@@ -357,7 +357,7 @@ CONTRADICTING = ('model.safetensors.index.json', 'pytorch_model.bin', 'pytorch_m
 def export_error(folder, data_dir='', keep=()):
     """Why save_pretrained could not write to `folder`, one line; '' where nothing stands against it.
 
-    keep: the directories and files that a run began with, which its export must not replace.
+    keep: the directories and files that a run begins with and writes to, which its export must not mix with.
     """
     try:
         import safetensors      # noqa: F401
@@ -376,7 +376,9 @@ def export_error(folder, data_dir='', keep=()):
     if not os.access(above, os.R_OK | os.W_OK | os.X_OK):
         return f'{folder} cannot be exported to: no permission to write in {above}'
     if any(os.path.realpath(folder) == os.path.realpath(path) for path in keep if path):
-        return f'{folder} is what the run begins with: export to another directory'
+        return f'{folder} is what the run begins with or writes to: export to another directory'
+    if find_checkpoints(folder):
+        return f'{folder} holds the checkpoints of a run: export to another directory'
     present = set(os.listdir(folder)) if os.path.isdir(folder) else set()
     try:
         ours = 'config.json' in present and _read_json(os.path.join(folder, 'config.json')).get('made_by') == MADE_BY

@@ -128,7 +128,7 @@ def main(argv=None):
     split = 'documents_' if cfg.train_on == 'documents' else ''
     train, val = Groups(data_dir, f'{split}train', k=1), Groups(data_dir, f'{split}val', k=1)
     if cfg.save_pretrained:             # what cannot be written is refused before training
-        agree(export_error(cfg.save_pretrained, data_dir, keep=(cfg.init_from,)) if rank == 0 else '')
+        agree(export_error(cfg.save_pretrained, data_dir, keep=(cfg.init_from, out_dir)) if rank == 0 else '')
     row_tokens = row_limit([train, val], cfg.row_tokens, device_type)
     steps_per_epoch = math.ceil(len(train) / cfg.batch_size)
     total_steps = cfg.max_steps or cfg.epochs * steps_per_epoch
