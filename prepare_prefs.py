@@ -11,7 +11,7 @@
 - a .jsonl, .json (an array of objects), .csv or .parquet file; all but Parquet may be compressed, as .jsonl.gz.
 - a directory with train.jsonl (.json, .csv, .parquet) and, if there is one, val (validation, test) of the same sort.
 - a .py file that defines pairs(split, seed), which yields dicts for 'train' and for 'val'.
-- a hub name, or a directory in a layout that `datasets` reads, such as a copy of the hub's.
+- a hub name, or a directory in a layout that `datasets` reads, such as a copy of the hub's, or what its save_to_disk wrote.
 
 Its rows are all of one kind, which the first object tells by its keys; other keys are ignored:
   a pair                {"prompt": "...", "chosen": "...", "rejected": "..."}
