@@ -11,7 +11,7 @@
 - a .jsonl, .json (an array of objects), .csv or .parquet file; all but Parquet may be compressed, as .jsonl.gz.
 - a directory with train.jsonl (.json, .csv, .parquet) and, if there is one, val (validation, test) of the same sort.
 - a .py file that defines pairs(split, seed), which yields dicts for 'train' and for 'val'.
-- a hub name, or a directory in a layout that `datasets` reads, such as a copy of the hub's.
+- a hub name, or a directory in a layout that `datasets` reads, such as a copy of the hub's, or what its save_to_disk wrote.
 
 Its rows are all of one kind, which the first object tells by its keys; other keys are ignored:
   a pair                {"prompt": "...", "chosen": "...", "rejected": "..."}
@@ -151,7 +151,7 @@ def need(row, *keys):
         raise ValueError('not_an_object', f'not an object with {", ".join(keys)}, but {type(row).__name__}')
     for key in keys:
         if key not in row:
-            raise ValueError('missing_key', f"missing key '{key}'")
+            raise ValueError('missing_key', f"missing key '{key}', it has {', '.join(map(ascii, row)) or 'none':.100}")
 
 
 def text_in(value, what):
@@ -544,7 +544,7 @@ def from_csv(path):
                 if row:                                         # [] is a blank line
                     yield number, row
     _, names = next(rows(), (0, []))
-    if not isinstance(names, list) or not names or len(set(names)) < len(names) or not ''.join(names).isprintable():
+    if not isinstance(names, list) or not names or len(set(names)) < len(names) or not ''.join(names).replace('\t', '').isprintable():
         raise UserError(f'{path} has no line of column names, in UTF-8 and all different, at its top')
 
     def read(row):
@@ -630,6 +630,8 @@ def load_dataset(source, data_dir, cache_dir=None):
         datasets.disable_progress_bars()
     try:
         path = os.path.abspath(source) if os.path.isdir(source) else source        # '.' is no name to datasets
+        if os.path.isfile(os.path.join(path, data_dir, 'state.json')):      # of save_to_disk, a lone split
+            return datasets.DatasetDict(train=datasets.load_from_disk(os.path.join(path, data_dir)))
         return datasets.load_dataset(path, data_dir=data_dir or None, cache_dir=cache_dir)
     except Exception as error:
         raise UserError(f'{what}: {type(error).__name__}: {str(error)[:300]}') from None
@@ -1094,7 +1096,8 @@ def suspicions(folder, meta, seen, labels=None):
                 notes.append(f'{split}: the same {name}{" response" * (K == 2 and part > 0)} in {most:,} of {n:,} {what}: '
                              f'{text(split, first[counts.argmax()], part)}')
         if info['truncated']['responses'] >= max(COUNT, 0.5 * n * K):
-            notes.append(f"{split}: responses cut at max_length={meta['max_length']}, {info['truncated']['responses']:,} of "
+            knob = 'max_new_tokens' if 'max_new_tokens' in meta else 'max_length'
+            notes.append(f"{split}: responses cut at {knob}={meta[knob]}, {info['truncated']['responses']:,} of "
                          f'{n * K:,}: few show where one ends')
         longer, unequal = info.get('chosen_longer', 0), n - info.get('as_long', n)
         off = abs(longer - unequal / 2)

@@ -478,8 +478,23 @@ def good_row(kind, rng, i):
     text = lambda: sentence(rng, 1, 30)         # noqa: E731
     if kind == 'documents':
         return dict(text=f'{i}' + text())
-    if kind == 'pairs':
-        return dict(prompt=f'Q{i}' + text(), chosen=text() + 'w', rejected=text() + 'l')
+    if kind in ('pairs', 'scored'):
+        low, gap = round(float(rng.uniform(-5, 5)), 2), float(rng.choice([0.5, 1.25, 2.5])) if i > 1 else 2
+        scores = dict(score_chosen=low + gap, score_rejected=low) if kind == 'scored' else {}
+        return dict(prompt=f'Q{i}' + text(), chosen=text() + 'w', rejected=text() + 'l') | scores
+    if kind == 'conversations':
+        roles = ['system'] * int(rng.integers(2)) + ['user', 'assistant'] * int(rng.integers(3)) + ['user']
+        before = [dict(role=role, content=f'{i}' + text()) for role in roles]
+        sides = [dict(role='assistant', content=text() + mark) for mark in 'wl']
+        how = rng.integers(5)               # what stands in `prompt`, and under the sides
+        if how < 3:
+            prompt = {0: {}, 1: dict(prompt=before), 2: dict(prompt=text())}[how]
+            return prompt | {key: before + [side] for key, side in zip(('chosen', 'rejected'), sides)}
+        if how == 3:
+            return dict(prompt=before, chosen=sides[:1], rejected=sides[1:] if rng.random() < 0.5 else sides[1]['content'])
+        return dict(prompt=f'Q{i}' + text(), chosen=sides[:1], rejected=sides[1:])
+    if kind == 'demonstrations':
+        return dict(prompt=f'Q{i}' + text(), completion=text())
     if kind == 'rankings':
         row = dict(prompt=f'Q{i}' + text(), responses=[text() + mark for mark in 'abc'])
         return row | (dict(scores=rng.permutation(3).tolist()) if rng.random() < 0.5 else {})
@@ -487,8 +502,8 @@ def good_row(kind, rng, i):
 
 
 def expected(kind, line):
-    """What the documented format says of a line (bytes): None of a blank one, False of a bad one, else [prompt, response, ...]
-    and the label. Written from the docstring of prepare_prefs.py alone."""
+    """What the documented format says of a line (bytes): None of a blank one, False of a bad one, () of a pair whose scores are
+    less than 1 apart, else [prompt, response, ...] and the label. Written from the docstrings of prepare_prefs.py alone."""
     if not line.strip(b' \t\r\n\v\f'):
         return None
     try:
@@ -500,14 +515,26 @@ def expected(kind, line):
         return isinstance(value, str) and not any('\ud800' <= c <= '\udfff' for c in value) and bool(blank or value.strip())
     if kind == 'documents':
         return isinstance(row, dict) and is_text(row.get('text')) and (['', row['text']], None)
+    if kind == 'conversations':
+        return isinstance(row, dict) and expected_of_messages(row, is_text)
     if not isinstance(row, dict) or not is_text(row.get('prompt'), blank=True):
         return False
     if kind == 'unpaired':
         good = is_text(row.get('completion')) and row.get('label') in (True, False) and isinstance(row['label'], bool)
         return good and ([row['prompt'], row['completion']], row['label'])
-    if kind == 'pairs':
+    if kind == 'demonstrations':
+        return is_text(row.get('completion')) and 'label' not in row and ([row['prompt'], row['completion']], None)
+    if kind in ('pairs', 'scored'):
         responses = [row.get('chosen'), row.get('rejected')]
-        return all(map(is_text, responses)) and responses[0] != responses[1] and ([row['prompt'], *responses], None)
+        if not all(map(is_text, responses)) or responses[0] == responses[1]:
+            return False
+        if kind == 'scored':
+            scores = [row.get('score_chosen'), row.get('score_rejected')]
+            if any(type(score) not in (int, float) or not abs(score) <= sys.float_info.max for score in scores):
+                return False
+            if float(scores[0]) - float(scores[1]) < 1:
+                return ()
+        return [row['prompt'], *responses], None
     responses = row.get('responses')
     if not isinstance(responses, list) or len(responses) != 3 or not all(map(is_text, responses)) or len(set(responses)) < 3:
         return False
@@ -519,6 +546,43 @@ def expected(kind, line):
             return False
         responses = [responses[i] for i in sorted(range(3), key=lambda i: scores[i], reverse=True)]
     return [row['prompt'], *responses], None
+
+
+def expected_of_messages(row, is_text):
+    """expected, of an object of pairs that are conversations, or answers to one."""
+    def turns(value, role):
+        """[(role, content), ...], or None."""
+        if isinstance(value, str):
+            return [(role, value)] if is_text(value, blank=True) else None
+        if not isinstance(value, list) or not value:
+            return None
+        good = all(isinstance(m, dict) and m.get('role') in ('system', 'user', 'assistant') and is_text(m.get('content'), blank=True)
+                   for m in value)
+        return [(m['role'], m['content']) for m in value] if good else None
+    prompt, sides = row.get('prompt'), [row.get('chosen'), row.get('rejected')]
+    before = [] if prompt is None else turns(prompt, 'user')
+    sides = [turns(side, 'assistant') for side in sides]
+    if before is None or None in sides:
+        return False
+    whole = [before + side if side[0][0] == 'assistant' else side for side in sides]
+    for side in whole:
+        roles = [role for role, _ in side]
+        roles = roles[roles[0] == 'system':]
+        if not roles or len(roles) % 2 or roles != ['user', 'assistant'] * (len(roles) // 2) or not side[-1][1].strip():
+            return False
+        if isinstance(prompt, list) and side[:len(before)] != before:
+            return False
+    if whole[0][:-1] != whole[1][:-1] or whole[0][-1] == whole[1][-1]:
+        return False
+
+    def after(content):
+        return content if content[:1].isspace() else ' ' + content
+    if isinstance(prompt, str) and whole[0][:-1] == before and prompt.startswith('\n\nHuman: ') and prompt.endswith('\n\nAssistant:'):
+        text = prompt
+    else:
+        text = ''.join({'system': content, 'user': f'\n\nHuman: {content}\n\nAssistant:', 'assistant': after(content)}[role]
+                       for role, content in whole[0][:-1])
+    return [text, *(after(side[-1][1]) for side in whole)], None
 
 
 def mutate(row, rng):
@@ -539,8 +603,11 @@ def mutate(row, rng):
     elif how == 4:
         row = dict(reversed(row.items())) | {'extra': odd[rng.integers(len(odd))], '': 1}
     elif how == 5 and isinstance(row[key], list):
-        row[key] = list(row[key])
-        row[key][rng.integers(len(row[key]))] = odd[rng.integers(len(odd))]
+        row[key], at, new = list(row[key]), rng.integers(len(row[key])), odd[rng.integers(len(odd))]
+        if isinstance(row[key][at], dict) and rng.random() < 0.8:
+            field = str(rng.choice(['role', 'content', 'name']))
+            new = row[key][at] | {field: str(rng.choice(['system', 'user', 'assistant', 'tool'])) if rng.random() < 0.5 else new}
+        row[key][at] = new
     elif how == 6 and isinstance(row[key], list):
         row[key] = row[key] + row[key][:1] if rng.random() < 0.5 else row[key][1:]
     elif how == 7:
@@ -595,7 +662,7 @@ def kept_texts(folder):
 
 
 def lines(seed, rng, base, cwd, new, n=250):
-    kind = ('pairs', 'rankings', 'unpaired', 'documents')[seed % 4]
+    kind = ('pairs', 'rankings', 'unpaired', 'documents', 'conversations', 'demonstrations', 'scored')[seed % 7]
     content, mutated = [], 0
     while mutated < n:
         row, good = good_row(kind, rng, len(content)), len(content) < 2 or rng.random() < 0.2
@@ -605,14 +672,15 @@ def lines(seed, rng, base, cwd, new, n=250):
     (cwd / 'own.jsonl').write_bytes(b'\n'.join(content) + b'\n' * int(rng.integers(2)))
     content = b'\n'.join(content).split(b'\n')
     verdicts = [expected(kind, line) for line in content]
-    good, bad = [v for v in verdicts if v], [i for i, v in enumerate(verdicts, 1) if v is False]
+    good, bad, close = [v for v in verdicts if v], [i for i, v in enumerate(verdicts, 1) if v is False], verdicts.count(())
     command = f'prepare_prefs --name=own --{"documents" if kind == "documents" else "source"}=own.jsonl --tokenizer=bytes --max_length=3000000 --max_prompt_length=1000000'.split()
+    command += ['--min_gap=1'] * (kind == 'scored')
     done = run([*command, '--max_bad_lines=100000'], cwd, new, limit=60)
     what = f'{kind}, {len(good)} good and {len(bad)} bad lines: '
     if done.status or 'Traceback' in done.err or 'panicked' in done.err:
         return what + tail(done), mutated
     kept, dropped = kept_texts(cwd / 'data/own')
-    if sorted(kept, key=repr) != sorted(good, key=repr) or dropped != len(bad):
+    if sorted(kept, key=repr) != sorted(good, key=repr) or dropped != len(bad) + close:
         lost = [repr(row)[:150] for row in good if row not in kept] + [repr(row)[:150] for row in kept if row not in good]
         return what + f'kept {len(kept)}, dropped {dropped}; such as {lost[:3]}', mutated
     before = snapshot(cwd)

@@ -157,6 +157,8 @@ def test_a_bad_row_of_one_s_own_is_named_by_file_and_number_and_can_be_skipped(p
     ('x.csv', 'prompt,chosen\na,b'.encode('utf-16'), 'x.csv has no line of column names, in UTF-8'),
     ('x.csv', b'why?,good,bad\nhow?,fine,worse\n', 'x.csv has columns why?, good, bad; it needs chosen and rejected'),
     ('x.csv', b'prompt;chosen;rejected\na;b;c\n', 'Are its cells separated by commas?'),
+    ('x.csv', b'prompt\tchosen\trejected\na\tb\tc\n', 'Are its cells separated by commas?'),
+    ('x.jsonl', b'{"question": "a", "good\\n": "b"}\n', "x.jsonl line 1: missing key 'prompt', it has 'question', 'good\\n'"),
     ('x.csv', b'prompt,chosen,rejected\n', 'of 0 rows'),
     ('x.csv', b'prompt,chosen,rejected\na,b,c\nd,"e\n\ne",f\ng,h\n', 'x.csv line 6: 2 cells, the first line names 3 columns'),
     ('x.csv', b'prompt,chosen,rejected\na,b,c\nd,\xff,f\n', 'x.csv line 3: not UTF-8'),
@@ -268,6 +270,16 @@ def test_a_bad_conversation_is_one_line_and_its_reason_has_a_name(row, reason, m
     error = error_of('--source=rows.jsonl')
     assert error.startswith('error: rows.jsonl line 4: ') and message in error
     assert prepare('--source=rows.jsonl', '--max_bad_lines=1')[1]['splits']['train']['dropped'] == {reason: 1}
+
+
+def test_what_datasets_saves_with_save_to_disk_is_read_with_splits_or_alone():
+    import datasets
+    rows = datasets.Dataset.from_list(PAIRS)
+    rows.save_to_disk('alone')
+    datasets.DatasetDict(train=rows, test=rows.select([0])).save_to_disk('several')
+    splits = {name: prepare('--source=' + name)[1]['splits'] for name in ('alone', 'several')}
+    assert sum(splits['alone'][split]['kept'] for split in ('train', 'val')) == len(PAIRS)
+    assert [splits['several'][split]['kept'] for split in ('train', 'val')] == [len(PAIRS), 1]
 
 
 def test_rankings_examples_and_demonstrations_take_messages_too():

@@ -60,7 +60,15 @@ def test_the_campaign_fails_where_a_stage_does_not_check_what_it_reads():
     ('rankings', b'{"prompt": "p", "responses": ["a", "b", "c"], "scores": [1, 3, 2.5]}', (['p', 'b', 'c', 'a'], None)),
     ('rankings', b'{"prompt": "p", "responses": ["a", "b", "c"], "scores": [1, 1.0, 2]}', False),
     ('unpaired', b'{"prompt": "p", "completion": "a", "label": false}', (['p', 'a'], False)),
-    ('unpaired', b'{"prompt": "p", "completion": "a", "label": 1}', False), ('documents', b'{"text": " a"}', (['', ' a'], None))])
+    ('unpaired', b'{"prompt": "p", "completion": "a", "label": 1}', False), ('documents', b'{"text": " a"}', (['', ' a'], None)),
+    ('demonstrations', b'{"prompt": " ", "completion": "a"}', ([' ', 'a'], None)),
+    ('demonstrations', b'{"prompt": "p", "completion": "a", "label": true}', False),
+    ('scored', b'{"prompt": "p", "chosen": "a", "rejected": "b", "score_chosen": 2, "score_rejected": 1.0}', (['p', 'a', 'b'], None)),
+    ('scored', b'{"prompt": "p", "chosen": "a", "rejected": "b", "score_chosen": 2, "score_rejected": 1.5}', ()),
+    ('scored', b'{"prompt": "p", "chosen": "a", "rejected": "b", "score_chosen": 1e999, "score_rejected": 1}', False),
+    ('conversations', b'{"prompt": "p", "chosen": [{"role": "assistant", "content": "a"}], "rejected": "\\nb"}',
+     (['\n\nHuman: p\n\nAssistant:', ' a', '\nb'], None)),
+    ('conversations', b'{"prompt": [{"role": "system", "content": "s"}], "chosen": "a", "rejected": "b"}', False)])
 def test_the_oracle_says_what_the_format_says(kind, line, says):
     assert faults.expected(kind, line) == says
 

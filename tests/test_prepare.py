@@ -354,7 +354,7 @@ def test_a_user_s_mistake_is_one_line_on_stderr_without_a_traceback():
     write_jsonl('pairs.jsonl', [*PAIRS[:2], dict(prompt='a', chosen='b')])
     for flags, expected in (
             (['--source=pairs.jsonl', '--tokenizer=bytes'],
-             "error: pairs.jsonl line 3: missing key 'rejected' (allow and skip bad lines with --max_bad_lines=N)\n"),
+             "error: pairs.jsonl line 3: missing key 'rejected', it has 'prompt', 'chosen' (allow and skip bad lines with --max_bad_lines=N)\n"),
             (['--source=nobody/has-this', '--tokenizer=bytes'], 'error: source \'nobody/has-this\' could not be loaded')):
         started = time.time()
         done = run_stage('prepare_prefs.py', '--name=made', *flags, check=False)
