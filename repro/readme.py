@@ -134,7 +134,7 @@ def main(argv=None):
     if not os.path.exists(os.path.join(folder, 'README.md')):
         copy_project(folder)
         stand_ins(folder)
-    failed, began = [], time.time()
+    run, failed, began = 0, [], time.time()
     env = {**os.environ, 'OMP_NUM_THREADS': '1', 'HF_HUB_OFFLINE': '1', 'WANDB_MODE': 'offline',
            'PATH': os.path.dirname(sys.executable) + os.pathsep + os.environ['PATH'], 'VIRTUAL_ENV': sys.prefix}
     for i, command in enumerate(found, 1):
@@ -148,12 +148,13 @@ def main(argv=None):
         start = time.time()
         done = subprocess.run(words + ([more[0]] if more else []), cwd=folder, env=env | own, text=True, stdin=subprocess.DEVNULL,
                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        run += 1
         word = 'ok' if done.returncode == 0 else 'FAILED'
         print(f'{i:3}/{len(found)}  {word:6} {time.time() - start:4.0f} s  {command}' + (f'   [run with {more[0]}]' if more else ''), flush=True)
         if done.returncode:
             failed.append(command)
             print('\n'.join('        ' + line for line in done.stdout.splitlines()[-15:]), flush=True)
-    print(f'{len(found) - len(failed)} of {len(found)} commands of the README did not fail; {time.time() - began:.0f} s'
+    print(f'{run - len(failed)} of {run} commands ended well, {len(found) - run} of the README were not run; {time.time() - began:.0f} s'
           + (f'; the folder is {folder}' if options.folder or failed else ''))
     if not options.folder and not failed:
         shutil.rmtree(folder)
