@@ -671,9 +671,9 @@ def renamed(row, columns):
     return {key: row[key] for key in row if key not in columns.values()} | {ours: row[theirs] for ours, theirs in columns.items()}
 
 
-def resolved(template, conversations):
-    """The knob `template` with its default, and with line breaks where a shell left '\\n'."""
-    return template.replace('\\n', '\n') or ('\n\nHuman: {prompt}\n\nAssistant:' if conversations else '{prompt}')
+def resolved(template, turns):
+    """The knob `template` with its default, HH's for what is made of turns, and with line breaks where a shell left '\\n'."""
+    return template.replace('\\n', '\n') or ('\n\nHuman: {prompt}\n\nAssistant:' if turns else '{prompt}')
 
 
 def check_gap(row, min_gap, scored):
@@ -709,8 +709,8 @@ def interpret(splits, cfg):
     if len({(KINDS[kind], turns[split]) for split, kind in kinds.items()}) > 1:
         raise UserError(', '.join(f'{firsts[split][0]} holds {KINDS[kind]}' + ' of messages' * turns[split]
                                   for split, kind in kinds.items()) + ': both must be of one kind (their first lines tell)')
-    conversations = any(turns.values())
-    template = resolved(cfg.template, conversations)
+    conversations, dialogues = any(turns.values()), read_dialogues in kinds.values()
+    template = resolved(cfg.template, conversations or dialogues)
     if read_imdb in kinds.values():
         learned = cfg.tokenizer == 'bytes' or cfg.tokenizer.startswith('bpe:')
         imdb = functools.partial(read_imdb, tokenizer=None if learned else load_tokenizer('', cfg.tokenizer), seed=cfg.seed)
@@ -723,7 +723,7 @@ def interpret(splits, cfg):
             raise ByRule(error.args[0]) if ready and error.args[0] in DIRT else error
         if KINDS.get(kind) == 'pairs':
             check_gap(row, cfg.min_gap, scored)
-        text = render(prompt, template)
+        text = prompt if dialogues and not cfg.template else render(prompt, template)      # they have their frame
         if not (isinstance(prompt, str) or conversations or cfg.template):
             raise ValueError('another_kind', 'holds messages, the first row has none')
         if conversations or not isinstance(prompt, str):

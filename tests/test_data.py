@@ -378,7 +378,8 @@ def test_hh_takes_each_subset_or_all_four_and_red_team_attempts_are_no_pairs():
     found, _ = prepare('--source=hh')
     assert sorted(found['train']) == [[HUMAN.format(prompt=f'{subset} train'), f' yes{EOT}', f' no{EOT}'] for subset in subsets]
     assert len(found['val']) == 4
-    found, _ = prepare('--source=hh', '--data_dir=helpful-online')
+    found, meta = prepare('--source=hh', '--data_dir=helpful-online')
+    assert meta['template'] == HUMAN, 'a plain question is framed as the dialogues are'
     assert [group[0] for group in found['train'] + found['val']] == [HUMAN.format(prompt=f'helpful-online {s}') for s in ('train', 'test')]
     assert "red-team-attempts are, not pairs: set another --data_dir" in error_of(
         '--source=hh', '--data_dir=red-team-attempts', name='other')
