@@ -165,7 +165,7 @@ def test_a_bad_row_of_one_s_own_is_named_by_file_and_number_and_can_be_skipped(p
     ('x.csv', b'prompt,chosen,rejected\na,b,c\n"open,b,c\nd,e,f\n', 'x.csv line 3: not CSV'),
     ('x.csv', b'chosen,rejected\n"[{\'role\': \'user\', \'content\': \'a\'}]",b\n', "line 2: 'chosen' begins as messages do, but is"),
     ('x.csv.gz', b'prompt', 'x.csv.gz is damaged'),
-    ('x.jsonl.gz', gzip.compress(b'{}' * 1000)[:-9], 'x.jsonl.gz is damaged'),
+    ('x.jsonl.gz', gzip.compress(b'{}' * 1000, mtime=0)[:-9], 'x.jsonl.gz is damaged'),
     ('x.parquet', b'', 'x.parquet cannot be read as Parquet'),
     ('x.parquet', None, 'x.parquet cannot be read as Parquet'),
     ('x.xlsx', b'PK', 'source x.xlsx must be a .jsonl, .json, .csv, .parquet or .py file'),
