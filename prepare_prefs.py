@@ -108,10 +108,11 @@ class Config:
                                     # 'chosen': prompt + chosen (best, desirable) of source; '' = none
     tokenizer: str = 'gpt2'         # one of tiktoken's, 'bytes', or 'bpe:N': N tokens learned from the text
     template: str = ''              # what stands around a prompt, and around each turn of a user: '' = '{prompt}', for
-                                    # messages '\n\nHuman: {prompt}\n\nAssistant:', \n being a line break;
-                                    # <|endoftext|> at its start is the end token
+                                    # messages and HH's dialogues '\n\nHuman: {prompt}\n\nAssistant:', \n
+                                    # being a line break; <|endoftext|> at its start is the end token
     max_length: In[int, 'x >= 2'] = 512             # tokens of a prompt and one response; the paper's
-    max_prompt_length: In[int, 'x >= 1'] = 256      # a prompt is cut to this, only where too long together
+    max_prompt_length: In[int, 'x >= 0'] = 0        # a prompt is cut to this, only where too long together; 0 = half of
+                                    # max_length, the paper's 256 of 512
     val_fraction: In[float, '0 < x < 1'] = 0.05     # held out, where the source has no validation split
     max_val: In[int, 'x >= 0'] = 0                  # rows of val at most, drawn by the seed; 0 = all
     max_bad_lines: In[int, 'x >= 0'] = 0            # of your own data: more than this many stop the run
@@ -127,6 +128,9 @@ class Config:
     max_new_tokens: In[int, 'x >= 1'] = 128         # of a response; fewer where max_length leaves less
     batch_size: In[int, 'x >= 1'] = 64              # responses drawn at once
     device: Literal['auto', 'cpu', 'cuda', 'mps'] = 'auto'  # auto = cuda where there is one, else cpu
+
+    def __post_init__(self):
+        self.max_prompt_length = self.max_prompt_length or self.max_length // 2
 
 
 SPLITS = ('train', 'val', 'documents_train', 'documents_val')

@@ -185,6 +185,12 @@ def test_a_folder_of_two_sorts_and_a_data_dir_of_a_file_are_refused():
     assert 'data_dir=a is of no use' in error_of('--source=own/train.csv', '--data_dir=a')
 
 
+def test_a_prompt_is_cut_to_half_of_max_length_where_nothing_else_is_said():
+    write('rows.jsonl', [dict(prompt=c * 30, chosen='b' * 30, rejected='d') for c in 'xyz'])
+    found, meta = prepare('--source=rows.jsonl', '--max_length=20')
+    assert meta['max_prompt_length'] == 10 and [len(group[0]) for group in found['train']] == [10, 10]
+
+
 def test_max_val_leaves_out_validation_rows_and_says_so():
     write('own/train.json', PAIRS[:6])
     write('own/val.json', PAIRS[6:])
