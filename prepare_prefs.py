@@ -1121,16 +1121,9 @@ def suspicions(folder, meta, seen, labels=None):
     return notes
 
 
-def visible(text):
-    """Text that cannot move the cursor or reverse the line: control characters as escapes, line breaks kept."""
-    def hidden(c):
-        return unicodedata.category(c) in ('Cc', 'Cf', 'Cs', 'Zl', 'Zp') and c not in '\n\u200c\u200d'     # joiners shape real writing
-    return ''.join(c.encode('unicode_escape').decode() if hidden(c) else c for c in text)
-
-
 def paint(text, style):
-    """Coloured on a terminal, plain elsewhere and where NO_COLOR is set."""
-    return f'\x1b[{style}m{text}\x1b[0m' if sys.stdout.isatty() and not os.environ.get('NO_COLOR') else text
+    """Coloured where colours are wanted, else plain."""
+    return f'\x1b[{style}m{text}\x1b[0m' if colours() else text
 
 
 def shown_piece(title, style, ids, lost, tokenizer, width):
@@ -1138,7 +1131,7 @@ def shown_piece(title, style, ids, lost, tokenizer, width):
     def tokens(n):
         return f'{n:,} token{"s" * (n != 1)}'
     prompt, end, cut = title == 'prompt', MARK.format('end'), MARK.format(f'{tokens(lost)} cut') * (lost > 0)
-    text = visible(text_of(tokenizer, ids))
+    text = visible(text_of(tokenizer, ids).replace('\t', '\\t'))
     if len(text) > 600:
         text = text[:350] + MARK.format(f'{len(text) - 550:,} characters not shown') + text[-200:]
     text = re.sub('^ +| +$', lambda spaces: '·' * len(spaces[0]), text)
@@ -1758,6 +1751,25 @@ def text_of(tokenizer, ids):
         with contextlib.suppress(KeyError):        # an id that the tokenizer skips, as cl100k_base does
             pieces.append(tokenizer.decode_single_token_bytes(token) if token != tokenizer.eot_token else b'')
     return b''.join(pieces).decode(errors='replace')
+
+
+HIDDEN = 'Cc', 'Cf', 'Cs', 'Co', 'Zl', 'Zp'     # not Cn: newer than this Python
+SHAPING = '\n\u200c\u200d\u200e\u200f\u061c'    # joiners and marks of direction, which real writing needs
+FLAGS = '\U0001f3f4[\U000e0020-\U000e007e]+\U000e007f'      # England's is a black flag and invisible letters
+
+
+def visible(text):
+    """Text that cannot move the cursor or reverse the line: control characters as escapes, line breaks kept."""
+    def escaped(match):
+        c = match[0]
+        shown = match[1] or c in SHAPING or unicodedata.category(c) not in HIDDEN
+        return c if shown else c.encode('unicode_escape').decode()
+    return re.sub(f'({FLAGS})|(?s:.)', escaped, text.replace('\t', '    '))
+
+
+def colours():
+    """Whether stdout is a terminal that wants them."""
+    return sys.stdout.isatty() and not os.environ.get('NO_COLOR') and os.environ.get('TERM') != 'dumb'
 
 
 def sha256_file(path):

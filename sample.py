@@ -34,8 +34,8 @@ from tqdm import tqdm
 import config
 from config import In, Literal, UserError
 from model import CheckpointError, find_checkpoints, fingerprint, load_model, packed_mask, token_logps
-from prepare_prefs import (Groups, Sampled, distinct_prompts, load_tokenizer, packed_batches, parse_json, plan_rows, prompt_ids,
-                           read_prompt, read_reward, row_limit, text_of)
+from prepare_prefs import (Groups, Sampled, colours, distinct_prompts, load_tokenizer, packed_batches, parse_json, plan_rows, prompt_ids,
+                           read_prompt, read_reward, row_limit, text_of, visible)
 
 
 @torch.no_grad()
@@ -216,18 +216,6 @@ def step_of(value, limit):
 # the terminal
 
 BOLD, DIM = '1', '2'
-HIDDEN = 'Cc', 'Cf', 'Cs', 'Co', 'Zl', 'Zp'     # not Cn: newer than this Python
-SHAPING = '\n\u200c\u200d\u200e\u200f\u061c'    # joiners and marks of direction, which real writing needs
-FLAGS = '\U0001f3f4[\U000e0020-\U000e007e]+\U000e007f'      # England's is a black flag and invisible letters
-
-
-def visible(text):
-    """Text that cannot move the cursor or reverse the line: control characters as escapes, line breaks kept."""
-    def escaped(match):
-        c = match[0]
-        shown = match[1] or c in SHAPING or unicodedata.category(c) not in HIDDEN
-        return c if shown else c.encode('unicode_escape').decode()
-    return re.sub(f'({FLAGS})|(?s:.)', escaped, text.replace('\t', '    '))
 
 
 def columns(text):
@@ -255,11 +243,6 @@ def wrap(text, style, width):
             end = word.end()
         lines.append((start, end))
     return [(text[a:b], style if isinstance(style, str) else style[a:b]) for a, b in lines]
-
-
-def colours():
-    """Whether stdout is a terminal that wants them."""
-    return sys.stdout.isatty() and not os.environ.get('NO_COLOR') and os.environ.get('TERM') != 'dumb'
 
 
 def paint(text, style):
