@@ -431,6 +431,15 @@ def _transposed(name):
     return name.endswith(('c_attn.weight', 'c_proj.weight', 'c_fc.weight'))
 
 
+def hub_answers():
+    """Whether the hub can be reached: without it its client would retry for half a minute."""
+    try:
+        urllib.request.urlopen(os.environ.get('HF_ENDPOINT', 'https://huggingface.co'), timeout=5).close()
+    except OSError as error:
+        return isinstance(error, urllib.error.HTTPError)        # that is an answer
+    return True
+
+
 def _fetcher(name_or_dir):
     """A function from a file's name to its path, in the directory or downloaded from the hub."""
     def local(file, optional=False):
@@ -447,13 +456,7 @@ def _fetcher(name_or_dir):
         return local
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
-    offline = bool(os.environ.get('HF_HUB_OFFLINE'))
-    try:
-        urllib.request.urlopen(os.environ.get('HF_ENDPOINT', 'https://huggingface.co'), timeout=5).close()
-    except urllib.error.HTTPError:
-        pass                            # it answers
-    except OSError:
-        offline = True                  # the cache or nothing, at once: the hub's client would retry for half a minute
+    offline = bool(os.environ.get('HF_HUB_OFFLINE')) or not hub_answers()    # then the cache or nothing, at once
 
     def hub(file, optional=False):
         try:

@@ -31,8 +31,6 @@ makes the pairs: of two responses the likelier positive one is chosen.
 import functools
 import os
 import sys
-import urllib.error
-import urllib.request
 
 from config import UserError
 
@@ -84,11 +82,8 @@ def classifier():
         raise UserError(f'{error}: the sentiment classifier needs it (pip install transformers)') from None
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
-    offline = False
-    try:
-        urllib.request.urlopen('https://huggingface.co', timeout=5).close()
-    except OSError as error:
-        offline = not isinstance(error, urllib.error.HTTPError)     # then what is here or nothing, no minutes of retries
+    from model import hub_answers
+    offline = not hub_answers()         # then what is here or nothing, no minutes of retries
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(CLASSIFIER, local_files_only=offline)
         model = transformers.AutoModelForSequenceClassification.from_pretrained(CLASSIFIER, local_files_only=offline)
