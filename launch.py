@@ -121,6 +121,17 @@ def _meet(world, rank, timeout):
         raise UserError(f'the ranks cannot meet ({str(error).splitlines()[0][:200]}): {advice}') from None
 
 
+def check_alike(facts):
+    """UserError where a rank has other facts than rank 0: {what: a value}, of a command and of what it read."""
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, facts)
+    for other, theirs in enumerate(everyone):
+        for key, value in theirs.items():
+            if value != everyone[0].get(key):
+                raise UserError(f'rank {other} has another {key} than rank 0 ({value!r}, not {everyone[0].get(key)!r}): all '
+                                'nodes need the same command, and the same data/ and out/, on a shared disk or copied')
+
+
 def name_lost_ranks(store, world, rank, where):
     """From here on, one line where another rank is lost, by the first one left; the traceback of anything else.
 

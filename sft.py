@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import config
 from config import In, Literal, UserError
-from launch import join, name_lost_ranks, read_ranks
+from launch import check_alike, join, name_lost_ranks, read_ranks
 from model import (GPT, CheckpointError, GPTConfig, export_error, find_checkpoints, fingerprint, load_model, open_run,
                    packed_mask, peak_flops, read_checkpoint, save_checkpoint, token_logps)
 from prepare_prefs import Groups, packed_batches, plan_rows, row_limit, step_groups
@@ -192,15 +192,9 @@ def main(argv=None):
     elif cfg.resume or restarted:
         say(f'nothing to resume in {out_dir}: starting at step 0')
     if world > 1:
-        everyone = [None] * world
-        dist.all_gather_object(everyone, asdict(cfg) | {
+        check_alike(asdict(cfg) | {
             f'{data_dir}/{train.split}': train.fingerprint, f'{data_dir}/{val.split}': val.fingerprint,
             'init_from': init_fingerprint, f'step to start from, by {out_dir},': start_step})
-        for other, theirs in enumerate(everyone):
-            for key, value in theirs.items():
-                if value != everyone[0].get(key):
-                    raise UserError(f'rank {other} has another {key} than rank 0 ({value!r}, not {everyone[0].get(key)!r}): all '
-                                    'nodes need the same command, and the same data/ and out/, on a shared disk or copied')
 
     # -------------------------------------------------------------------------
     # optimizer
