@@ -128,13 +128,15 @@ class Config:
     max_new_tokens: In[int, 'x >= 1'] = 128         # of a response; fewer where max_length leaves less
     batch_size: In[int, 'x >= 1'] = 64              # responses drawn at once
     device: Literal['auto', 'cpu', 'cuda', 'mps'] = 'auto'  # auto = cuda where there is one, else cpu
+    join_timeout: In[int, 'x >= 1'] = 120           # seconds to wait at the start for the other processes, of several
 
     def __post_init__(self):
         self.max_prompt_length = self.max_prompt_length or self.max_length // 2
 
 
 SPLITS = ('train', 'val', 'documents_train', 'documents_val')
-DRAWING = ('reward', 'num_samples', 'num_prompts', 'pairing', 'temperature', 'max_new_tokens', 'batch_size', 'device')
+DRAWING = ('reward', 'num_samples', 'num_prompts', 'pairing', 'temperature', 'max_new_tokens', 'batch_size', 'device',
+           'join_timeout')
 READING = ('data_dir', 'columns', 'min_gap', 'documents', 'tokenizer', 'template', 'max_length', 'max_prompt_length', 'val_fraction',
            'max_val', 'max_bad_lines')
 FILES = [f'{s}{end}' for end in ('.bin', '.idx.npy', '.labels.npy') for s in SPLITS] + ['tokenizer.json', 'meta.json']
@@ -1259,7 +1261,7 @@ def check(cfg):
 def hash_inputs(cfg, hub, policy):
     """A hash over all that decides the result: the format, the knobs, the content of the sources, the policy's weights."""
     knobs, files = dataclasses.asdict(cfg), {}
-    for key in ('name', 'policy', 'dry_run', *(READING if cfg.policy else DRAWING)):
+    for key in {'name', 'policy', 'dry_run', 'join_timeout', *(READING if cfg.policy else DRAWING)}:
         del knobs[key]
     if cfg.policy:
         knobs['policy'], knobs['reward'] = policy, sha256_file(reward_file(cfg.reward))
@@ -1545,7 +1547,7 @@ def draw_pairs(cfg, policy, inputs):
     world, rank, local_rank = read_ranks(device_type)
     device = torch.device(device_type, local_rank) if device_type == 'cuda' else torch.device(device_type)
     bf16 = device_type == 'cuda' and torch.cuda.is_bf16_supported()
-    store, _, _ = join(world, rank, 'gloo', 120)
+    store, _, _ = join(world, rank, 'gloo', cfg.join_timeout)
     before = sys.excepthook
     if world > 1:
         name_lost_ranks(store, world, rank, lambda: '')
@@ -1781,6 +1783,14 @@ def sha256_file(path):
     return digest.hexdigest()
 
 
+def check_file(path, sha256):
+    """UserError where a file of a set is missing, or is not what meta.json records."""
+    if not os.path.isfile(path):
+        raise UserError(f'{path} is missing: run prepare_prefs.py again')
+    if sha256_file(path) != sha256:
+        raise UserError(f'{path} is damaged: its content is not what meta.json records; run prepare_prefs.py again')
+
+
 class Groups:
     """One split of data/<name>/, memory-mapped: N groups of a prompt and K responses.
 
@@ -1798,11 +1808,7 @@ class Groups:
         try:
             labelled = 'labels_sha256' in info
             for end, key in (('.bin', 'bin_sha256'), ('.idx.npy', 'idx_sha256'), ('.labels.npy', 'labels_sha256'))[:2 + labelled]:
-                path = os.path.join(folder, split + end)
-                if not os.path.isfile(path):
-                    raise UserError(f'{path} is missing: run prepare_prefs.py again')
-                if sha256_file(path) != info[key]:
-                    raise UserError(f'{path} is damaged: its content is not what meta.json records; run prepare_prefs.py again')
+                check_file(os.path.join(folder, split + end), info[key])
             self.tokens = np.memmap(os.path.join(folder, f'{split}.bin'), dtype=info['dtype'], mode='r')
             index = np.load(os.path.join(folder, f'{split}.idx.npy'), mmap_mode='r')
             labels = np.load(os.path.join(folder, f'{split}.labels.npy')) if labelled else None
@@ -1909,11 +1915,7 @@ def read_meta(folder):
     except (ValueError, LookupError, TypeError, AttributeError, AssertionError, RecursionError) as error:
         raise UserError(f'{path} cannot be read ({type(error).__name__}: {error}): run prepare_prefs.py again') from None
     if name.endswith('.json'):
-        path = os.path.join(folder, name)
-        if not os.path.isfile(path):
-            raise UserError(f'{path} is missing: run prepare_prefs.py again')
-        if sha256_file(path) != meta['tokenizer_sha256']:
-            raise UserError(f'{path} is damaged: its content is not what meta.json records; run prepare_prefs.py again')
+        check_file(os.path.join(folder, name), meta['tokenizer_sha256'])
     return meta
 
 
