@@ -11,10 +11,12 @@ A stage declares its knobs in a dataclass at its top. The annotation is the type
 Literal['a', 'b']; the comment beside the knob is what `--help` prints.
 """
 import ast
+import contextlib
 import dataclasses
 import difflib
 import errno
 import inspect
+import math
 import os
 import re
 import runpy
@@ -31,66 +33,93 @@ EMBEDDED = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'reviews.py'
 
 
 class UserError(SystemExit):
-    """A user's mistake: one line on stderr and exit status 1, no traceback. Under torchrun it is rank 0's; what another
-    rank alone knows it says itself, with its name, if nobody has ended it five seconds later."""
+    """A user's mistake: `run` prints one line, without a traceback, and the exit status is 1."""
     def __init__(self, message):
         self.message = ' '.join(str(message).split())
-        rank, local_rank = os.environ.get('RANK', '0'), os.environ.get('LOCAL_RANK', '0')
-        who = '' if rank == '0' else f'rank {rank} on {socket.gethostname()}: '
-        if who:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(5 if local_rank == '0' else 7)   # torchrun ends all ranks of a machine when one leaves
-        super().__init__(f'error: {who}{self.message}')
+        super().__init__(f'error: {self.message}')
 
 
-def _read_file(path, stage):
-    """The knobs that config file `path` sets for `stage`, as {key: value}."""
-    if not os.path.isfile(path):
-        raise UserError(f'config file {path} does not exist (a flag is written --key=value)')
+def need(condition, message):
+    """An assert for what a user can get wrong. `python -O` keeps it."""
+    if not condition:
+        raise UserError(message)
+
+
+def run(main):
+    """Call main(), and end with one line on stderr where the user, a full disk or a closed pipe stopped it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)        # Ctrl-C just ends it, until there is something to save
     try:
-        found = runpy.run_path(path)
+        main()
+    except UserError as error:
+        fail(error.message)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EPIPE):
+            raise
+        fail(f'{error.strerror}: {error.filename or "standard output, or a file"}')
+
+
+def fail(message):
+    """Print the line and leave with status 1. Every rank meets most errors, and torchrun ends all ranks of a machine
+    when one leaves: the others wait, so that rank 0 speaks alone where it can."""
+    rank = os.environ.get('RANK', '0')
+    if rank != '0':
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(5 if os.environ.get('LOCAL_RANK') == '0' else 7)
+        message = f'rank {rank} on {socket.gethostname()}: {message}'
+    print(f'error: {message}', file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+    os._exit(1)         # python's own exit would wait for gloo's threads, and complain once more of a closed pipe
+
+
+def read_file(path, stage):
+    """The knobs that config file `path` sets for `stage`, {key: value}, and its functions, {name: function}."""
+    need(os.path.isfile(path), f'config file {path} does not exist (a flag is written --key=value)')
+    try:
+        names = runpy.run_path(path)
     except Exception as error:
-        line = next((f' line {frame.lineno}' for frame in reversed(inspect.getinnerframes(error.__traceback__))
-                     if frame.filename == path), '')
-        line = f' line {error.lineno}' if isinstance(error, SyntaxError) else line
+        frames = reversed(inspect.getinnerframes(error.__traceback__))
+        line = next((f' line {frame.lineno}' for frame in frames if frame.filename == path), '')
+        if isinstance(error, SyntaxError):
+            line = f' line {error.lineno}'
         raise UserError(f'config file {path}{line}: {type(error).__name__}: {error}') from None
-    for key, value in found.items():
-        own = key.startswith('_') or key.isupper() or callable(value) or isinstance(value, types.ModuleType)
-        if own or key in STAGES + ('name',):
-            continue
-        raise UserError(f"config file {path}: unknown name '{key}'{_nearest(key, STAGES + ('name',))}")
-    knobs = found.get(stage, {})
-    if not isinstance(knobs, dict):
-        raise UserError(f"config file {path}: '{stage}' must be a dict, not {type(knobs).__name__}")
-    return knobs | ({'name': found['name']} if 'name' in found else {})
+    functions = {key: value for key, value in names.items() if callable(value)}
+    for key, value in names.items():
+        free = key.startswith('_') or key.isupper() or key in functions or isinstance(value, types.ModuleType)
+        need(free or key in STAGES + ('name',),
+             f"config file {path}: unknown name '{key}'{nearest(key, STAGES + ('name',))}")
+    knobs = names.get(stage, {})
+    need(isinstance(knobs, dict), f"config file {path}: '{stage}' must be a dict, not {type(knobs).__name__}")
+    if 'name' in names:
+        knobs = knobs | {'name': names['name']}
+    return knobs, functions
 
 
-def _nearest(key, known):
+def nearest(key, known):
     close = difflib.get_close_matches(key, known, 1, 0.5)
     return f"; did you mean '{close[0]}'?" if close else f"; known: {', '.join(known)}"
 
 
-def _check(key, value, annotation, where):
+def check_value(key, value, annotation, where):
     """`value` as the annotated type, or a UserError that names the key and where it came from."""
     rule = None
     if typing.get_origin(annotation) is In:
         annotation, rule = typing.get_args(annotation)
     if typing.get_origin(annotation) is Literal:
-        if value not in typing.get_args(annotation):
-            raise UserError(f"{where}: {key}={value!r} must be one of {', '.join(map(repr, typing.get_args(annotation)))}")
+        choices = typing.get_args(annotation)
+        need(value in choices, f"{where}: {key}={value!r} must be one of {', '.join(map(repr, choices))}")
         return value
     if annotation is float and type(value) is int:
         value = float(value)
-    if type(value) is not annotation:
-        raise UserError(f'{where}: {key}={value!r} must be {annotation.__name__}, not {type(value).__name__}')
-    if annotation is float and value - value != 0:
-        raise UserError(f'{where}: {key}={value!r} must be a finite number')
-    if rule and not eval(rule, {}, {'x': value}):
-        raise UserError(f'{where}: {key}={value!r} is out of range: {rule.replace("x", key)}')
+    need(type(value) is annotation,
+         f'{where}: {key}={value!r} must be {annotation.__name__}, not {type(value).__name__}')
+    need(annotation is not float or math.isfinite(value), f'{where}: {key}={value!r} must be a finite number')
+    need(not rule or eval(rule, {}, {'x': value}),
+         f'{where}: {key}={value!r} is out of range: {(rule or "").replace("x", key)}')
     return value
 
 
-def _from_flag(text, annotation):
+def from_flag(text, annotation):
     """A flag's text as Python: strings stay as they are written, the rest is a literal."""
     base = typing.get_args(annotation)[0] if typing.get_origin(annotation) is In else annotation
     if base is str or typing.get_origin(base) is Literal and isinstance(typing.get_args(base)[0], str):
@@ -101,21 +130,13 @@ def _from_flag(text, annotation):
         return text     # the type check says what is wrong with it
 
 
-def _excepthook(kind, error, trace):
-    """One line where a disk is full or nobody reads stdout, which any print may find; the traceback of anything else."""
-    if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EPIPE):
-        return sys.__excepthook__(kind, error, trace)
-    print(f'error: {error.strerror}: {error.filename or "standard output, or a file"}', file=sys.stderr, flush=True)
-    os._exit(1)         # python would try to write the rest of stdout, and say so again
-
-
 def load(Config, stage, argv=None):
     """The config of `stage`: the dataclass's defaults, then files, then flags.
 
     argv: the command line's arguments (default sys.argv[1:]). `--help` prints the knobs and exits.
-    Returns an instance of Config; its attribute `origin` maps each key that was set to where it came from.
+    Returns an instance of Config. Its `origin` maps each key that was set to where it came from; its `functions` are
+    those of the config files, such as row(raw).
     """
-    sys.excepthook = _excepthook
     argv = sys.argv[1:] if argv is None else argv
     hints = typing.get_type_hints(Config, include_extras=True)
     files = [a for a in argv if not a.startswith('-')]
@@ -125,24 +146,27 @@ def load(Config, stage, argv=None):
         raise SystemExit(0)
     if not files and not any(a.startswith('--name=') for a in flags):
         files = [EMBEDDED]
-    values, origin = {}, {}
+    values, origin, functions = {}, {}, {}
     for path in files:
-        for key, value in _read_file(path, stage).items():
-            if key not in hints:
-                raise UserError(f"{path}: unknown key '{key}' for {stage}{_nearest(key, list(hints))}")
-            values[key], origin[key] = _check(key, value, hints[key], path), path
+        knobs, its_functions = read_file(path, stage)
+        functions |= its_functions
+        for key, value in knobs.items():
+            need(key in hints, f"{path}: unknown key '{key}' for {stage}{nearest(key, list(hints))}")
+            values[key] = check_value(key, value, hints[key], path)
+            origin[key] = path
     for flag in flags:
         key, equals, text = flag.removeprefix('--').partition('=')
-        if not flag.startswith('--') or key not in hints:
-            raise UserError(f"flag {flag}: unknown key '{key}' for {stage}{_nearest(key, list(hints))}")
-        if not equals and hints[key] is not bool:
-            raise UserError(f'flag {flag} needs a value: --{key}=...')
-        value = _from_flag(text, hints[key]) if equals else True
-        values[key], origin[key] = _check(key, value, hints[key], 'flag'), 'flag'
+        need(flag.startswith('--') and key in hints,
+             f"flag {flag}: unknown key '{key}' for {stage}{nearest(key, list(hints))}")
+        need(equals or hints[key] is bool, f'flag {flag} needs a value: --{key}=...')
+        value = from_flag(text, hints[key]) if equals else True
+        values[key] = check_value(key, value, hints[key], 'flag')
+        origin[key] = 'flag'
     config = Config(**values)
-    if not re.fullmatch(r'[A-Za-z0-9][A-Za-z0-9._-]*', config.name):
-        raise UserError(f"name={config.name!r} must be letters, digits, '.', '_' or '-': it names data/<name> and out/<name>")
+    need(re.fullmatch(r'[A-Za-z0-9][A-Za-z0-9._-]*', config.name),
+         f"name={config.name!r} must be letters, digits, '.', '_' or '-': it names data/<name> and out/<name>")
     config.origin = origin
+    config.functions = functions
     return config
 
 

@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,9 +21,9 @@ if (SHARED / 'tiktoken_cache').is_dir():
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
 torch.set_num_threads(1)        # for models this small a second one only costs, most of all on a busy machine
 
-import config                                           # noqa: E402
-import prepare_prefs                                    # noqa: E402
-from model import GPT, GPTConfig, save_checkpoint       # noqa: E402
+from model import GPT, GPTConfig                        # noqa: E402
+from nanodpo import checkpoint                          # noqa: E402
+from nanodpo.data import FORMAT, Groups, sha256_file, write_meta       # noqa: E402
 
 VOCAB = 257         # bytes and the end token
 
@@ -35,7 +34,7 @@ def write_data(folder, splits, max_length=64):
     folder.mkdir(parents=True, exist_ok=True)
     tokens = [base64.b64encode(bytes([i])).decode() for i in range(256)]
     (folder / 'tokenizer.json').write_text(json.dumps(dict(name='bytes', pattern='(?s).', tokens=tokens)))
-    meta = dict(format=prepare_prefs.FORMAT, tokenizer='tokenizer.json', vocab_size=VOCAB, eot_token=256, template='{prompt}',
+    meta = dict(format=FORMAT, tokenizer='tokenizer.json', vocab_size=VOCAB, eot_token=256, template='{prompt}',
                 max_length=max_length, splits={})
     for split, groups in splits.items():
         pieces = [piece for group in groups for piece in group]
@@ -45,9 +44,9 @@ def write_data(folder, splits, max_length=64):
         np.concatenate(pieces).astype(np.uint16).tofile(folder / f'{split}.bin')
         np.save(folder / f'{split}.idx.npy', index.astype(np.int64))
         meta['splits'][split] = dict(groups=len(groups), K=width - 1, dtype='uint16',
-                                     bin_sha256=prepare_prefs.sha256_file(folder / f'{split}.bin'),
-                                     idx_sha256=prepare_prefs.sha256_file(folder / f'{split}.idx.npy'))
-    prepare_prefs.write_meta(folder, meta)
+                                     bin_sha256=sha256_file(folder / f'{split}.bin'),
+                                     idx_sha256=sha256_file(folder / f'{split}.idx.npy'))
+    write_meta(folder, meta)
     return folder
 
 
@@ -80,8 +79,8 @@ def experiment(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     folder = write_data('data/tiny', {'train': random_groups(48, 2, rng), 'val': random_groups(10, 2, rng)})
     os.makedirs('out/tiny/sft')
-    save_checkpoint('out/tiny/sft', 1, small_gpt(),
-                    dict(config={}, vocabulary=prepare_prefs.Groups(folder, 'train').vocabulary))
+    checkpoint.save('out/tiny/sft', 1, small_gpt(),
+                    dict(config={}, optimizer={}, vocabulary=Groups(folder, 'train').vocabulary))
     return tmp_path
 
 
@@ -106,13 +105,10 @@ def free_port():
         return s.getsockname()[1]
 
 
-NO_WAIT = SimpleNamespace(sleep=lambda seconds: None)        # what ranks other than 0 wait before they speak
-
-
 def one_rank(stage, environment, folder, args, results):
     os.environ.update(environment)
     os.chdir(folder)
-    config.time, said = NO_WAIT, ''
+    said = ''
     try:
         importlib.import_module(stage).main(args)
     except BaseException as error:
