@@ -118,31 +118,40 @@ STATS = ('loss', 'rewards/chosen', 'rewards/rejected', 'rewards/accuracies', 'lo
 
 
 def batch_stats(losses_, rewards, logps, labels=None, z=None):
-    """Sums over the groups of a micro-step of what STATS names, and of how many each is: (2, 6).
+    """Sums of what STATS names over the groups of a micro-step, and the number of groups in each sum: (2, 6).
 
-    Of a ranking all but the first count as rejected, and accuracy is the share of its pairs in order; of single
-    responses, labelled (G,) bool, the share on the right side of z.
+    Of a ranking, all responses but the first count as rejected, and accuracy is the share of its pairs in order.
+    labels: (G,) bool of unpaired examples; their accuracy is the share on the right side of z.
     """
-    logps, ones = logps.detach(), torch.ones_like(losses_)
+    logps = logps.detach()
+    ones = torch.ones_like(losses_)
     if labels is None:
         i, j = torch.triu_indices(logps.shape[1], logps.shape[1], 1, device=logps.device)
-        margins, chosen, rejected, rest = rewards[:, i] - rewards[:, j], ones, ones, slice(1, None)
+        margins = rewards[:, i] - rewards[:, j]                                             # (G, pairs)
+        rejected_reward = rewards[:, 1:].mean(1)
+        rejected_logp = logps[:, 1:].mean(1)
+        is_chosen = is_rejected = ones
     else:
-        margins = torch.where(labels[:, None], rewards - z, z - rewards)
-        chosen, rejected, rest = labels.float(), 1 - labels.float(), slice(1)
-    accuracies = ((margins > 0).float() + 0.5 * (margins == 0).float()).mean(1)         # a tie counts one half
-    rows = torch.stack([losses_.detach(), rewards[:, 0], rewards[:, rest].mean(1), accuracies,
-                        logps[:, 0], logps[:, rest].mean(1)])
-    counts = torch.stack([ones, chosen, rejected, ones, chosen, rejected])
-    return torch.stack([(rows * counts).sum(1), counts.sum(1)])
+        margins = torch.where(labels[:, None], rewards - z, z - rewards)                    # (G, 1)
+        rejected_reward = rewards[:, 0]
+        rejected_logp = logps[:, 0]
+        is_chosen = labels.float()
+        is_rejected = 1 - is_chosen
+    accuracies = ((margins > 0).float() + 0.5 * (margins == 0).float()).mean(1)             # a tie counts one half
+    values = torch.stack([losses_.detach(), rewards[:, 0], rejected_reward, accuracies, logps[:, 0], rejected_logp])
+    counts = torch.stack([ones, is_chosen, is_rejected, ones, is_chosen, is_rejected])      # (6, G)
+    return torch.stack([(values * counts).sum(1), counts.sum(1)])
 
 
 def means(sums):
-    """{name: mean} of what batch_stats summed, and the margin; what there is none of is left out."""
-    found = {name: total / n for name, total, n in zip(STATS, *sums.tolist()) if n}
-    if {'rewards/chosen', 'rewards/rejected'} <= found.keys():
-        found['rewards/margins'] = found['rewards/chosen'] - found['rewards/rejected']
-    return found
+    """{name: mean} of what batch_stats summed, and the margin. A name without any group is left out."""
+    result = {}
+    for name, total, n in zip(STATS, *sums.tolist()):
+        if n:
+            result[name] = total / n
+    if 'rewards/chosen' in result and 'rewards/rejected' in result:
+        result['rewards/margins'] = result['rewards/chosen'] - result['rewards/rejected']
+    return result
 
 
 def main(argv=None):
