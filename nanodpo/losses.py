@@ -101,6 +101,11 @@ def needs_reference(loss):
     return LOSSES[loss][0] not in (mean, odds)
 
 
+def divides_by_tokens(loss):
+    """Whether the loss takes a mean over tokens: its beta is then of another quantity than log(pi / ref)."""
+    return loss in LOSSES and LOSSES[loss][0] is not ratio
+
+
 def relative_loss(cfg, logps, ref_logps, tokens, labels=None, z=None):
     """losses (G,), rewards (G, K), detached, of packed groups. labels: (G,) of unpaired examples, or None."""
     reward, link, _ = LOSSES[cfg.loss]
