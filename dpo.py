@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F
 
 import config
-from config import In, Literal
+from config import In, Literal, need
 from nanodpo import losses, reference_cache
-from nanodpo.checkpoint import fingerprint, load_model
+from nanodpo.checkpoint import find, fingerprint, load_model
 from nanodpo.data import Groups, batches, row_limit, training_steps
 from nanodpo.rollout import estimate_kl
 from nanodpo.run import Meter, Run, learning_rate
@@ -171,14 +171,17 @@ def main(argv=None):
     # model: the policy, and a frozen copy of it, the reference
 
     init_from = cfg.init_from or f'out/{cfg.name}/sft'
-    policy = load_model(init_from, train, activation_checkpointing=cfg.activation_checkpointing).to(run.device)
+    need(cfg.init_from or find(init_from), f'{init_from} holds no checkpoint: run sft.py with this config first, or set '
+         '--init_from')
+    policy = load_model(init_from, train, dropout=0.0, activation_checkpointing=cfg.activation_checkpointing)
+    policy.to(run.device)
     reference = None
     if losses.needs_reference(cfg.loss):
-        reference = load_model(cfg.ref_from, train) if cfg.ref_from else copy.deepcopy(policy)
+        reference = load_model(cfg.ref_from, train, dropout=0.0) if cfg.ref_from else copy.deepcopy(policy)
         reference.to(run.device).eval().requires_grad_(False)
     optimizer = policy.configure_optimizer(cfg.optimizer, cfg.learning_rate, cfg.weight_decay)
-    start = run.resume(policy, optimizer, data=train.fingerprint, init=fingerprint(policy),
-                       reference=fingerprint(reference) if reference is not None else "")
+    start = run.resume(policy, optimizer, train, val, init=fingerprint(policy),
+                       reference=fingerprint(reference) if reference is not None else '')
     net, ddp = run.wrap(policy)
     ref_net = run.freeze(reference) if reference is not None else None
     ratios = functools.partial(log_ratios, net, ref_net)
@@ -228,7 +231,7 @@ def main(argv=None):
     sums = torch.zeros(2, len(STATS), dtype=run.exact, device=run.device)
     meter = Meter(run, train, policy.config, passes=3 + (ref_net is not None) + 2 * (cfg.loss == 'kto'))    # z is two
     unread = []                     # (step, gradient norm, losses) since the last look at the GPU
-    for step, ids, micros in run.bar(training_steps(train, cfg, start, total_steps, run, row_tokens), start, total_steps):
+    for step, ids, micros in run.bar(training_steps(train, cfg, start, total_steps, run, row_tokens)):
         for group in optimizer.param_groups:
             group['lr'] = learning_rate(cfg, step, total_steps)
         z = losses.kto_z(cfg, run, ratios, train, ids, row_tokens) if cfg.loss == 'kto' else None
@@ -267,7 +270,7 @@ def main(argv=None):
         if eval_now:
             run.log(step, evaluate(), 'eval/')
         if save_now:
-            run.save(step, vocabulary=train.vocabulary)
+            run.save(step)
         meter.go()
         if last:
             break

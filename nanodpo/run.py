@@ -1,14 +1,15 @@
 """What a training stage needs around its loop: processes, device, log, checkpoints, signals. Nothing here knows a loss.
 
-    run = Run(cfg, 'dpo')                       # one process, or one a GPU under torchrun
-    start = run.resume(policy, optimizer, ...)  # the step to go on after, 0 for a new run
-    run.open_log(start)
-    for step ... :
-        if run.stopping(): ...                  # SIGTERM or Ctrl-C, on all ranks together
-        run.log(step, record); run.save(step)
-    run.close()
+    run = Run(cfg, 'dpo')                               # one process, or one a GPU under torchrun
+    start = run.resume(policy, optimizer, train, val)   # the step to go on after, 0 for a new run
+    run.open_log(start, total_steps)
+    for step, ids, micros in run.bar(steps):
+        run.log(step, record)
+        run.save(step)
+        if run.stopping(): ...                          # SIGTERM or Ctrl-C, on all ranks together
+    run.close(step, signalled)
 
-What only rank 0 does (writing) goes through run.on_first, so that its error ends all ranks with one line.
+Only rank 0 writes. It does so through run.on_first, so that its error ends all ranks with one line.
 """
 import copy
 import gc
@@ -30,6 +31,7 @@ from config import UserError, need
 from nanodpo import checkpoint
 from nanodpo.launch import join, ranks
 
+ORIGIN = dict(data='training data', init='initial weights', reference='reference')
 COLUMNS = {'loss': 'loss {:.4f}', 'rewards/accuracies': 'acc {:.3f}', 'rewards/margins': 'margin {:+.4f}',
            'rewards/chosen': 'chosen {:+.4f}', 'rewards/rejected': 'rejected {:+.4f}', 'kl': 'kl {:.2f}',
            'perplexity': 'ppl {:.2f}', 'grad_norm': 'grad {:.2f}', 'lr': 'lr {:.2e}',
@@ -52,13 +54,15 @@ def pick_autocast(dtype, device_type):
 
 
 def learning_rate(cfg, step, total_steps):
-    """Of optimizer step `step`, the first being 1: linear warm-up, then the schedule."""
+    """The rate of optimizer step `step`, the first being 1: linear warm-up, then the schedule."""
     if step <= cfg.warmup_steps:
         return cfg.learning_rate * step / cfg.warmup_steps
     done = (step - cfg.warmup_steps) / max(1, total_steps + 1 - cfg.warmup_steps)       # in (0, 1)
     if cfg.schedule == 'linear':
         return cfg.learning_rate * (1 - done)
-    return cfg.learning_rate * (0.5 + 0.5 * math.cos(math.pi * done) if cfg.schedule == 'cosine' else 1)
+    if cfg.schedule == 'cosine':
+        return cfg.learning_rate * (0.5 + 0.5 * math.cos(math.pi * done))
+    return cfg.learning_rate
 
 
 class Worker:
@@ -72,7 +76,7 @@ class Worker:
             self.device = torch.device(device_type, local_rank)
             torch.cuda.set_device(self.device)
         self.autocast, self.bf16 = pick_autocast(dtype, device_type)
-        self.exact = torch.float32 if device_type == 'mps' else torch.float64       # of sums; MPS has no other
+        self.exact = torch.float32 if device_type == 'mps' else torch.float64       # of sums; MPS has no float64
 
     def sum(self, tensor):
         """The sum over ranks, in place."""
@@ -81,7 +85,7 @@ class Worker:
         return tensor
 
     def alone(self):
-        """The same process as one of its own, for work that is not shared out."""
+        """The same process as a world of its own, for work that ranks do not share."""
         other = copy.copy(self)
         other.world = 1
         other.rank = 0
@@ -89,6 +93,7 @@ class Worker:
 
 
 class Run(Worker):
+    """A Worker that trains one stage: it has the stage's folder, log, checkpoints and signals."""
     def __init__(self, cfg, stage):
         self.cfg = cfg
         self.stage = stage
@@ -96,8 +101,8 @@ class Run(Worker):
         self.out_dir = os.path.join('out', cfg.name, stage)
         device_type = pick_device(cfg.device)
         super().__init__(cfg.device, cfg.dtype, *ranks(device_type))
-        need(cfg.batch_size >= self.world, f'batch_size={cfg.batch_size} is smaller than the {self.world} '
-             'processes that share it')
+        need(cfg.batch_size >= self.world, f'batch_size={cfg.batch_size} is smaller than the {self.world} processes '
+             'that share it')
         self.launch, self.restarted = join(self.world, self.rank, device_type, cfg.join_timeout)
         self.stopped_by = torch.zeros(1, dtype=torch.int32)     # a signal's number; on the CPU: asking costs no sync
 
@@ -109,29 +114,39 @@ class Run(Worker):
             tqdm.write(text)
 
     def on_first(self, function, what):
-        """Call function() on rank 0; where that fails, all ranks end with one line that begins with `what`."""
-        error, result = '', None
+        """Call function() on rank 0 alone. -> its result there, None elsewhere.
+
+        Where it fails, all ranks end with one line: a UserError's own, or `what` and the reason that the disk gave.
+        """
+        result, error = None, ''
         if self.rank == 0:
             try:
                 result = function()
-            except (OSError, ImportError, ValueError, UserError) as problem:
-                error = f'{what}: {getattr(problem, "strerror", None) or problem}'
+            except UserError as problem:
+                error = problem.message
+            except OSError as problem:
+                error = f'{what}: {problem.strerror or problem}'
         told = [error]
         if self.world > 1:
             dist.broadcast_object_list(told)
         need(not told[0], told[0])
         return result
 
+    def gather(self, value):
+        """The value that each rank has, a list."""
+        values = [value] * self.world
+        if self.world > 1:
+            dist.all_gather_object(values, value)
+        return values
+
     def check_alike(self, facts):
-        """End the run where a rank has other facts than rank 0: {what: value}."""
-        if self.world == 1:
-            return
-        everyone = [None] * self.world
-        dist.all_gather_object(everyone, facts)
-        for rank, theirs in enumerate(everyone):
-            for what, value in theirs.items():
-                need(value == everyone[0][what], f'rank {rank} has another {what} than rank 0 ({value!r}, not '
-                     f'{everyone[0][what]!r}): all nodes need the same command, data/ and out/')
+        """Stop if a rank has other facts, {what: value}, than rank 0."""
+        first, *others = self.gather(facts)
+        for rank, other in enumerate(others, 1):
+            for what in first:
+                need(other[what] == first[what], f'rank {rank} has another {what} than rank 0 ({other[what]!r}, not '
+                     f'{first[what]!r}): all nodes need the same command, and the same data/ and out/, on a shared '
+                     'disk or copied')
 
     # ------------------------------------------------------------------------------------------------
     # the model
@@ -152,59 +167,78 @@ class Run(Worker):
                     module.bfloat16()
         return torch.compile(model, dynamic=True) if self.cfg.compile else model
 
-    def bar(self, steps, start, total):
-        return tqdm(steps, self.stage, total=total, initial=start, unit='step', disable=None if self.rank == 0 else True)
+    def resume(self, policy, optimizer, train, val, **weights):
+        """Load the last checkpoint into policy and optimizer, if --resume or torchrun's restart asks for it.
 
-    def resume(self, policy, optimizer, **origin):
-        """Load the last checkpoint, if asked to or restarted by torchrun, into both. -> its step, 0 for none.
-
-        origin: what must not have changed since, {what: fingerprint}; it is saved with every checkpoint.
+        train, val: the Groups. weights: {name: fingerprint} of the weights that the run starts from. A checkpoint
+        records them, and a run with other data or weights is refused. -> the step of the checkpoint, 0 for none.
         """
-        self.policy, self.optimizer = policy, optimizer
-        self.origin = origin | {key: getattr(self.cfg, key) for key in ('batch_size', 'seed', 'optimizer')}
-        step, saved, path = 0, None, ''
+        self.policy, self.optimizer, self.train = policy, optimizer, train
+        knobs = {key: getattr(self.cfg, key) for key in ('batch_size', 'seed', 'optimizer')}
+        self.origin = dict(data=train.fingerprint, **weights, **knobs)
+        step, state, path = 0, None, ''
         if self.cfg.resume or self.restarted:
-            saved, path = checkpoint.read_last(self.out_dir, self.say)
-        if saved and not self.cfg.resume and saved['launch'] != self.launch:
-            saved = None                # an earlier run's: this launch was restarted before it saved
-        if saved:
-            for what, now in self.origin.items():
-                need(saved['origin'].get(what) == now, f'cannot resume {path}: {what} changed since '
-                     f'({saved["origin"].get(what)} then, {now} now)')
-            policy.load_state_dict(saved['model'])
-            optimizer.load_state_dict(saved['optimizer'])
-            step = saved['step']
-            then = saved['config']
-            changed = [f'{k} {then.get(k)!r} -> {v!r}' for k, v in asdict(self.cfg).items()
-                       if k != 'resume' and then.get(k) != v]
-            self.say(f'resuming from {path}' + (f', with {", ".join(changed)}' if changed else ''))
+            state, path = checkpoint.read_last(self.out_dir, self.say)
+        if state and not self.cfg.resume and state.get('launch') != self.launch:
+            state = None                # an earlier run's: this launch was restarted before it saved
+        if state:
+            self._load(state, path)
+            step = state['step']
         elif self.cfg.resume or self.restarted:
             self.say(f'nothing to resume in {self.out_dir}: starting at step 0')
-        self.check_alike(asdict(self.cfg) | self.origin | {'step to start from': step})
+        facts = asdict(self.cfg) | {f'{self.data_dir}/{groups.split}': groups.fingerprint for groups in (train, val)}
+        facts |= {ORIGIN[key]: weights[key] for key in weights} | {f'step to start from, by {self.out_dir},': step}
+        self.check_alike(facts)
         return step
+
+    def _load(self, state, path):
+        for key, now in self.origin.items():
+            then = state.get('origin', {}).get(key)
+            need(then == now, f'cannot resume {path}: {ORIGIN.get(key, key)} changed since ({then} then, {now} now)')
+        self.policy.load_state_dict(state['model'])
+        self.optimizer.load_state_dict(state['optimizer'])
+        self.optimizer.param_groups[0]['weight_decay'] = self.cfg.weight_decay      # the knob's, not the saved one
+        then = state['config']
+        changed = [f'{key} {then.get(key)!r} -> {now!r}' for key, now in asdict(self.cfg).items()
+                   if key != 'resume' and then.get(key) != now]
+        self.say(f'resuming from {path}' + (f', with {", ".join(changed)}' if changed else ''))
 
     # ------------------------------------------------------------------------------------------------
     # log and checkpoints
 
-    def open_log(self, start_step, total_steps):
+    def open_log(self, start, total_steps):
+        """Print the knobs, and make out/<name>/<stage>/ ready to go on after step `start`."""
+        self.start = start
         self.total_steps = total_steps
-        self.say(f'{self.stage}, {self.world} process{"es" * (self.world > 1)} on {self.device.type}:\n'
-                 f'{config.show(self.cfg)}')
-        if self.bf16 and self.device.type == 'cpu':
-            self.say('note: bfloat16 is slow on most CPUs: --dtype=float32')
+        processes = '1 process' if self.world == 1 else f'{self.world} processes'
+        self.say(f'{self.stage}, {processes} on {self.device.type}:\n{config.show(self.cfg)}')
+        slow = self.device.type == 'cpu' and torch.backends.cpu.get_cpu_capability() in ('DEFAULT', 'AVX2')
+        if self.bf16 and slow:
+            self.say('note: this CPU has no bfloat16 instructions: --dtype=float32 is many times faster here')
         if self.cfg.warmup_steps >= total_steps:
-            self.say(f'note: the run of {total_steps:,} steps ends within its warm-up of {self.cfg.warmup_steps:,}')
-        self.wandb = self.on_first(self._open_wandb, 'track=wandb') if self.cfg.track else None
-        self.log_file = self.on_first(lambda: checkpoint.open_run(self.out_dir, start_step),
-                                      f'cannot write to {self.out_dir}')
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._on_signal)
+            self.say(f'note: the run of {total_steps:,} steps ends within its warm-up of {self.cfg.warmup_steps:,}: '
+                     'set --warmup_steps')
+        what = f'cannot write to {self.out_dir}'
+        self.wandb = self.on_first(self._open_wandb, what) if self.cfg.track else None
+        self.log_file = self.on_first(lambda: checkpoint.open_run(self.out_dir, start), what)
 
     def _open_wandb(self):
-        import wandb
-        os.makedirs(f'out/{self.cfg.name}', exist_ok=True)
-        return wandb.init(project='nanodpo', name=f'{self.cfg.name}-{self.stage}', config=asdict(self.cfg),
-                          dir=f'out/{self.cfg.name}')
+        folder = os.path.join('out', self.cfg.name)
+        os.makedirs(folder, exist_ok=True)
+        try:
+            import wandb
+            return wandb.init(project='nanodpo', name=f'{self.cfg.name}-{self.stage}', config=asdict(self.cfg), dir=folder)
+        except ImportError as error:
+            raise UserError(f'track=wandb needs {error.name}: pip install {error.name}') from None
+        except Exception as error:      # wandb's own: no key, no network
+            raise UserError(f'track=wandb: {error} WANDB_MODE=offline needs neither a login nor a network') from None
+
+    def bar(self, steps):
+        """`steps` with a progress bar on rank 0. From here on a signal ends the run at the end of its step."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+        return tqdm(steps, self.stage, total=self.total_steps, initial=self.start, unit='step',
+                    disable=None if self.rank == 0 else True)
 
     def log(self, step, record, prefix=''):
         """One aligned line to the terminal, one JSON line to log.jsonl."""
@@ -216,11 +250,12 @@ class Run(Worker):
             self.log_file.write(json.dumps({'step': step, **record}) + '\n')
             if self.wandb:
                 self.wandb.log(record, step=step)
-        self.on_first(write, f'cannot write the log to {self.out_dir}')
+        self.on_first(write, f'cannot write the log to {self.out_dir}, the checkpoints are untouched')
 
-    def save(self, step, **facts):
+    def save(self, step):
+        """Write the checkpoint of this step."""
         state = dict(stage=self.stage, config=asdict(self.cfg), optimizer=self.optimizer.state_dict(),
-                     origin=self.origin, launch=self.launch, **facts)
+                     origin=self.origin, vocabulary=self.train.vocabulary, launch=self.launch)
         self.on_first(lambda: checkpoint.save(self.out_dir, step, self.policy, state),
                       f'cannot save step {step} to {self.out_dir}, the checkpoints before it are untouched')
 
@@ -240,39 +275,46 @@ class Run(Worker):
         return signalled.item()
 
     def check_finite(self, unread):
-        """End the run where a step was not finite, naming the groups whose own loss is not.
+        """Stop if a loss or a gradient is not finite, and name the pairs.
 
-        unread: of each step since the last look its number, gradient norm and micro-steps' (ids, losses).
+        unread: for each step since the last check its number, its gradient norm, and (ids, losses) of its micro-steps.
         """
-        finite = torch.stack([norm for _, norm, _ in unread]).isfinite().tolist()       # the wait for the GPU
+        finite = torch.stack([norm for step, norm, micros in unread]).isfinite().tolist()      # waits for the GPU
         if all(finite):
             return
-        step, _, micros = unread[finite.index(False)]
-        bad = [i for ids, losses in micros for i, ok in zip(ids, losses.isfinite().tolist()) if not ok]
-        gathered = [bad]
-        if self.world > 1:
-            gathered = [None] * self.world
-            dist.all_gather_object(gathered, bad)
-        raise UserError(f'step {step}: the loss or its gradient is not finite; groups of {self.data_dir}: '
-                        f'{sorted(i for some in gathered for i in some)}; nothing since is saved: lower the '
+        step, norm, micros = unread[finite.index(False)]
+        mine = {}                       # {group: whether its loss is finite}
+        for ids, losses in micros:
+            mine.update(zip(ids, losses.isfinite().tolist()))
+        groups = {group: good for of_rank in self.gather(mine) for group, good in of_rank.items()}
+        bad = [group for group, good in groups.items() if not good] or groups       # a gradient has no one pair
+        raise UserError(f'step {step}: the loss or its gradient is not finite; groups of {self.data_dir}/'
+                        f'{self.train.split}: {sorted(bad)}; nothing since the last checkpoint is saved; lower the '
                         'learning rate, or look at these groups')
 
-    def close(self, step, stopped_by):
+    def close(self, step, signalled):
+        """The end of the run: on all ranks, whether a signal ended it or not."""
         if self.wandb:
             self.wandb.finish()
         if self.world > 1:
             gc.collect()        # the DDP wrapper goes before the process group, whose threads it would wait for
             dist.destroy_process_group()
-        if stopped_by:
-            self.say(f'stopped by signal {stopped_by}, saved at step {step}: --resume goes on from there')
-            raise SystemExit(128 + stopped_by)
+        if signalled:
+            self.say(f'stopped by signal {signalled}, saved at step {step}: --resume goes on from there')
+            raise SystemExit(128 + signalled)
         self.say(f'done: {self.out_dir}')
 
 
 class Meter:
-    """Tokens, FLOPs and seconds since the last log line. passes: over the tokens, of a forward pass each."""
+    """Tokens, pairs, FLOPs and seconds since the last log line.
+
+    passes: forward passes over every token, of which a backward pass counts two.
+    """
     def __init__(self, run, groups, model_config, passes):
-        self.run, self.groups, self.model_config, self.passes = run, groups, model_config, passes
+        self.run = run
+        self.groups = groups
+        self.model_config = model_config
+        self.passes = passes
         self.reset()
 
     def reset(self):
@@ -283,24 +325,28 @@ class Meter:
         self.began = time.perf_counter()
 
     def stop(self):
-        """What comes now, an evaluation or a checkpoint, is not counted."""
+        """The clock stands still: an evaluation or a checkpoint comes now."""
         self.seconds += time.perf_counter() - self.began
 
     def step(self, ids):
-        self.tokens, self.pairs = self.tokens + int(self.groups.lengths[ids].sum()), self.pairs + len(ids)
+        """Count the groups of a step, on all ranks."""
+        self.tokens += int(self.groups.lengths[ids].sum())
+        self.pairs += len(ids)
         self.flops += self.groups.forward_flops(ids, self.model_config) * self.passes
 
     def read(self):
-        """{name: value} for the log, and begin again."""
-        device, computed = self.run.device, self.run.sum(torch.tensor([self.computed])).item()
-        found = dict(tokens_per_second=self.tokens / self.seconds, pairs_per_second=self.pairs / self.seconds,
-                     padding=1 - self.tokens / computed)
+        """{name: value} for the log; then begin again."""
+        device = self.run.device
+        computed = self.run.sum(torch.tensor([self.computed])).item()
+        record = dict(tokens_per_second=self.tokens / self.seconds, pairs_per_second=self.pairs / self.seconds,
+                      padding=1 - self.tokens / computed)
         if device.type == 'cuda':
-            found['memory_gb'] = torch.cuda.max_memory_allocated(device) / 1e9
-        if peak := peak_flops(device):
-            found['mfu'] = self.flops / self.seconds / self.run.world / peak
+            record['memory_gb'] = torch.cuda.max_memory_allocated(device) / 1e9
+        peak = peak_flops(device)
+        if peak:
+            record['mfu'] = self.flops / self.seconds / self.run.world / peak
         self.reset()
-        return found
+        return record
 
 
 def peak_flops(device):
