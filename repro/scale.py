@@ -20,7 +20,6 @@ Left out: launching kernels, attention's whole blocks at the edge of the mask, m
 some 500 tokens), NCCL's share of the GPU, evaluations, checkpoints, logging.
 """
 import argparse
-import json
 import os
 import statistics
 import sys
@@ -33,6 +32,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from config import UserError                                                            # noqa: E402
 from model import GPTConfig                                                             # noqa: E402
 from prepare_prefs import Groups, pack, plan_rows, row_limit, step_groups               # noqa: E402
+from sweep import write_json                                                            # noqa: E402
 from throughput import HH_CORRELATION, HH_MEAN, HH_STD                                  # noqa: E402
 
 PEAK = 989e12               # FLOP/s, bfloat16 dense, H100 and H200 SXM: data sheet
@@ -368,8 +368,7 @@ def main(argv=None):
     report = measure(groups, what, options)
     print(text(report), end='')
     if options.out:
-        with open(f'{options.out}.json', 'w') as f:
-            json.dump(report, f, indent=1)
+        write_json(f'{options.out}.json', report)
         with open(f'{options.out}.md', 'w') as f:
             f.write(text(report))
         draw(report, f'{options.out}.png')

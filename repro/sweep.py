@@ -75,6 +75,7 @@ def sweep(jobs, workers, work, needs, summary):
         if any(results[path_of(other)] is None for other in needs(job, jobs)):
             results[path_of(job)] = None
     pending, running = [job for job in jobs if results[path_of(job)] is None], {}
+    signal.signal(signal.SIGINT, signal.default_int_handler)        # Ctrl-C says how far the sweep came
     print(f'{len(jobs)} runs, {len(jobs) - len(pending)} of them done before; {workers} at a time')
     spawn = multiprocessing.get_context('spawn')        # torch's threads do not survive a fork
     with (ProcessPoolExecutor(workers, spawn, be_a_worker) as pool,
@@ -102,9 +103,22 @@ def sweep(jobs, workers, work, needs, summary):
     return [results[path_of(job)] for job in jobs]
 
 
+def write_json(path, value):
+    """Write JSON with a line for each record: each entry of a dict, each element of a list of dicts."""
+    def lines_of(value):
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            return '[\n' + ',\n'.join(json.dumps(record) for record in value) + '\n]'
+        return json.dumps(value)
+
+    text = lines_of(value)
+    if isinstance(value, dict):
+        text = '{\n' + ',\n'.join(f'{json.dumps(str(key))}: {lines_of(entry)}' for key, entry in value.items()) + '\n}'
+    with open(path, 'w') as f:
+        f.write(text + '\n')
+
+
 def write_results(out, text, results):
     """Write <out>.md, the text, and <out>.json, what sweep gave, without what all jobs have in common."""
     with open(out + '.md', 'w') as f:
         f.write(text)
-    with open(out + '.json', 'w') as f:
-        json.dump([{**r, 'job': {k: v for k, v in r['job'].items() if k != 'common'}} for r in results], f)
+    write_json(out + '.json', [{**r, 'job': {k: v for k, v in r['job'].items() if k != 'common'}} for r in results])

@@ -56,6 +56,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 from model import GPT, GPTConfig                        # noqa: E402
 from prepare_prefs import Groups, sha256_file, write_meta           # noqa: E402
+from sweep import write_json                            # noqa: E402
 
 MODELS = {'tiny': (2, 2, 64), 'gpt2': (12, 12, 768), 'gpt2-medium': (24, 16, 1024), 'gpt2-large': (36, 20, 1280),
           'gpt2-xl': (48, 25, 1600)}                    # layers, heads, width; tiny is for a look at this script
@@ -701,8 +702,7 @@ def main(argv=None):
                                    for name, (title, columns) in TABLES.items() if name in report]
     print('\n' + '\n\n'.join(parts))
     if options.out:
-        with open(f'{options.out}.json', 'w') as f:
-            json.dump(report, f, indent=1)
+        write_json(f'{options.out}.json', report)
         with open(f'{options.out}.md', 'w') as f:
             f.write('\n\n'.join(parts) + '\n')
 
