@@ -96,7 +96,7 @@ class Config:
     activation_checkpointing: bool = False          # less memory for a fifth more time
     device: Literal['auto', 'cpu', 'cuda', 'mps'] = 'auto'  # auto = cuda where there is one, else cpu
     dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'  # of the matmuls; auto = bfloat16 on cuda
-    compile: bool = torch.cuda.is_available()       # torch.compile the model: minutes once, then faster
+    compile: bool = None                            # torch.compile the blocks: a minute once; None = on CUDA
     # log and checkpoints
     eval_interval: In[int, 'x >= 0'] = 100          # steps between evaluations on all of val; 0 = first and last
     kl_prompts: In[int, 'x >= 0'] = 64              # val prompts, one response drawn to each, for eval/kl; 0 = none
@@ -175,28 +175,27 @@ def main(argv=None):
          '--init_from')
     policy = load_model(init_from, train, dropout=0.0, activation_checkpointing=cfg.activation_checkpointing)
     policy.to(run.device)
-    reference = None
+    reference, ref_fingerprint = None, ''
     if losses.needs_reference(cfg.loss):
         reference = load_model(cfg.ref_from, train, dropout=0.0) if cfg.ref_from else copy.deepcopy(policy)
-        reference.to(run.device).eval().requires_grad_(False)
+        ref_fingerprint = fingerprint(reference)
+        run.freeze(reference.to(run.device))
     optimizer = policy.configure_optimizer(cfg.optimizer, cfg.learning_rate, cfg.weight_decay)
-    start = run.resume(policy, optimizer, train, val, init=fingerprint(policy),
-                       reference=fingerprint(reference) if reference is not None else '')
-    net, ddp = run.wrap(policy)
-    ref_net = run.freeze(reference) if reference is not None else None
-    ratios = functools.partial(log_ratios, net, ref_net)
+    start = run.resume(policy, optimizer, train, val, init=fingerprint(policy), reference=ref_fingerprint)
+    ddp = run.wrap(policy)
+    ratios = functools.partial(log_ratios, policy, reference)
     cached = None
     if cfg.precompute_ref:
-        score = functools.partial(response_logps, ref_net)
-        cached = reference_cache.load_or_compute(run, fingerprint(reference), score, [train, val], row_tokens)
-        ref_net = reference = score = ratios = None                 # its memory is free
+        score = functools.partial(response_logps, reference)
+        cached = reference_cache.load_or_compute(run, ref_fingerprint, score, [train, val], row_tokens)
+        reference = score = ratios = None                           # its memory is free
 
     @torch.no_grad()
     def reference_logps(groups, batch):
         """(G, K), or None where the loss needs no reference."""
         if cached:
             return cached[groups.split][batch.ids].to(run.device, non_blocking=True)
-        return response_logps(ref_net, batch) if ref_net is not None else None
+        return response_logps(reference, batch) if reference is not None else None
 
     # ------------------------------------------------------------------------------------------------
     # evaluation: all of val, each pair once, sums over ranks
@@ -208,11 +207,11 @@ def main(argv=None):
         z = losses.kto_z(cfg, run, ratios, val, np.arange(len(val)), row_tokens) if cfg.loss == 'kto' else None
         with run.autocast:
             for batch in batches(val, np.arange(len(val)), run, row_tokens):
-                logps = response_logps(net, batch)                                          # (G, K)
+                logps = response_logps(policy, batch)                                       # (G, K)
                 losses_, rewards = objective(cfg, logps, reference_logps(val, batch), batch, z)
                 sums += batch_stats(losses_, rewards, logps, batch.labels, z)
         found = means(run.sum(sums))
-        if cfg.kl_prompts and ref_net is not None:
+        if cfg.kl_prompts and reference is not None:
             found |= estimate_kl(policy, ratios, val, cfg.kl_prompts, cfg.seed, run, row_tokens)
         policy.train()
         return found
@@ -224,12 +223,12 @@ def main(argv=None):
     run.say(f'{len(train):,} groups to train on, {len(val):,} to validate on; {total_steps:,} steps of '
             f'{cfg.batch_size}, {steps_per_epoch:,} an epoch; rows of at most {row_tokens:,} tokens\n'
             f'policy from {init_from}, {policy.num_params():,} parameters; reference from '
-            f'{cfg.ref_from or "the same" if ref_net is not None or cached else "nowhere: this loss needs none"}')
+            f'{cfg.ref_from or "the same" if reference is not None or cached else "nowhere: this loss needs none"}')
     if start == 0:
         run.log(0, evaluate(), 'eval/')
     policy.train()
     sums = torch.zeros(2, len(STATS), dtype=run.exact, device=run.device)
-    meter = Meter(run, train, policy.config, passes=3 + (ref_net is not None) + 2 * (cfg.loss == 'kto'))    # z is two
+    meter = Meter(run, train, policy.config, passes=3 + (reference is not None) + 2 * (cfg.loss == 'kto'))    # z is two
     unread = []                     # (step, gradient norm, losses) since the last look at the GPU
     for step, ids, micros in run.bar(training_steps(train, cfg, start, total_steps, run, row_tokens)):
         for group in optimizer.param_groups:

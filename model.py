@@ -19,11 +19,13 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
-flex = torch.compile(flex_attention, dynamic=True)      # inlined where the whole model is compiled; rows vary in length
+flex = torch.compile(flex_attention, dynamic=True)      # rows vary in length; inlined where a whole Block is compiled
 block_mask = torch.compile(create_block_mask, dynamic=True)
+NOT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def check(condition, message):
@@ -49,41 +51,59 @@ class GPTConfig:
 
 @dataclass
 class Stretches:
-    """Dense masks (1, 1, n, n) of a row's stretches; no list, whose length torch.compile would compile for."""
+    """Dense masks, (1, 1, n, n) each, one a stretch of the row, in order.
+
+    A class, because torch.compile would specialise on the length of a list.
+    """
     masks: list
 
 
 def visible(group, part):
-    """The whole attention rule, as FlexAttention's mask_mod: a query sees a key of its own group, not after it, in the
-    prompt (part 0) or in its own response. The result is the same numbers as each prompt + response alone."""
+    """The attention rule, as FlexAttention's mask_mod, of a row with group and part (1, T).
+
+    A query sees a key of its own group that does not come after it, in the prompt (part 0) or in its own response.
+    The result is the same numbers as each prompt + response alone.
+    """
     def rule(b, h, q, k):
         return (group[b, q] == group[b, k]) & (q >= k) & ((part[b, k] == 0) | (part[b, k] == part[b, q]))
     return rule
 
 
 def packed_block_mask(group, part):
-    """The BlockMask of a row whose length is a multiple of 128: blocks where nobody sees anybody are skipped."""
+    """`visible` as a BlockMask: FlexAttention skips blocks where nobody sees anybody. T is a multiple of 128."""
     T = group.shape[1]
     return block_mask(visible(group, part), 1, None, T, T, device=group.device)
 
 
 def packed_mask(group, part, cuts=()):
-    """Who sees whom in a packed row, `visible`: group, part (1, T) -> a mask for GPT.forward.
+    """`visible` as a mask for GPT.forward. group, part: (1, T); cuts: places in the row that no group crosses.
 
-    On CUDA a FlexAttention BlockMask. Elsewhere FlexAttention has no backward pass: there it is dense booleans for
-    scaled_dot_product_attention, one for each stretch between `cuts`, places in the row that no group crosses.
+    On CUDA this is a BlockMask. Elsewhere FlexAttention has no backward pass. There it is dense booleans for
+    scaled_dot_product_attention, for each stretch between two cuts.
     """
     if group.is_cuda:
         return packed_block_mask(group, part)
-    rule, stretches = visible(group, part), torch.arange(group.shape[1], device=group.device).tensor_split(cuts)
+    rule = visible(group, part)
+    stretches = torch.arange(group.shape[1], device=group.device).tensor_split(cuts)
     return Stretches([rule(0, 0, t[:, None], t[None, :])[None, None] for t in stretches])
+
+
+def row_attention(q, k, v, mask):
+    """FlexAttention over a packed row. q, k, v: (1, H, T, D); mask: BlockMask. -> (1, H, T, D)"""
+    D = q.shape[-1]
+    if D < 16:          # the least that it takes on CUDA: zeros add nothing
+        q, k, v = (F.pad(x, (0, 16 - D)) for x in (q, k, v))
+    return flex(q, k, v, block_mask=mask, scale=D ** -0.5)[..., :D]
 
 
 @torch.compiler.disable         # the lengths change with every row
 def stretch_attention(q, k, v, mask):
     """Attention within each stretch of a row alone. q, k, v: (1, H, T, D); mask: Stretches. -> (1, T, H, D)"""
-    stretches = zip(*(x.split([m.shape[-1] for m in mask.masks], dim=2) for x in (q, k, v)), mask.masks)
-    return torch.cat([F.scaled_dot_product_attention(q, k, v, attn_mask=m).transpose(1, 2) for q, k, v, m in stretches], dim=1)
+    sizes = [m.shape[-1] for m in mask.masks]
+    outputs = []
+    for q, k, v, m in zip(q.split(sizes, 2), k.split(sizes, 2), v.split(sizes, 2), mask.masks):
+        outputs.append(F.scaled_dot_product_attention(q, k, v, attn_mask=m).transpose(1, 2))
+    return torch.cat(outputs, 1)
 
 
 class Attention(nn.Module):
@@ -102,7 +122,7 @@ class Attention(nn.Module):
             k, v = (c[:, :mask.shape[-1]] for c in cache)
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))                                        # (B, H, T, D)
         if isinstance(mask, BlockMask):
-            y = flex(q, k, v, block_mask=mask).transpose(1, 2)
+            y = row_attention(q, k, v, mask).transpose(1, 2)
         elif isinstance(mask, Stretches):
             y = stretch_attention(q, k, v, mask)
         else:
@@ -113,9 +133,12 @@ class Attention(nn.Module):
 class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
-        C, eps = config.n_embd, config.layer_norm_epsilon
-        self.ln_1, self.attn = nn.LayerNorm(C, eps), Attention(config)
-        self.ln_2, self.c_fc, self.c_proj = nn.LayerNorm(C, eps), nn.Linear(C, 4 * C), nn.Linear(4 * C, C)
+        C = config.n_embd
+        self.ln_1 = nn.LayerNorm(C, config.layer_norm_epsilon)
+        self.attn = Attention(config)
+        self.ln_2 = nn.LayerNorm(C, config.layer_norm_epsilon)
+        self.c_fc = nn.Linear(C, 4 * C)
+        self.c_proj = nn.Linear(4 * C, C)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, mask, at=None, cache=None, positions=None):
@@ -164,7 +187,8 @@ class GPT(nn.Module):
 
     def configure_optimizer(self, name, learning_rate, weight_decay):
         """RMSprop, the paper's, or AdamW; weight decay on matrices alone."""
-        matrices, others = ([p for p in self.parameters() if (p.dim() >= 2) == wanted] for wanted in (True, False))
+        matrices = [p for p in self.parameters() if p.dim() >= 2]
+        others = [p for p in self.parameters() if p.dim() < 2]
         groups = [dict(params=matrices, weight_decay=weight_decay), dict(params=others, weight_decay=0.0)]
         if name == 'rmsprop':
             return torch.optim.RMSprop(groups, lr=learning_rate)
@@ -174,6 +198,8 @@ class GPT(nn.Module):
     # sampling
 
     @torch.no_grad()
+    @torch.compiler.set_stance('force_eager')       # one key more at every step: compile nothing for a length,
+    @sdpa_kernel(NOT_CUDNN)                         # and let cuDNN build no plan for it
     def generate(self, prompts, max_new_tokens, end_token, vocab_size=None, temperature=1.0, top_k=0, top_p=1.0,
                  seed=0):
         """Sample one response for each prompt, all in one batch, with a key-value cache.
@@ -297,7 +323,12 @@ def _tile_logsumexp(logits):
 def _tile_gradient(logits, normalizer, grad, column, inside):
     """g (1[target] - p) for a tile of the vocabulary, in the logits' type."""
     d_logits = logits.float().sub_(normalizer[:, None]).exp_().mul_(-grad[:, None])
-    return d_logits.scatter_add_(1, column, (grad * inside)[:, None]).to(logits.dtype)
+    at_target = (grad * inside)[:, None]
+    if logits.is_cuda:      # compiled: a comparison fuses with the line above, a scatter would not
+        d_logits += at_target * (column == torch.arange(logits.shape[1], device=logits.device))
+    else:
+        d_logits.scatter_add_(1, column, at_target)
+    return d_logits.to(logits.dtype)
 
 
 _fused = {f: torch.compile(f, dynamic=True) for f in (_tile_logsumexp, _tile_gradient)}     # on CUDA

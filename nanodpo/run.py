@@ -22,6 +22,8 @@ from contextlib import nullcontext
 from dataclasses import asdict
 
 import torch
+import torch._dynamo
+import torch._inductor.config
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -39,7 +41,7 @@ COLUMNS = {'loss': 'loss {:.4f}', 'rewards/accuracies': 'acc {:.3f}', 'rewards/m
 
 
 def pick_device(name):
-    """'auto', 'cpu', 'cuda' or 'mps' -> 'cpu', 'cuda' or 'mps'."""
+    """'auto', 'cpu', 'cuda' or 'mps' -> the type of the device, 'cpu', 'cuda' or 'mps'."""
     if name == 'auto':
         return 'cuda' if torch.cuda.is_available() else 'cpu'
     available = dict(cpu=True, cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available())
@@ -48,9 +50,25 @@ def pick_device(name):
 
 
 def pick_autocast(dtype, device_type):
-    """The context in which matmuls run, and whether it is bfloat16."""
-    bf16 = dtype == 'bfloat16' or dtype == 'auto' and device_type == 'cuda' and torch.cuda.is_bf16_supported()
+    """The context in which matmuls run, and whether it is bfloat16, which old GPUs only emulate."""
+    bf16 = dtype == 'bfloat16'
+    if dtype == 'auto' and device_type == 'cuda':
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     return (torch.autocast(device_type, torch.bfloat16) if bf16 else nullcontext()), bf16
+
+
+def compile_blocks(model):
+    """Compile every Block of a GPT in place, for rows of any length. All blocks share what is compiled.
+
+    A whole model of 48 layers would take minutes. The head compiles two functions of its own, `generate` none.
+    """
+    torch._dynamo.config.recompile_limit = 64       # for each of policy, reference, evaluation, last block: 8 is few
+    torch._dynamo.config.optimize_ddp = False       # DDP would split a block's graph at every 25 MB of gradients
+    triton = torch._inductor.config.triton
+    if hasattr(triton, 'mix_order_reduction_non_strict_mode'):      # from torch 2.10 on
+        triton.mix_order_reduction_non_strict_mode = True           # else rows of other lengths get other kernels
+    for block in model.h:
+        block.compile(dynamic=True)
 
 
 def learning_rate(cfg, step, total_steps):
@@ -72,7 +90,7 @@ class Worker:
         self.rank = rank
         device_type = pick_device(device)
         self.device = torch.device(device_type)
-        if device_type == 'cuda':
+        if device_type == 'cuda':       # with its index: threads ask for it
             self.device = torch.device(device_type, local_rank)
             torch.cuda.set_device(self.device)
         self.autocast, self.bf16 = pick_autocast(dtype, device_type)
@@ -101,6 +119,7 @@ class Run(Worker):
         self.out_dir = os.path.join('out', cfg.name, stage)
         device_type = pick_device(cfg.device)
         super().__init__(cfg.device, cfg.dtype, *ranks(device_type))
+        self.compile = self.device.type == 'cuda' if cfg.compile is None else cfg.compile
         need(cfg.batch_size >= self.world, f'batch_size={cfg.batch_size} is smaller than the {self.world} processes '
              'that share it')
         self.launch, self.restarted = join(self.world, self.rank, device_type, cfg.join_timeout)
@@ -152,20 +171,23 @@ class Run(Worker):
     # the model
 
     def wrap(self, model):
-        """-> (compiled, the same under DDP)"""
-        net = torch.compile(model, dynamic=True) if self.cfg.compile else model         # rows vary in length
+        """Make a policy ready to train, in place. -> the model to call before a backward pass: of several ranks, DDP's"""
+        if self.compile:
+            compile_blocks(model)
         if self.world == 1:
-            return net, net
+            return model
         devices = [self.device.index] if self.device.type == 'cuda' else None
-        return net, DistributedDataParallel(net, device_ids=devices, gradient_as_bucket_view=True)
+        return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
 
     def freeze(self, model):
-        """A reference, compiled; in bfloat16 where autocast would cast its matrices at every call: half the memory."""
+        """Make a reference cheap to run, in place. Autocast would cast its matrices at every call: keep them cast."""
+        model.eval().requires_grad_(False)
         if self.bf16:
             for module in model.modules():
                 if isinstance(module, torch.nn.Linear):
                     module.bfloat16()
-        return torch.compile(model, dynamic=True) if self.cfg.compile else model
+        if self.compile:
+            compile_blocks(model)
 
     def resume(self, policy, optimizer, train, val, **weights):
         """Load the last checkpoint into policy and optimizer, if --resume or torchrun's restart asks for it.
