@@ -43,6 +43,7 @@ def dpo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_r
 def response_logps(model, batch):
     """log p(response | prompt) of every response of a packed batch, nats: (G, K) float32."""
     logps = model(batch.tokens, batch.positions, batch.mask, batch.predictor, batch.target)     # (S,), of response tokens
+    logps = logps[:len(batch.response)]             # what is beyond is padding
     return logps.new_zeros(batch.G * batch.K).index_add(0, batch.response, logps).view(batch.G, batch.K)
 
 

@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dpo
-from conftest import VOCAB, random_groups, small_gpt, write_data
-from model import packed_block_mask, packed_mask, token_logps
-from prepare_prefs import Groups, pack, packed_batches, plan_rows, step_groups
+from conftest import random_groups, small_gpt, write_data
+from model import packed_block_mask, token_logps
+from nanodpo.data import Groups, batches, pack, plan_rows, step_groups
+from nanodpo.run import Worker
 
 NEEDS_COMPILER = pytest.mark.skipif(shutil.which('g++') is None, reason='torch.compile needs a C++ compiler on a CPU')
 
@@ -33,27 +34,32 @@ def one_at_a_time(model, groups):
     return torch.stack(rows)
 
 
-def packed(model, groups, row_tokens, head=None):
+def packed(model, groups, row_tokens):
     """(N, K) log-probs through the product's path, every row planned."""
     logps = [None] * len(groups)
-    rows = plan_rows(np.arange(len(groups)), groups.lengths, 1, row_tokens)[0]
-    for batch in packed_batches(groups, rows, torch.device('cpu')):
-        head = model.wte.weight if head is None else head
-        out = dpo.response_logps(model, head, batch, packed_mask(batch.group, batch.part, batch.cuts))
-        for j, g in enumerate(batch.ids):
-            logps[g] = out[j]
+    for batch in batches(groups, np.arange(len(groups)), Worker('cpu'), row_tokens):
+        for group, of_group in zip(batch.ids, dpo.response_logps(model, batch)):
+            logps[group] = of_group
     return torch.stack(logps)
+
+
+@pytest.fixture
+def split(tmp_path):
+    """A function: groups of ids -> the same as Groups, written and read."""
+    def made(data, max_length=64):
+        return Groups(write_data(tmp_path / 'd', {'train': data}, max_length), 'train')
+    return made
 
 
 @pytest.mark.parametrize('row_tokens', [96, 1000])
 @pytest.mark.parametrize('K', [1, 2, 3])
-def test_packed_logps_and_gradients_equal_one_sequence_at_a_time(tmp_path, K, row_tokens):
+def test_packed_logps_and_gradients_equal_one_sequence_at_a_time(split, K, row_tokens):
     data = random_groups(12, K, np.random.default_rng(K))
     data.append([[7] * 11, *([3] * 7,) * K])                    # responses alike, no end token
-    groups = Groups(write_data(tmp_path / 'd', {'train': data}), 'train')
-    T = int(max(groups.lengths.max(), row_tokens if row_tokens < 256 else 0))
-    data[2][1] += [5] * (T - int(groups.lengths[2]))            # group 2 fills a row exactly
-    groups = Groups(write_data(tmp_path / 'd', {'train': data}, 256), 'train')
+    lengths = [sum(map(len, group)) for group in data]
+    T = max(*lengths, row_tokens if row_tokens < 256 else 0)
+    data[2][1] += [5] * (T - lengths[2])        # group 2 fills a row exactly
+    groups = split(data, max_length=256)
     assert groups.lengths[2] == T
     row_tokens = max(T, row_tokens)             # the first fills a row exactly, the second takes several stretches
     assert row_tokens == T or len(pack(groups, plan_rows(np.arange(13), groups.lengths, 1, row_tokens)[0][0]).cuts)
@@ -77,9 +83,8 @@ def relative_errors(net, model, groups, data, bf16):
     results, weights = [], torch.randn(len(groups), groups.K, dtype=torch.float64)
     for path in ('exact', 'packed', 'plain'):
         with torch.autocast('cpu', torch.bfloat16, enabled=bf16 and path != 'exact'):
-            logps = (one_at_a_time(exact_model, data) if path == 'exact' else one_at_a_time(model, data) if path == 'plain'
-                     else packed(net, groups, 400, head=model.wte.weight))
-        of = exact_model if path == 'exact' else model
+            of = exact_model if path == 'exact' else model
+            logps = packed(net, groups, 400) if path == 'packed' else one_at_a_time(of, data)
         grads = torch.autograd.grad((logps * weights).sum(), list(of.parameters()))
         results.append((logps.detach().double(), torch.cat([g.flatten().double() for g in grads])))
     return [[((a - b).norm() / b.norm()).item() for a, b in zip(result, results[0])] for result in results[1:]]
@@ -87,45 +92,38 @@ def relative_errors(net, model, groups, data, bf16):
 
 @pytest.mark.parametrize('bf16', [False, True])
 @pytest.mark.parametrize('compiled', [False, pytest.param(True, marks=NEEDS_COMPILER)])
-def test_the_fast_path_rounds_no_worse_than_one_sequence_at_a_time(tmp_path, compiled, bf16):
+def test_the_fast_path_rounds_no_worse_than_one_sequence_at_a_time(split, compiled, bf16):
     """Both round at every operation, in another order: the bound is twice the plain path's own error, and 2^-22, since
     the plain path here sums in float64 and the fast one in float32."""
     data = random_groups(40, 2, np.random.default_rng(4))
-    groups = Groups(write_data(tmp_path / 'd', {'train': data}), 'train')
     model = small_gpt(spread=0.5)
     net = torch.compile(model, dynamic=True) if compiled else model
-    fast, plain = relative_errors(net, model, groups, data, bf16)
+    fast, plain = relative_errors(net, model, split(data), data, bf16)
     assert all(1e-5 < e < 0.05 for e in plain) if bf16 else all(1e-9 < e < 1e-5 for e in plain), 'the precision is what it says'
     assert all(a < 2 * b + 2**-22 for a, b in zip(fast, plain)), (fast, plain)
 
 
-def test_a_row_is_blind_to_what_it_is_packed_with(tmp_path):
-    data = random_groups(6, 2, np.random.default_rng(5))
-    groups = Groups(write_data(tmp_path / 'd', {'train': data}), 'train')
-    model = small_gpt()
-    batch, alone = pack(groups, [0, 1, 2], 128), pack(groups, [1])
-    with torch.no_grad():
-        together = dpo.response_logps(model, model.wte.weight, batch, packed_mask(batch.group, batch.part, batch.cuts))
-        single = dpo.response_logps(model, model.wte.weight, alone, packed_mask(alone.group, alone.part, alone.cuts))
+@torch.no_grad()
+def test_a_row_is_blind_to_what_it_is_packed_with(split):
+    groups, model = split(random_groups(6, 2, np.random.default_rng(5))), small_gpt()
+    together = dpo.response_logps(model, pack(groups, [0, 1, 2], 128))
+    single = dpo.response_logps(model, pack(groups, [1]))
     torch.testing.assert_close(together[1], single[0], rtol=1e-5, atol=1e-4)
 
 
-def test_a_rank_without_groups_runs_an_empty_row_and_adds_nothing(tmp_path):
-    groups = Groups(write_data(tmp_path / 'd', {'train': random_groups(3, 2, np.random.default_rng(5))}), 'train')
+def test_a_rank_without_groups_runs_an_empty_row_and_adds_nothing(split):
+    groups, model = split(random_groups(3, 2, np.random.default_rng(5))), small_gpt()
     shares = plan_rows(np.arange(3), groups.lengths, 8, 1000)
     assert [len(share) for share in shares] == [1] * 8 and sum(share == [[]] for share in shares) == 5
-    model, batch = small_gpt(), pack(groups, [], 128)
-    logps = dpo.response_logps(model, model.wte.weight, batch, packed_mask(batch.group, batch.part, batch.cuts))
+    logps = dpo.response_logps(model, pack(groups, [], 128))
     assert logps.shape == (0, 2)
     logps.sum().backward()
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters()), 'DDP waits for every gradient'
 
 
-def test_mask_is_the_rule_for_every_pair_of_tokens(tmp_path):
-    data = [[[1, 2], [3, 4], [5]], [[6], [7], [8, 9]]]
-    groups = Groups(write_data(tmp_path / 'd', {'train': data}), 'train')
-    batch = pack(groups, [0, 1], 12)
-    [mask] = packed_mask(batch.group, batch.part, batch.cuts).masks
+def test_mask_is_the_rule_for_every_pair_of_tokens(split):
+    batch = pack(split([[[1, 2], [3, 4], [5]], [[6], [7], [8, 9]]]), [0, 1], 12)
+    [mask] = batch.mask.masks
     mask = mask[0, 0]
     owner = [(0, 0)] * 2 + [(0, 1)] * 2 + [(0, 2)] + [(1, 0), (1, 1)] + [(1, 2)] * 2
     for q in range(9):
@@ -137,19 +135,18 @@ def test_mask_is_the_rule_for_every_pair_of_tokens(tmp_path):
 
 
 @NEEDS_COMPILER
-def test_the_compiled_flex_attention_path_equals_the_dense_one_and_is_compiled_once_for_all_lengths(tmp_path):
+def test_the_compiled_flex_attention_path_equals_the_dense_one_and_is_compiled_once_for_all_lengths(split):
     """The path that CUDA takes, forward, on the CPU: block mask and whole model compiled, rows padded to blocks of 128."""
     from torch._dynamo.utils import counters
-    groups = Groups(write_data(tmp_path / 'd', {'train': random_groups(60, 2, np.random.default_rng(3))}), 'train')
-    model = small_gpt()
+    groups, model = split(random_groups(60, 2, np.random.default_rng(3))), small_gpt()
     net = torch.compile(model, dynamic=True)
     graphs = []
     for n in (12, 20, 3, 60, 30):
         batch = pack(groups, list(range(n)), 128)
         with torch.no_grad():
-            mask = packed_block_mask(batch.group, batch.part)
-            fast = dpo.response_logps(net, model.wte.weight, batch, mask)
-            dense = dpo.response_logps(model, model.wte.weight, batch, packed_mask(batch.group, batch.part, batch.cuts))
+            dense = dpo.response_logps(model, batch)
+            batch.mask = packed_block_mask(batch.group, batch.part)
+            fast = dpo.response_logps(net, batch)
         torch.testing.assert_close(fast, dense, rtol=1e-5, atol=1e-4)
         graphs.append(counters['stats']['unique_graphs'])
     assert graphs[0] > 0 and len(set(graphs)) == 1, f'compiled anew: {graphs}'
@@ -189,15 +186,13 @@ def test_the_head_never_holds_logits_of_the_whole_vocabulary():
         assert largest.numel <= max(S * tile, V * C) < S * V
 
 
-def test_dpo_gradient_reaches_the_weights_as_the_paper_writes_it(tmp_path):
+def test_dpo_gradient_reaches_the_weights_as_the_paper_writes_it(split):
     """grad of the loss = -beta sigma(-beta h) (grad log pi(w) - grad log pi(l)), through the whole packed path."""
-    groups = Groups(write_data(tmp_path / 'd', {'train': random_groups(1, 2, np.random.default_rng(8))}), 'train')
     model, ref, beta = small_gpt(), small_gpt(seed=1), 0.2
-    batch = pack(groups, [0])
-    mask = packed_mask(batch.group, batch.part, batch.cuts)
-    logps = dpo.response_logps(model, model.wte.weight, batch, mask)
+    batch = pack(split(random_groups(1, 2, np.random.default_rng(8))), [0])
+    logps = dpo.response_logps(model, batch)
     with torch.no_grad():
-        ref_logps = dpo.response_logps(ref, ref.wte.weight, batch, mask)
+        ref_logps = dpo.response_logps(ref, batch)
     params = list(model.parameters())
     by_hand = [torch.autograd.grad(logps[0, k], params, retain_graph=True) for k in (0, 1)]
     h = (logps[0, 0] - logps[0, 1] - ref_logps[0, 0] + ref_logps[0, 1]).item()
@@ -234,28 +229,25 @@ def test_rows_waste_little_on_lengths_like_real_pairs():
 
 
 @pytest.mark.parametrize('bf16', [False, True])
-def test_step_0_is_ln_2_with_rewards_0_and_accuracy_one_half(tmp_path, bf16):
-    groups = Groups(write_data(tmp_path / 'd', {'train': random_groups(16, 2, np.random.default_rng(2))}), 'train')
+def test_step_0_is_ln_2_with_rewards_0_and_accuracy_one_half(split, bf16):
     policy = small_gpt(dropout=0.0).train()
     reference = copy.deepcopy(policy).eval().requires_grad_(False)
-    batch = pack(groups, list(range(16)))
-    mask = packed_mask(batch.group, batch.part, batch.cuts)
+    batch = pack(split(random_groups(16, 2, np.random.default_rng(2))), list(range(16)))
     with torch.autocast('cpu', torch.bfloat16, enabled=bf16):
-        logps = dpo.response_logps(policy, policy.wte.weight, batch, mask)
+        logps = dpo.response_logps(policy, batch)
         with torch.no_grad():
-            ref = dpo.response_logps(reference, reference.wte.weight, batch, mask)
+            ref = dpo.response_logps(reference, batch)
     losses, chosen, rejected = dpo.dpo_loss(*logps.t(), *ref.t(), 0.1)
     stats = dpo.means(dpo.batch_stats(losses, torch.stack([chosen, rejected], 1), logps))
     assert stats['loss'] == pytest.approx(math.log(2), abs=1e-6)
-    assert stats['rewards/chosen'] == stats['rewards/rejected'] == stats['rewards/margins'] == 0 and stats['rewards/accuracies'] == 0.5
+    assert stats['rewards/chosen'] == stats['rewards/rejected'] == stats['rewards/margins'] == 0
+    assert stats['rewards/accuracies'] == 0.5
 
 
-def test_activation_checkpointing_changes_no_gradient(tmp_path):
-    groups = Groups(write_data(tmp_path / 'd', {'train': random_groups(4, 2, np.random.default_rng(2))}), 'train')
-    grads = []
+def test_activation_checkpointing_changes_no_gradient(split):
+    groups, grads = split(random_groups(4, 2, np.random.default_rng(2))), []
     for on in (False, True):
         model = small_gpt(activation_checkpointing=on).train()
         packed(model, groups, 256).sum().backward()
         grads.append([p.grad for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*grads))
-    assert VOCAB == 257
