@@ -24,6 +24,7 @@ from config import In, Literal, need
 from nanodpo import losses, reference_cache
 from nanodpo.checkpoint import find, fingerprint, load_model
 from nanodpo.data import Groups, batches, row_limit, training_steps
+from nanodpo.losses import wide
 from nanodpo.rollout import estimate_kl
 from nanodpo.run import Meter, Run, learning_rate
 
@@ -32,10 +33,10 @@ def dpo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_r
     """Eq. 7 of arXiv 2305.18290: -log sigmoid(beta [(log pi(w) - log ref(w)) - (log pi(l) - log ref(l))]).
 
     All logps are (B,): a response's log-probability in nats, summed over its tokens; w is chosen, l rejected.
-    -> losses, chosen_rewards, rejected_rewards, (B,) float32; a reward is beta log(pi / ref), detached.
+    -> losses, chosen_rewards, rejected_rewards, (B,) float32 or wider; a reward is beta log(pi / ref), detached.
     """
-    chosen_rewards = beta * (policy_chosen_logps - ref_chosen_logps)
-    rejected_rewards = beta * (policy_rejected_logps - ref_rejected_logps)
+    chosen_rewards = beta * wide(policy_chosen_logps - ref_chosen_logps)
+    rejected_rewards = beta * wide(policy_rejected_logps - ref_rejected_logps)
     losses = -F.logsigmoid(chosen_rewards - rejected_rewards)
     return losses, chosen_rewards.detach(), rejected_rewards.detach()
 
@@ -60,7 +61,7 @@ def objective(cfg, logps, ref_logps, batch, z=None):
     else:
         losses_, rewards = losses.relative_loss(cfg, logps, ref_logps, batch.lengths, batch.labels, z)
     if cfg.nll_coef:
-        losses_ = losses_ - cfg.nll_coef * logps[:, 0] / batch.lengths[:, 0]
+        losses_ = losses_ + cfg.nll_coef * losses.chosen_nll(logps, batch.lengths, batch.labels)
     return losses_, rewards
 
 
@@ -74,8 +75,9 @@ class Config:
                                                     # ours, a GPT-2 name on the hub, or a directory in its layout
     ref_from: str = ''                              # another reference than the policy as it starts
     # the loss
-    loss: Literal[tuple(losses.LOSSES)] = 'dpo'     # dpo, or a relative in nanodpo/losses.py
-    beta: In[float, 'x > 0'] = None                 # strength of the leash to the reference; paper: 0.1, TL;DR 0.5
+    loss: Literal[tuple(losses.LOSSES)] = 'dpo'     # this file's, or a relative in nanodpo/losses.py
+    beta: In[float, 'x > 0'] = None                 # strength of the leash to the reference; paper: 0.1, TL;DR 0.5;
+                                                    # None = the usual one of the loss
     label_smoothing: In[float, '0 <= x < 0.5'] = None   # cdpo, robust: the share of labels taken to be wrong
     gamma: In[float, 'x >= 0'] = None               # simpo: the margin asked for
     desirable_weight: In[float, 'x >= 0'] = None    # kto: of desirable examples, and
@@ -164,6 +166,7 @@ def main(argv=None):
 
     train, val = Groups(run.data_dir, 'train'), Groups(run.data_dir, 'val')
     losses.check(cfg, train)
+    needs_z = losses.needs(cfg.loss, 'z')
     row_tokens = row_limit(cfg.row_tokens, run.device, train, val)
     steps_per_epoch = math.ceil(len(train) / cfg.batch_size)
     total_steps = cfg.max_steps or cfg.epochs * steps_per_epoch
@@ -177,7 +180,7 @@ def main(argv=None):
     policy = load_model(init_from, train, dropout=0.0, activation_checkpointing=cfg.activation_checkpointing)
     policy.to(run.device)
     reference, ref_fingerprint = None, ''
-    if losses.needs_reference(cfg.loss):
+    if losses.needs(cfg.loss, 'ref_logps'):
         reference = load_model(cfg.ref_from, train, dropout=0.0) if cfg.ref_from else copy.deepcopy(policy)
         ref_fingerprint = fingerprint(reference)
         run.freeze(reference.to(run.device))
@@ -205,7 +208,7 @@ def main(argv=None):
     def evaluate():
         policy.eval()
         sums = torch.zeros(2, len(STATS), dtype=run.exact, device=run.device)
-        z = losses.kto_z(cfg, run, ratios, val, np.arange(len(val)), row_tokens) if cfg.loss == 'kto' else None
+        z = losses.kto_z(cfg, run, ratios, val, np.arange(len(val)), row_tokens) if needs_z else None
         with run.autocast:
             for batch in batches(val, np.arange(len(val)), run, row_tokens):
                 logps = response_logps(policy, batch)                                       # (G, K)
@@ -229,12 +232,12 @@ def main(argv=None):
         run.log(0, evaluate(), 'eval/')
     policy.train()
     sums = torch.zeros(2, len(STATS), dtype=run.exact, device=run.device)
-    meter = Meter(run, train, policy.config, passes=3 + (reference is not None) + 2 * (cfg.loss == 'kto'))    # z is two
+    meter = Meter(run, train, policy.config, passes=3 + (reference is not None) + 2 * needs_z)      # z is two
     unread = []                     # (step, gradient norm, losses) since the last look at the GPU
     for step, ids, micros in run.bar(training_steps(train, cfg, start, total_steps, run, row_tokens)):
         for group in optimizer.param_groups:
             group['lr'] = learning_rate(cfg, step, total_steps)
-        z = losses.kto_z(cfg, run, ratios, train, ids, row_tokens) if cfg.loss == 'kto' else None
+        z = losses.kto_z(cfg, run, ratios, train, ids, row_tokens) if needs_z else None
         losses_of_step = []
         for batch in micros:
             if run.world > 1:

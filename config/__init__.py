@@ -23,6 +23,7 @@ import runpy
 import signal
 import socket
 import sys
+import textwrap
 import time
 import types
 import typing
@@ -184,11 +185,15 @@ def help_text(Config, stage):
     """What `--help` prints: every knob with its default and the comment that stands beside it."""
     lines = [f'usage: python {os.path.basename(sys.argv[0])} [config/NAME.py] [--key=value ...]', '',
              f'knobs of {stage}, with their defaults:', '']
+    hints = typing.get_type_hints(Config, include_extras=True)
     for line in inspect.getsource(Config).splitlines():
         knob = re.match(r'    (\w+): .*? = (.*?)(?:\s+# (.*))?$', line)
         more = re.match(r'\s+# (.*)', line)
         if knob:
             lines.append(f'  --{knob[1]}={knob[2]}'.ljust(33) + ' ' + (knob[3] or ''))
+            if typing.get_origin(hints[knob[1]]) is Literal:
+                choices = ', '.join(map(repr, typing.get_args(hints[knob[1]])))
+                lines += textwrap.wrap(f'one of {choices}', 120, initial_indent=' ' * 34, subsequent_indent=' ' * 34)
         elif more:
             lines.append(' ' * 34 + more[1])
     return '\n'.join(lines)
