@@ -1,7 +1,7 @@
 """The reference's log-probs of a whole data set, computed once and kept in out/<name>/reference-<split>.npz.
 
-They are keyed by data, weights and type, and the first few are checked against live ones: packed beside other pairs
-they round differently, within 1e-4 of their size in float32, 2e-2 in bfloat16.
+A cache counts only for the same data, weights and type of matmuls. Its first few log-probs must equal live ones.
+Packed beside other pairs they round differently: within 1e-4 of their size in float32, 2e-2 in bfloat16.
 """
 import math
 import os
@@ -17,41 +17,61 @@ from nanodpo.data import batches
 def compute(run, score, groups, ids, row_tokens):
     """(len(groups), K): log-probs of the groups `ids`, zeros elsewhere; every rank has all."""
     logps = torch.zeros(len(groups), groups.K)
-    for some in tqdm(np.array_split(ids, math.ceil(len(ids) / 1024)), f'reference {groups.split}',
-                     disable=None if run.rank == 0 else True):
-        for batch in batches(groups, some, run, row_tokens):
+    parts = np.array_split(ids, math.ceil(len(ids) / 1024))
+    for part in tqdm(parts, f'reference {groups.split}', disable=None if run.rank == 0 else True):
+        for batch in batches(groups, part, run, row_tokens):
             with run.autocast:
                 logps[batch.ids] = score(batch).cpu()
     return run.sum(logps)
 
 
-def read(path, key, live):
-    """The cached log-probs, None where there are none that can be trusted. live: the first few, computed now."""
+def read(path, key, live, shape):
+    """The cached log-probs and '', or None and why they cannot be used. live: the first few, computed now."""
     try:
         with np.load(path) as file:
-            cached = torch.from_numpy(file['logps']) if str(file['key']) == key else None
-    except Exception:       # missing, or whatever a damaged file makes of numpy
-        return None
+            same_key = str(file['key']) == key
+            cached = torch.from_numpy(file['logps'])
+    except FileNotFoundError:
+        return None, 'none cached'
+    except Exception as error:          # whatever a damaged file makes of numpy
+        return None, f'the cache is damaged ({type(error).__name__})'
+    if not same_key:
+        return None, 'the cache is of other data or weights'
     tolerance = 2e-2 if 'bfloat16' in key else 1e-4
-    good = cached is not None and torch.allclose(cached[:len(live)], live, rtol=tolerance, atol=1e-3)
-    return cached if good else None
+    if cached.shape != shape or not torch.allclose(cached[:len(live)], live, rtol=tolerance, atol=1e-3):
+        return None, 'the cache does not equal live values'
+    return cached, ''
+
+
+def write(path, key, logps):
+    """Keep log-probs for `read`: written aside and renamed. Raises OSError."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    try:
+        with open(path + '.tmp', 'wb') as file:
+            np.savez(file, key=np.array(key), logps=logps.numpy())
+        os.replace(path + '.tmp', path)
+    finally:
+        if os.path.exists(path + '.tmp'):
+            os.remove(path + '.tmp')
 
 
 def load_or_compute(run, weights, score, splits, row_tokens):
     """{split: (N, K) log-probs} of `splits`, Groups. weights: the reference's fingerprint; score(batch): its log-probs."""
-    found = {}
+    cached = {}
     for groups in splits:
         path = os.path.join('out', run.cfg.name, f'reference-{groups.split}.npz')       # outlives this run
         key = f'{groups.fingerprint} {weights} {"bfloat16" if run.bf16 else "float32"}'
         few = np.arange(min(16, len(groups)))
         live = compute(run, score, groups, few, row_tokens)[few]
-        logps = read(path, key, live) if run.rank == 0 else None
-        if run.sum(torch.tensor([int(logps is not None)])).item() == 0:                 # rank 0 alone reads
-            run.say(f'reference log-probs of {groups.split}: computing them for {path}')
+        logps, reason = None, ''
+        if run.rank == 0:                       # it alone reads and writes
+            logps, reason = read(path, key, live, (len(groups), groups.K))
+        if run.gather(reason)[0]:
+            run.say(f'reference log-probs of {groups.split}: {reason}, computing them')
             logps = compute(run, score, groups, np.arange(len(groups)), row_tokens)
-            run.on_first(lambda: np.savez(path, key=np.array(key), logps=logps.numpy()), f'cannot write {path}')
+            run.on_first(lambda: write(path, key, logps), f'cannot write {path}')
         else:
             run.say(f'reference log-probs of {groups.split}: from {path}, equal to live ones')
             logps = run.sum(logps if run.rank == 0 else torch.zeros(len(groups), groups.K))
-        found[groups.split] = logps
-    return found
+        cached[groups.split] = logps
+    return cached
