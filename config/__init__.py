@@ -2,13 +2,12 @@
 
     python dpo.py config/hh.py --beta=0.2 --max_steps=100
 
-A config file is Python: `name = 'hh'` and one dict a stage (`prepare`, `sft`, `dpo`, `sample`). It may also
-hold functions, imports, CAPITALS and _private names of its own; any other name in it is a mistake and said so.
-Files are read first, in order, then flags, wherever they stand. With neither a file nor `--name`, the embedded
-experiment config/reviews.py is meant.
+A config file is Python: `name = 'hh'` and one dict a stage (`prepare`, `sft`, `dpo`, `sample`). It may also hold
+functions, imports, CAPITALS and _private names of its own; any other name is a mistake. Files are read first, in
+order, then flags, wherever they stand. Without a file and `--name`, the embedded experiment config/reviews.py is run.
 
-A stage declares its knobs in a dataclass at its top. The annotation is the type, or In[type, 'rule about x'] or
-Literal['a', 'b']; the comment beside the knob is what `--help` prints.
+A stage declares its knobs in a dataclass at its top. The annotation is the type, or In[number, 'rule about x'] or
+Literal['a', 'b'], of strings; the comment beside the knob is what `--help` prints.
 """
 import ast
 import contextlib
@@ -23,8 +22,8 @@ import runpy
 import signal
 import socket
 import sys
-import textwrap
 import time
+import traceback
 import types
 import typing
 from typing import Annotated as In, Literal
@@ -34,7 +33,7 @@ EMBEDDED = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'reviews.py'
 
 
 class UserError(SystemExit):
-    """A user's mistake: `run` prints one line, without a traceback, and the exit status is 1."""
+    """A user's mistake. `run` prints it as one line, without a traceback, and the exit status is 1."""
     def __init__(self, message):
         self.message = ' '.join(str(message).split())
         super().__init__(f'error: {self.message}')
@@ -47,12 +46,14 @@ def need(condition, message):
 
 
 def run(main):
-    """Call main(), and end with one line on stderr where the user, a full disk or a closed pipe stopped it."""
+    """Call main(). End with one line on stderr where the user, a full disk or a closed pipe stopped it."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)        # Ctrl-C just ends it, until there is something to save
     try:
         main()
     except UserError as error:
         fail(error.message)
+    except KeyboardInterrupt:
+        fail('stopped')
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EPIPE):
             raise
@@ -60,8 +61,11 @@ def run(main):
 
 
 def fail(message):
-    """Print the line and leave with status 1. Every rank meets most errors, and torchrun ends all ranks of a machine
-    when one leaves: the others wait, so that rank 0 speaks alone where it can."""
+    """Print the line and leave with status 1.
+
+    Most errors meet every rank, and torchrun ends all ranks of a machine when one leaves. So the others wait a while:
+    rank 0 speaks for all. A rank that is still there then met the error alone, and says which rank it is.
+    """
     rank = os.environ.get('RANK', '0')
     if rank != '0':
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -73,22 +77,27 @@ def fail(message):
     os._exit(1)         # python's own exit would wait for gloo's threads, and complain once more of a closed pipe
 
 
+def nearest(key, known):
+    close = difflib.get_close_matches(str(key), known, 1, 0.5)
+    return f"; did you mean '{close[0]}'?" if close else f"; known: {', '.join(known)}"
+
+
 def read_file(path, stage):
     """The knobs that config file `path` sets for `stage`, {key: value}, and its functions, {name: function}."""
     need(os.path.isfile(path), f'config file {path} does not exist (a flag is written --key=value)')
     try:
         names = runpy.run_path(path)
     except Exception as error:
-        frames = reversed(inspect.getinnerframes(error.__traceback__))
-        line = next((f' line {frame.lineno}' for frame in frames if frame.filename == path), '')
-        if isinstance(error, SyntaxError):
-            line = f' line {error.lineno}'
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+        if isinstance(error, SyntaxError) and error.lineno:
+            lines.append(error.lineno)
+        line = f' line {lines[-1]}' if lines else ''
         raise UserError(f'config file {path}{line}: {type(error).__name__}: {error}') from None
     functions = {key: value for key, value in names.items() if callable(value)}
     for key, value in names.items():
         free = key.startswith('_') or key.isupper() or key in functions or isinstance(value, types.ModuleType)
-        need(free or key in STAGES + ('name',),
-             f"config file {path}: unknown name '{key}'{nearest(key, STAGES + ('name',))}")
+        need(free or key in (*STAGES, 'name'),
+             f"config file {path}: unknown name '{key}'{nearest(key, [*STAGES, 'name'])}")
     knobs = names.get(stage, {})
     need(isinstance(knobs, dict), f"config file {path}: '{stage}' must be a dict, not {type(knobs).__name__}")
     if 'name' in names:
@@ -96,34 +105,29 @@ def read_file(path, stage):
     return knobs, functions
 
 
-def nearest(key, known):
-    close = difflib.get_close_matches(key, known, 1, 0.5)
-    return f"; did you mean '{close[0]}'?" if close else f"; known: {', '.join(known)}"
-
-
 def check_value(key, value, annotation, where):
     """`value` as the annotated type, or a UserError that names the key and where it came from."""
     rule = None
+    setting = f'{where}: {key}={value!r:.80}'
     if typing.get_origin(annotation) is In:
         annotation, rule = typing.get_args(annotation)
     if typing.get_origin(annotation) is Literal:
         choices = typing.get_args(annotation)
-        need(value in choices, f"{where}: {key}={value!r} must be one of {', '.join(map(repr, choices))}")
+        need(value in choices, f"{setting} must be one of {', '.join(map(repr, choices))}")
         return value
     if annotation is float and type(value) is int:
-        value = float(value)
-    need(type(value) is annotation,
-         f'{where}: {key}={value!r} must be {annotation.__name__}, not {type(value).__name__}')
-    need(annotation is not float or math.isfinite(value), f'{where}: {key}={value!r} must be a finite number')
-    need(not rule or eval(rule, {}, {'x': value}),
-         f'{where}: {key}={value!r} is out of range: {(rule or "").replace("x", key)}')
+        with contextlib.suppress(OverflowError):        # then the next line says no
+            value = float(value)
+    need(type(value) is annotation, f'{setting} must be {annotation.__name__}, not {type(value).__name__}')
+    need(annotation is not float or math.isfinite(value), f'{setting} must be a finite number')
+    if rule:
+        need(eval(rule, {}, {'x': value}), f'{setting} is out of range: {rule.replace("x", key)}')
     return value
 
 
 def from_flag(text, annotation):
     """A flag's text as Python: strings stay as they are written, the rest is a literal."""
-    base = typing.get_args(annotation)[0] if typing.get_origin(annotation) is In else annotation
-    if base is str or typing.get_origin(base) is Literal and isinstance(typing.get_args(base)[0], str):
+    if annotation is str or typing.get_origin(annotation) is Literal:
         return text
     try:
         return ast.literal_eval({'true': 'True', 'false': 'False'}.get(text, text))
@@ -149,8 +153,8 @@ def load(Config, stage, argv=None):
         files = [EMBEDDED]
     values, origin, functions = {}, {}, {}
     for path in files:
-        knobs, its_functions = read_file(path, stage)
-        functions |= its_functions
+        knobs, own_functions = read_file(path, stage)
+        functions |= own_functions
         for key, value in knobs.items():
             need(key in hints, f"{path}: unknown key '{key}' for {stage}{nearest(key, list(hints))}")
             values[key] = check_value(key, value, hints[key], path)
@@ -173,18 +177,16 @@ def load(Config, stage, argv=None):
 
 def show(config):
     """The resolved config, a knob a line, with where each value that is not a default came from."""
-    width = max(len(f.name) for f in dataclasses.fields(config))
-    lines = []
-    for field in dataclasses.fields(config):
-        came = config.origin.get(field.name)
-        lines.append(f'  {field.name:{width}} = {getattr(config, field.name)!r}' + (f'   ({came})' if came else ''))
-    return '\n'.join(lines)
+    knobs = dataclasses.asdict(config)
+    width = max(map(len, knobs))
+    origins = {key: f'   ({origin})' for key, origin in config.origin.items()}
+    return '\n'.join(f'  {key:{width}} = {value!r}{origins.get(key, "")}' for key, value in knobs.items())
 
 
 def help_text(Config, stage):
     """What `--help` prints: every knob with its default and the comment that stands beside it."""
-    lines = [f'usage: python {os.path.basename(sys.argv[0])} [config/NAME.py] [--key=value ...]', '',
-             f'knobs of {stage}, with their defaults:', '']
+    lines = [f'usage: python {os.path.basename(sys.argv[0])} [config/NAME.py] [--key=value ...]',
+             f'\nknobs of {stage}, with their defaults:\n']
     hints = typing.get_type_hints(Config, include_extras=True)
     for line in inspect.getsource(Config).splitlines():
         knob = re.match(r'    (\w+): .*? = (.*?)(?:\s+# (.*))?$', line)
@@ -192,8 +194,7 @@ def help_text(Config, stage):
         if knob:
             lines.append(f'  --{knob[1]}={knob[2]}'.ljust(33) + ' ' + (knob[3] or ''))
             if typing.get_origin(hints[knob[1]]) is Literal:
-                choices = ', '.join(map(repr, typing.get_args(hints[knob[1]])))
-                lines += textwrap.wrap(f'one of {choices}', 120, initial_indent=' ' * 34, subsequent_indent=' ' * 34)
+                lines.append(' ' * 34 + 'one of ' + ', '.join(map(repr, typing.get_args(hints[knob[1]]))))
         elif more:
             lines.append(' ' * 34 + more[1])
     return '\n'.join(lines)
