@@ -153,6 +153,8 @@ def relative_loss(cfg, logps, ref_logps, tokens, labels=None, z=None):
     """
     reward, link, _ = LOSSES[cfg.loss]
     logps = wide(logps)
+    if ref_logps is not None:
+        ref_logps = wide(ref_logps)
     rewards = call(reward, logps=logps, ref_logps=ref_logps, tokens=tokens)                 # (G, K)
     desirable = torch.arange(logps.shape[1], device=logps.device) == 0                      # of a pair, the first one
     if labels is not None:
@@ -188,7 +190,8 @@ def check(cfg, groups):
         unused |= {'ref_from', 'precompute_ref'}
     for knob in sorted(unused):
         value, default = getattr(cfg, knob), getattr(type(cfg), knob)
-        need(value == default, f'{cfg.origin.get(knob)}: {knob}={value!r} is of no use to loss={cfg.loss}: leave it out')
+        need(value == default,
+             f'{cfg.origin.get(knob)}: {knob}={value!r} is of no use to loss={cfg.loss}: leave it out')
     need(not (cfg.precompute_ref and needs(cfg.loss, 'z')), f'precompute_ref cannot serve loss={cfg.loss}: its z asks '
          'the reference about other pairs at every step')
     kind = {1: 'single responses', 2: 'pairs'}.get(groups.K, 'rankings')

@@ -55,6 +55,14 @@ def write(path, key, logps):
             os.remove(path + '.tmp')
 
 
+def write(path, key, logps):
+    """Write the cache aside and rename it. Raises OSError."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path + '.tmp', 'wb') as f:
+        np.savez(f, key=np.array(key), logps=logps.numpy())
+    os.replace(path + '.tmp', path)
+
+
 def load_or_compute(run, weights, score, splits, row_tokens):
     """{split: (N, K) log-probs} of `splits`, Groups. weights: the reference's fingerprint; score(batch): its log-probs."""
     cached = {}

@@ -1,4 +1,8 @@
-"""The family of losses: each against its formula in 100 digits, its limits, its extremes, and dpo.py with it end to end."""
+"""The losses: each against its formula in 100 digits, its limits, its extremes, and dpo.py with it end to end.
+
+A new loss in LOSSES is tested without a line here: its gradient, its types, its extremes, its knobs, and dpo.py with it in
+one process and in two. With a function in FORMULAS it is compared with that, too.
+"""
 import decimal
 import gc
 import inspect
@@ -6,6 +10,7 @@ import math
 import os
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,10 +18,11 @@ import torch
 
 import config
 import dpo
-import prepare_prefs
 from conftest import ROOT, random_groups, read_log, run_stage, small_gpt, write_data
-from model import GPT, save_checkpoint
-from prepare_prefs import Groups, step_groups
+from model import GPT
+from nanodpo import checkpoint
+from nanodpo.data import Groups, read_meta, sha256_file, step_groups, write_meta
+from nanodpo.losses import LOSSES, kinds_of_data, relative_loss
 from test_exact import one_at_a_time
 from test_train import DPO, last_checkpoint, losses, worst_difference
 
@@ -26,10 +32,10 @@ def seeded():
     torch.manual_seed(0)
 
 
-# -----------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # the formulas as the papers print them, one example at a time, in 100 digits: no trick for stability is needed, and
 # derivatives are quotients of differences. w, l: the policy's log-probs of chosen and rejected; u, v: the reference's;
-# m, n: tokens. -> loss, reward of w, reward of l
+# m, n: tokens; p, ref: the log-probs of all responses. -> loss, reward of each response
 
 Number, STEP = decimal.Decimal, decimal.Decimal('1e-30')
 
@@ -50,22 +56,23 @@ def dpo_formula(w, l, u, v, beta):
     return minus_log_sigmoid(beta * ((w - l) - (u - v))), beta * (w - u), beta * (l - v)
 
 
-def cdpo_formula(w, l, u, v, beta, eps):
-    x = beta * ((w - l) - (u - v))
+def cdpo_formula(w, l, u, v, beta, label_smoothing):
+    x, eps = beta * ((w - l) - (u - v)), label_smoothing
     return (1 - eps) * minus_log_sigmoid(x) + eps * minus_log_sigmoid(-x), beta * (w - u), beta * (l - v)
 
 
-def robust_formula(w, l, u, v, beta, eps):
-    x = beta * ((w - l) - (u - v))
-    return ((1 - eps) * minus_log_sigmoid(x) - eps * minus_log_sigmoid(-x)) / (1 - 2 * eps), beta * (w - u), beta * (l - v)
+def robust_formula(w, l, u, v, beta, label_smoothing):
+    x, eps = beta * ((w - l) - (u - v)), label_smoothing
+    loss = ((1 - eps) * minus_log_sigmoid(x) - eps * minus_log_sigmoid(-x)) / (1 - 2 * eps)
+    return loss, beta * (w - u), beta * (l - v)
 
 
-def ipo_formula(w, l, u, v, tau):
-    return ((w - l) - (u - v) - 1 / (2 * tau)) ** 2, tau * (w - u), tau * (l - v)
+def ipo_formula(w, l, u, v, beta):
+    return ((w - l) - (u - v) - 1 / (2 * beta)) ** 2, beta * (w - u), beta * (l - v)
 
 
-def ipo_mean_formula(w, l, u, v, m, n, tau):
-    return ((w / m - l / n) - (u / m - v / n) - 1 / (2 * tau)) ** 2, tau * (w - u) / m, tau * (l - v) / n
+def ipo_mean_formula(w, l, u, v, m, n, beta):
+    return ((w / m - l / n) - (u / m - v / n) - 1 / (2 * beta)) ** 2, beta * (w - u) / m, beta * (l - v) / n
 
 
 def hinge_formula(w, l, u, v, beta):
@@ -80,67 +87,87 @@ def simpo_formula(w, l, m, n, beta, gamma):
     return minus_log_sigmoid(beta / m * w - beta / n * l - gamma), beta * w / m, beta * l / n
 
 
-def orpo_formula(w, l, m, n, lam):
+def orpo_formula(w, l, m, n, beta):
     ratio = log_odds(w / m) - log_odds(l / n)
-    return -w / m + lam * minus_log_sigmoid(ratio), lam * log_odds(w / m), lam * log_odds(l / n)
+    return -w / m + beta * minus_log_sigmoid(ratio), beta * log_odds(w / m), beta * log_odds(l / n)
+
+
+def apo_zero_formula(w, l, u, v, beta):
+    return (1 - sigmoid(beta * (w - u))) + sigmoid(beta * (l - v)), beta * (w - u), beta * (l - v)
+
+
+def apo_down_formula(w, l, u, v, beta):
+    return sigmoid(beta * (w - u)) + (1 - sigmoid(beta * ((w - l) - (u - v)))), beta * (w - u), beta * (l - v)
 
 
 def kto_formula(p, ref, desirable, z, beta, desirable_weight, undesirable_weight):
-    reward = beta * (p - ref)
-    loss = desirable_weight * (1 - sigmoid(reward - z)) if desirable else undesirable_weight * (1 - sigmoid(z - reward))
-    return loss, reward
+    rewards = [beta * (a - b) for a, b in zip(p, ref)]
+    terms = [desirable_weight * (1 - sigmoid(r - z)) if good else undesirable_weight * (1 - sigmoid(z - r))
+             for r, good in zip(rewards, desirable)]
+    return sum(terms) / len(terms), *rewards
 
 
 def plackett_luce_formula(p, ref, beta):
     rewards = [beta * (a - b) for a, b in zip(p, ref)]
-    return -sum((r.exp() / sum(s.exp() for s in rewards[k:])).ln() for k, r in enumerate(rewards)), rewards
+    return -sum((r.exp() / sum(s.exp() for s in rewards[k:])).ln() for k, r in enumerate(rewards)), *rewards
 
 
 FORMULAS = {name[:-8]: f for name, f in globals().items() if name.endswith('_formula')}
-KNOBS = {       # several settings of each loss's own knobs, the usual one first
-    'dpo': [(0.1,), (0.01,), (2.0,)], 'cdpo': [(0.1, 0.1), (0.5, 0.0), (0.03, 0.5)],
-    'robust': [(0.1, 0.1), (0.5, 0.0), (0.03, 0.45)], 'ipo': [(0.1,), (0.01,), (1.0,)], 'ipo_mean': [(0.1,), (0.01,), (1.0,)], 'hinge': [(0.1,), (0.003,), (1.0,)],
-    'dpo_norm': [(5.0,), (0.5,), (10.0,)], 'simpo': [(2.0, 1.0), (10.0, 3.0), (2.5, 0.0)], 'orpo': [(0.1,), (1.0,), (0.01,)],
-    'kto': [(0.1, 1.0, 1.0), (0.5, 1.33, 0.7), (0.01, 0.0, 2.0)], 'plackett_luce': [(0.1,), (0.01,), (2.0,)]}
-PAIRWISE = [name for name in FORMULAS if name not in ('kto', 'plackett_luce')]
+OTHER_KNOBS = {         # beside the usual ones
+    'dpo': [dict(beta=0.01), dict(beta=2.0)], 'ipo': [dict(beta=0.01), dict(beta=1.0)],
+    'cdpo': [dict(beta=0.5, label_smoothing=0.0), dict(beta=0.03, label_smoothing=0.499)],
+    'robust': [dict(beta=0.5, label_smoothing=0.0), dict(beta=0.03, label_smoothing=0.45)],
+    'ipo_mean': [dict(beta=0.01), dict(beta=1.0)], 'hinge': [dict(beta=0.003), dict(beta=1.0)],
+    'dpo_norm': [dict(beta=0.5), dict(beta=10.0)], 'orpo': [dict(beta=1.0), dict(beta=0.01)],
+    'simpo': [dict(beta=10.0, gamma=3.0), dict(beta=2.5, gamma=0.0)],
+    'apo_zero': [dict(beta=0.01), dict(beta=2.0)], 'apo_down': [dict(beta=0.01), dict(beta=2.0)],
+    'kto': [dict(beta=0.5, desirable_weight=1.33, undesirable_weight=0.7),
+            dict(beta=0.01, desirable_weight=0.0, undesirable_weight=2.0)],
+    'plackett_luce': [dict(beta=0.01), dict(beta=2.0)]}
 
 
-def takes(name):
-    """Which of w, l, u, v, m, n a pairwise loss has."""
-    return [key for key in 'wluvmn' if key in inspect.signature(FORMULAS[name]).parameters]
+def usual(name):
+    return LOSSES[name][2]
 
 
-def numbers(x):
-    return [numbers(y) for y in x] if isinstance(x, list) else x if isinstance(x, bool) else Number(x)
+def formula(name, policy, reference, tokens, desirable, z, **knobs):
+    """The loss and the rewards of one example: [loss, reward, ...], Numbers."""
+    known = dict(w=policy[0], l=policy[-1], u=reference[0], v=reference[-1], m=tokens[0], n=tokens[-1], p=policy,
+                 ref=reference, desirable=desirable, z=z, **knobs)
+    return list(FORMULAS[name](**{key: known[key] for key in inspect.signature(FORMULAS[name]).parameters}))
 
 
-def by_formula(name, tensors, knobs, policy):
-    """[losses, *rewards] and gradients with respect to the first `policy` tensors, float64, an example at a time."""
-    formula, rows, gradients = FORMULAS[name], [], []
-    size = len(tensors[0])
+class Examples(SimpleNamespace):
+    """What a loss is given: logps, ref_logps, tokens, (N, K), and of KTO labels, (N,) or None, and z."""
+    def desirable(self, i):
+        return [j == 0 for j in range(self.logps.shape[1])] if self.labels is None else [bool(self.labels[i])]
+
+
+def by_formula(name, given, knobs):
+    """Losses (N,), rewards (N, K) and gradients (N, K), float64, an example at a time."""
+    rows, slopes = [], []
     with decimal.localcontext(decimal.Context(prec=100)):
-        knobs = numbers(list(knobs))
-        for example in zip(*(t.tolist() if t.dim() else [t.item()] * size for t in tensors)):
-            example = numbers(list(example))
-            rows.append([float(x) if isinstance(x, Number) else [float(y) for y in x] for x in formula(*example, *knobs)])
-
-            def slope(i, k=None):
-                values = []
-                for step in (STEP, -STEP):
-                    moved = example[i] + step if k is None else [x + step * (j == k) for j, x in enumerate(example[i])]
-                    values.append(formula(*example[:i], moved, *example[i + 1:], *knobs)[0])
-                return float((values[0] - values[1]) / (2 * STEP))
-            gradients.append([slope(i) if isinstance(example[i], Number) else [slope(i, k) for k in range(len(example[i]))]
-                              for i in range(policy)])
-    return [[torch.tensor(x, dtype=torch.float64) for x in zip(*found)] for found in (rows, gradients)]
+        knobs = {key: Number(value) for key, value in knobs.items()}
+        for i, example in enumerate(zip(given.logps.tolist(), given.ref_logps.tolist(), given.tokens.tolist())):
+            policy, reference, tokens = ([Number(x) for x in side] for side in example)
+            rest = reference, tokens, given.desirable(i), Number(given.z.item())
+            rows.append([float(x) for x in formula(name, policy, *rest, **knobs)])
+            slopes.append([])
+            for k in range(len(policy)):
+                moved = [[x + step * (j == k) for j, x in enumerate(policy)] for step in (STEP, -STEP)]
+                up, down = (formula(name, values, *rest, **knobs)[0] for values in moved)
+                slopes[-1].append(float((up - down) / (2 * STEP)))
+    rows = torch.tensor(rows, dtype=torch.float64)
+    return rows[:, 0], rows[:, 1:], torch.tensor(slopes, dtype=torch.float64)
 
 
-def by_dpo(name, tensors, knobs, policy):
-    """The same from dpo.py and autograd, in its types."""
-    tensors = [t.clone().requires_grad_() if i < policy else t for i, t in enumerate(tensors)]
-    out = getattr(dpo, f'{name}_loss')(*tensors, *knobs)
-    assert not any(reward.requires_grad for reward in out[1:]), 'rewards are detached'
-    return list(out), torch.autograd.grad(out[0].sum(), tensors[:policy])
+def by_autograd(name, given, knobs):
+    """The same from nanodpo/losses.py and autograd, in its types."""
+    logps = given.logps.clone().requires_grad_()
+    cfg = SimpleNamespace(loss=name, **knobs)
+    values, rewards = relative_loss(cfg, logps, given.ref_logps, given.tokens, given.labels, given.z)
+    assert not rewards.requires_grad, 'rewards are detached'
+    return values.detach(), rewards, torch.autograd.grad(values.sum(), logps)[0]
 
 
 def random_logps(*shape):
@@ -148,215 +175,277 @@ def random_logps(*shape):
     return -torch.exp(torch.rand(*shape, dtype=torch.float64) * math.log(300))
 
 
-def random_arguments(name, size=40):
-    """What the loss takes before its knobs, and how many of it are the policy's."""
-    if name == 'kto':
-        return [random_logps(size), random_logps(size), torch.rand(size) < 0.5, torch.tensor(1.7, dtype=torch.float64)], 1
-    if name == 'plackett_luce':
-        return [random_logps(size, 5), random_logps(size, 5)], 1
-    values = {key: random_logps(size) for key in 'wluv'} | {key: torch.randint(1, 101, (size,)) for key in 'mn'}
-    return [values[key] for key in takes(name)], 2
+def random_examples(kind='pairs', size=40):
+    K = {'pairs': 2, 'rankings': 5, 'unpaired examples': 1}[kind]
+    return Examples(logps=random_logps(size, K), ref_logps=random_logps(size, K), tokens=torch.randint(1, 101, (size, K)),
+                    labels=torch.rand(size) < 0.5 if K == 1 else None, z=torch.tensor(1.7, dtype=torch.float64))
 
 
 def assert_equal(ours, exact, rtol, atol):
-    for a, b in zip((*ours[0], *ours[1]), (*exact[0], *exact[1]), strict=True):
-        torch.testing.assert_close(a.detach().double(), b, rtol=rtol, atol=atol)
+    for a, b in zip(ours, exact, strict=True):
+        torch.testing.assert_close(a.double(), b.double(), rtol=rtol, atol=atol)
 
 
-# -----------------------------------------------------------------------------
+def assert_same_bits(ours, others):
+    assert all(torch.equal(a, b) for a, b in zip(ours, others, strict=True))
+
+
+LOSS_AND_KIND = [(name, kind) for name in LOSSES for kind in kinds_of_data(name)]
+
+
+# ----------------------------------------------------------------------------------------------------
 # values, gradients, limits, extremes
 
-@pytest.mark.parametrize('name', FORMULAS)
-def test_values_rewards_and_gradients_equal_the_formula_in_100_digits(name):
-    """float64 rounds a difference of log-probs of 300 nats to 1e-13, times beta or the slope of orpo's odds, up to 300 at one
-    token of -0.003 nats a token: 1e-10 leaves room for both. ipo's squares reach 1e6 and are held to 1e-10 of their size."""
-    for knobs in KNOBS[name]:
-        tensors, policy = random_arguments(name)
-        ours, exact = by_dpo(name, tensors, knobs, policy), by_formula(name, tensors, knobs, policy)
-        assert all(x.dtype == torch.float64 for x in (*ours[0], *ours[1]))
+@pytest.mark.parametrize('name, kind', [pair for pair in LOSS_AND_KIND if pair[0] in FORMULAS])
+def test_values_rewards_and_gradients_equal_the_formula_in_100_digits(name, kind):
+    """float64 rounds a difference of log-probs of 300 nats to 1e-13, times beta or the slope of orpo's odds, up to 300
+    at one token of -0.003 nats a token: 1e-10 leaves room for both. ipo's squares reach 1e6 and are held to 1e-10 of
+    their size."""
+    for knobs in (usual(name), *OTHER_KNOBS[name]):
+        given = random_examples(kind)
+        ours, exact = by_autograd(name, given, knobs), by_formula(name, given, knobs)
+        assert all(x.dtype == torch.float64 for x in ours)
         assert_equal(ours, exact, 1e-10, 1e-10)
-        assert sum(g.abs().sum() for g in exact[1]) > 0.01, 'not all of them saturated'
+        assert exact[2].abs().sum() > 0.01, 'not all of them saturated'
 
 
-@pytest.mark.parametrize('name', FORMULAS)
-def test_losses_of_bfloat16_log_probs_are_float32(name):
-    tensors, policy = random_arguments(name)
-    tensors = [t.bfloat16() if t.is_floating_point() and t.dim() else t.float() if t.is_floating_point() else t for t in tensors]
-    assert {x.dtype for x in by_dpo(name, tensors, KNOBS[name][0], policy)[0]} == {torch.float32}
+@pytest.mark.parametrize('name, kind', LOSS_AND_KIND)
+def test_gradients_equal_differences_of_the_loss_itself(name, kind):
+    given = random_examples(kind, 6)
+    given.logps = given.ref_logps * (1 + 0.1 * torch.rand_like(given.logps))     # near the reference nothing is flat
+    cfg = SimpleNamespace(loss=name, **usual(name))
+
+    def function(logps):
+        return relative_loss(cfg, logps, given.ref_logps, given.tokens, given.labels, given.z)[0]
+    assert torch.autograd.gradcheck(function, given.logps.requires_grad_())
+    assert by_autograd(name, given, usual(name))[2].abs().sum() > 1e-3
 
 
-@pytest.mark.parametrize('name', ['cdpo', 'robust'])
-def test_cdpo_and_robust_without_flipped_labels_are_dpo_to_the_bit(name):
-    pair = [random_logps(200) for _ in range(4)]
-    ours, dpos = by_dpo(name, pair, (0.1, 0.0), 2), by_dpo('dpo', pair, (0.1,), 2)
-    assert all(torch.equal(a, b) for a, b in zip((*ours[0], *ours[1]), (*dpos[0], *dpos[1]), strict=True))
+@pytest.mark.parametrize('name, kind', LOSS_AND_KIND)
+def test_losses_of_bfloat16_log_probs_are_float32(name, kind):
+    given = random_examples(kind)
+    given.logps, given.ref_logps, given.z = given.logps.bfloat16(), given.ref_logps.bfloat16(), given.z.float()
+    values, rewards, _ = by_autograd(name, given, usual(name))
+    assert values.dtype == rewards.dtype == torch.float32
+    wider = Examples(**vars(given) | dict(logps=given.logps.double(), ref_logps=given.ref_logps.double()))
+    assert_equal((values, rewards), by_autograd(name, wider, usual(name))[:2], 1e-3, 1e-3)      # the sums are not bfloat16's
 
 
-def test_a_ranking_of_two_is_dpo_to_the_bit():
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.bfloat16])
+def test_dpo_loss_is_the_ratio_and_the_logistic_link_to_the_bit(dtype):
+    given = random_examples(size=500)
+    policy, reference = given.logps.to(dtype).requires_grad_(), given.ref_logps.to(dtype)
+    values, *rewards = dpo.dpo_loss(policy[:, 0], policy[:, 1], reference[:, 0], reference[:, 1], 0.1)
+    assert not any(reward.requires_grad for reward in rewards)
+    assert {x.dtype for x in (values, *rewards)} == {torch.promote_types(dtype, torch.float32)}
+    if dtype != torch.bfloat16:         # of those dpo_loss takes the difference before it widens
+        gradient = torch.autograd.grad(values.sum(), policy)[0]
+        given.logps, given.ref_logps = policy.detach(), reference
+        assert_same_bits(by_autograd('dpo', given, dict(beta=0.1)), (values, torch.stack(rewards, 1), gradient))
+
+
+@pytest.mark.parametrize('name', ['cdpo', 'robust', 'plackett_luce'])
+def test_without_flipped_labels_and_with_two_responses_a_loss_is_dpo_to_the_bit(name):
     for dtype in (torch.float32, torch.float64):
-        w, l, u, v = (random_logps(500).to(dtype) for _ in range(4))
-        (ranked, rewards), [gradient] = by_dpo('plackett_luce', [torch.stack([w, l], 1), torch.stack([u, v], 1)], (0.1,), 1)
-        (paired, chosen, rejected), gradients = by_dpo('dpo', [w, l, u, v], (0.1,), 2)
-        assert torch.equal(ranked, paired) and torch.equal(rewards, torch.stack([chosen, rejected], 1))
-        assert torch.equal(gradient, torch.stack(gradients, 1))
+        given = random_examples(size=500)
+        given.logps, given.ref_logps = given.logps.to(dtype), given.ref_logps.to(dtype)
+        ours = by_autograd(name, given, dict(beta=0.1, label_smoothing=0.0))
+        assert_same_bits(ours, by_autograd('dpo', given, dict(beta=0.1)))
+
+
+def margins_as_examples(margins, w=None):
+    """Pairs whose difference of log-ratios is `margins`, (N,), on one token."""
+    zero = torch.zeros_like(margins)
+    return Examples(logps=torch.stack([margins, zero], 1), ref_logps=torch.zeros(len(margins), 2, dtype=margins.dtype),
+                    tokens=torch.ones(len(margins), 2, dtype=torch.long), labels=None, z=zero[0])
 
 
 def test_robust_s_mean_over_flipped_labels_is_dpo_on_the_true_ones():
-    w, l, u, v = (random_logps(200) for _ in range(4))
+    given = random_examples(size=200)
+    flipped = Examples(**vars(given) | dict(logps=given.logps.flip(1), ref_logps=given.ref_logps.flip(1)))
     for beta, eps in ((0.1, 0.1), (0.5, 0.3), (0.02, 0.45)):
-        right, flipped = dpo.robust_loss(w, l, u, v, beta, eps)[0], dpo.robust_loss(l, w, v, u, beta, eps)[0]
-        torch.testing.assert_close((1 - eps) * right + eps * flipped, dpo.dpo_loss(w, l, u, v, beta)[0], rtol=1e-12, atol=1e-11)
+        right, wrong = (by_autograd('robust', g, dict(beta=beta, label_smoothing=eps))[0] for g in (given, flipped))
+        expected = by_autograd('dpo', given, dict(beta=beta))[0]
+        torch.testing.assert_close((1 - eps) * right + eps * wrong, expected, rtol=1e-12, atol=1e-11)
 
 
 def test_cdpo_is_least_where_the_model_s_doubt_is_the_labels():
     x = torch.linspace(-10, 10, 200_001, dtype=torch.float64)
-    zero = torch.zeros_like(x)
     for eps in (0.05, 0.2, 0.4):
-        best = x[dpo.cdpo_loss(x, zero, zero, zero, 1.0, eps)[0].argmin()]
-        assert torch.sigmoid(best).item() == pytest.approx(1 - eps, abs=1e-4)
+        values = by_autograd('cdpo', margins_as_examples(x), dict(beta=1.0, label_smoothing=eps))[0]
+        assert torch.sigmoid(x[values.argmin()]).item() == pytest.approx(1 - eps, abs=1e-4)
 
 
 @pytest.mark.parametrize('tau', [0.05, 0.1, 1.0])
-@pytest.mark.parametrize('mean', [False, True])
-def test_ipo_is_least_where_the_margin_is_1_over_2_tau(mean, tau):
+@pytest.mark.parametrize('name, m, n', [('ipo', 1, 1), ('ipo_mean', 4, 7)])
+def test_ipo_is_least_where_the_margin_is_1_over_2_tau(name, m, n, tau):
     """The margin of sums, or of means over tokens: all of the loss within 20 nats of it, and the gradient there."""
-    name, m, n = ('ipo_mean', 4, 7) if mean else ('ipo', 1, 1)
     goal = 1 / (2 * tau)
     h = goal + torch.linspace(-20, 20, 40_001, dtype=torch.float64)
     u, v, l = (torch.full_like(h, x) for x in (-20.0, -31.0, -17.0))
-    tokens = [torch.full(h.shape, m), torch.full(h.shape, n)] if mean else []
-    (values, *_), (slope, _) = by_dpo(name, [u + m * (h + (l - v) / n), l, u, v, *tokens], (tau,), 2)
+    given = Examples(logps=torch.stack([u + m * (h + (l - v) / n), l], 1), ref_logps=torch.stack([u, v], 1),
+                     tokens=torch.tensor([m, n]).expand(len(h), 2), labels=None, z=h[0])
+    values, _, slopes = by_autograd(name, given, dict(beta=tau))
+    slope = slopes[:, 0]
     assert h[values.argmin()].item() == pytest.approx(goal, abs=1e-3) and values.min() < 1e-20
     assert slope[20_000].abs() < 1e-10 and slope[:20_000].max() < 0 < slope[20_001:].min()
 
 
-def test_means_of_single_tokens_are_sums():
-    pair, one = [random_logps(200) for _ in range(4)], torch.ones(200, dtype=torch.long)
-    for mean, plain, strength in (('dpo_norm', 'dpo', 0.3), ('ipo_mean', 'ipo', 0.1)):
-        ours, plains = by_dpo(mean, [*pair, one, one], (strength,), 2), by_dpo(plain, pair, (strength,), 2)
-        assert all(torch.equal(a, b) for a, b in zip((*ours[0], *ours[1]), (*plains[0], *plains[1]), strict=True))
+@pytest.mark.parametrize('mean, plain, beta', [('dpo_norm', 'dpo', 0.3), ('ipo_mean', 'ipo', 0.1)])
+def test_means_of_single_tokens_are_sums(mean, plain, beta):
+    given = random_examples(size=200)
+    given.tokens = torch.ones_like(given.tokens)
+    assert_same_bits(by_autograd(mean, given, dict(beta=beta)), by_autograd(plain, given, dict(beta=beta)))
 
 
 def test_simpo_without_a_margin_is_dpo_norm_under_a_uniform_reference():
-    w, l, m, n = random_arguments('simpo', 200)[0]
-    ours, norms = (by_dpo('simpo', [w, l, m, n], (2.0, 0.0), 2),
-                   by_dpo('dpo_norm', [w, l, *(-x.double() * math.log(50257) for x in (m, n)), m, n], (2.0,), 2))
-    assert_equal(([ours[0][0]], ours[1]), ([norms[0][0]], norms[1]), 1e-12, 1e-12)
+    given = random_examples(size=200)
+    given.ref_logps = -given.tokens.double() * math.log(50257)
+    ours, norms = by_autograd('simpo', given, dict(beta=2.0, gamma=0.0)), by_autograd('dpo_norm', given, dict(beta=2.0))
+    assert_equal((ours[0], ours[2]), (norms[0], norms[2]), 1e-12, 1e-12)
 
 
 def test_orpo_of_equal_means_is_nll_and_lambda_ln_2():
-    m, n = torch.randint(1, 100, (2, 200))
+    given = random_examples(size=200)
     mean = -torch.rand(200, dtype=torch.float64) * 5 - 0.01
-    loss = dpo.orpo_loss(mean * m, mean * n, m, n, 0.3)[0]
-    torch.testing.assert_close(loss, -mean + 0.3 * math.log(2), rtol=1e-12, atol=1e-12)
+    given.logps = mean[:, None] * given.tokens
+    values = by_autograd('orpo', given, dict(beta=0.3))[0]
+    torch.testing.assert_close(values, -mean + 0.3 * math.log(2), rtol=1e-12, atol=1e-12)
 
 
 def test_kto_is_half_its_weight_at_the_reference_and_saturates_far_from_z():
-    logps, desirable = random_logps(6), torch.tensor([True, False] * 3)
+    given = random_examples('unpaired examples', 6)
+    given.ref_logps, given.labels = given.logps, torch.tensor([True, False] * 3)
+    knobs = dict(beta=0.1, desirable_weight=1.3, undesirable_weight=0.7)
     for z, good, bad in ((0.0, 0.65, 0.35), (1e6, 1.3, 0.0), (-1e6, 0.0, 0.7)):
-        loss, rewards = dpo.kto_loss(logps, logps, desirable, torch.tensor(z, dtype=torch.float64), 0.1, 1.3, 0.7)
-        assert loss.tolist() == pytest.approx([good, bad] * 3) and not rewards.any()
+        given.z = torch.tensor(z, dtype=torch.float64)
+        values, rewards, _ = by_autograd('kto', given, knobs)
+        assert values.tolist() == pytest.approx([good, bad] * 3) and not rewards.any()
+
+
+def test_apo_is_1_at_the_reference_and_what_each_side_is_pushed_to():
+    """apo_zero raises the chosen side and lowers the rejected one; apo_down lowers both, the rejected one more."""
+    given = margins_as_examples(torch.zeros(1, dtype=torch.float64))
+    for name, up in (('apo_zero', [-1, 1]), ('apo_down', [0, 1])):
+        values, _, slopes = by_autograd(name, given, dict(beta=0.4))
+        assert values.tolist() == [1.0] and slopes[0].tolist() == pytest.approx([0.1 * s for s in up])
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
-@pytest.mark.parametrize('name', FORMULAS)
+@pytest.mark.parametrize('name', LOSSES)
 def test_losses_are_finite_and_right_for_log_probs_down_to_minus_ten_thousand(name, dtype):
-    """Every sign and size of both differences. What is subtracted reaches 1e4, so the argument of the loss is off by eps times
-    beta times 1e4, a few times over; ipo squares it, where the size of the result allows for as much."""
+    """Every sign and size of both differences. What is subtracted reaches 1e4, so the argument of the loss is off by
+    eps times beta times 1e4, a few times over; ipo squares it, where the size of the result allows for as much."""
     values = torch.cartesian_prod(*[torch.tensor([-1e4, -1e2, -1.0, -0.5])] * 4).to(dtype)           # (256, 4)
     w, l, u, v = values.unbind(1)
-    eps, size = torch.finfo(dtype).eps, len(values)
-    if name == 'kto':
-        cases = [([w, u, torch.full((size,), good), torch.tensor(z, dtype=dtype)], 1) for good in (True, False) for z in (0.0, 500.0)]
-    elif name == 'plackett_luce':
-        cases = [([torch.stack([w, l, v], 1), torch.stack([u, v, l], 1)], 1)]
-    else:
-        cases = [([dict(w=w, l=l, u=u, v=v, m=torch.full((size,), m), n=torch.full((size,), n))[key] for key in takes(name)], 2)
-                 for m, n in ((1, 1), (64, 3))]
-    for tensors, policy in cases:
-        knobs = KNOBS[name][0]
-        ours, exact = by_dpo(name, tensors, knobs, policy), by_formula(name, tensors, knobs, policy)
-        assert all(x.isfinite().all() for x in (*ours[0], *ours[1]))
-        assert_equal(ours, exact, 1e3 * eps, 8 * eps * max(1, knobs[0]) * 1e4)
+    eps, knobs = torch.finfo(dtype).eps, usual(name)
+    pairs = torch.stack([w, l], 1), torch.stack([u, v], 1)
+    cases = [(*pairs, lengths, None, z) for lengths, z in (((1, 1), 0.0), ((64, 3), 500.0))]
+    if 'rankings' in kinds_of_data(name):
+        cases.append((torch.stack([w, l, v], 1), torch.stack([u, v, l], 1), (1, 1, 1), None, 0.0))
+    if 'unpaired examples' in kinds_of_data(name):
+        cases += [(w[:, None], u[:, None], (1,), torch.full((256,), good), z) for good in (True, False) for z in (0.0, 500.0)]
+    for logps, ref_logps, lengths, labels, z in cases:
+        given = Examples(logps=logps, ref_logps=ref_logps, tokens=torch.tensor(lengths).expand(logps.shape), labels=labels,
+                         z=torch.tensor(z, dtype=dtype))
+        ours = by_autograd(name, given, knobs)
+        assert all(x.isfinite().all() for x in ours)
+        if name in FORMULAS:
+            assert_equal(ours, by_formula(name, given, knobs), 1e3 * eps, 8 * eps * max(1, knobs['beta']) * 1e4)
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
 def test_orpo_is_finite_and_right_as_p_goes_to_1(dtype):
-    """On either side, down to a mean of exactly 0, whose true odds are infinite; right wherever the type can tell it from 0."""
+    """On either side, down to a mean of exactly 0, whose true odds are infinite; right wherever the type can tell it
+    from 0."""
     means = torch.tensor([-1.0, -1e-3, -1e-4, -1e-6, -1e-8, -1e-10, -1e-12, -1e-30, 0.0], dtype=dtype)
-    w, l = torch.cartesian_prod(means, means).unbind(1)
-    tokens = torch.full(w.shape, 8)
-    eps = torch.finfo(dtype).eps
-    tensors, knobs = [8 * w, 8 * l, tokens, tokens], (0.1,)
-    assert all(x.isfinite().all() for out in by_dpo('orpo', tensors, knobs, 2) for x in out)
-    told = (w < -eps) & (l < -eps)
-    assert told.sum() >= 16
-    tensors = [t[told] for t in tensors]
-    assert_equal(by_dpo('orpo', tensors, knobs, 2), by_formula('orpo', tensors, knobs, 2), 1e3 * eps, 1e2 * eps)
+    pairs = torch.cartesian_prod(means, means)
+    eps, knobs = torch.finfo(dtype).eps, dict(beta=0.1)
+
+    def examples(pairs):
+        return Examples(logps=8 * pairs, ref_logps=pairs, tokens=torch.full(pairs.shape, 8), labels=None, z=pairs[0, 0])
+    assert all(x.isfinite().all() for x in by_autograd('orpo', examples(pairs), knobs))
+    told = pairs[(pairs < -eps).all(1)]
+    assert len(told) >= 16
+    assert_equal(by_autograd('orpo', examples(told), knobs), by_formula('orpo', examples(told), knobs), 1e3 * eps, 1e2 * eps)
 
 
 def test_dpo_loss_stays_under_20_lines_before_the_plumbing_and_every_loss_names_its_source():
     text = inspect.getsource(dpo)
-    assert len(inspect.getsource(dpo.dpo_loss).splitlines()) < 20 and text[:text.index('def dpo_loss')].count('\n') < 60
-    found = dict(re.findall(r'\ndef (\w+)_loss(\(.*?\)):\n', text, re.S))
-    assert found.keys() == FORMULAS.keys()
-    for name in found:
-        assert text.index(f'def {name}_loss') < text.index('class Config')
-        assert re.search(r"arXiv \d{4}\.\d{5}|E\. Mitchell's note", getattr(dpo, f'{name}_loss').__doc__), name
+    assert len(inspect.getsource(dpo.dpo_loss).splitlines()) < 20
+    assert text[:text.index('def dpo_loss')].count('\n') < 60 and text.index('def dpo_loss') < text.index('class Config')
+    for name, (_, link, _) in LOSSES.items():
+        assert re.search(r"arXiv \d{4}\.\d{5}|E\. Mitchell's note", link.__doc__), name
 
 
-# -----------------------------------------------------------------------------
+def test_a_loss_of_one_s_own_is_a_function_and_a_line(monkeypatch):
+    """One that asks for the reference, the lengths, nll and a knob by their names."""
+    def per_token(logps, ref_logps, tokens):
+        return (logps - ref_logps) / tokens
+
+    def exponential(chosen, rejected, nll, beta):
+        return torch.exp(-beta * (chosen - rejected)) + nll
+    monkeypatch.setitem(LOSSES, 'mine', (per_token, exponential, dict(beta=0.7)))
+    given = random_examples()
+    values, rewards, _ = by_autograd('mine', given, dict(beta=0.7))
+    means = (given.logps - given.ref_logps) / given.tokens
+    expected = torch.exp(-0.7 * (means[:, 0] - means[:, 1])) - given.logps[:, 0] / given.tokens[:, 0]
+    torch.testing.assert_close(values, expected)
+    torch.testing.assert_close(rewards, 0.7 * means)
+    assert kinds_of_data('mine') == ['pairs']
+
+
+# ----------------------------------------------------------------------------------------------------
 # dpo.py end to end
 
 def write_unpaired(folder, splits, labels, max_length=64):
     """data/<name>/ of single responses and their labels, {split: list of bool}."""
     write_data(folder, splits, max_length)
-    meta = prepare_prefs.read_meta(folder)
+    meta = read_meta(folder)
     for split, values in labels.items():
         path = Path(folder) / f'{split}.labels.npy'
         np.save(path, np.array(values, bool))
-        meta['splits'][split]['labels_sha256'] = prepare_prefs.sha256_file(path)
-    prepare_prefs.write_meta(folder, meta)
+        meta['splits'][split]['labels_sha256'] = sha256_file(path)
+    write_meta(folder, meta)
 
 
-def make_data(kind):
-    """data/<kind>: 'tiny' (pairs), 'rankings' of 3 or 'unpaired' examples; 48 + 10 groups."""
-    rng = np.random.default_rng(0)
-    K = {'tiny': 2, 'rankings': 3, 'unpaired': 1}[kind]
-    splits = {'train': random_groups(48, K, rng), 'val': random_groups(10, K, rng)}
-    if kind == 'unpaired':
-        write_unpaired(f'data/{kind}', splits, {split: rng.random(len(groups)) < 0.6 for split, groups in splits.items()})
-    else:
-        write_data(f'data/{kind}', splits)
+def write_models(**models):
+    for name, model in models.items():
+        os.makedirs(f'out/{name}', exist_ok=True)
+        checkpoint.save(f'out/{name}', 1, model, dict(config={}, optimizer={}, vocabulary=None))
+
+
+def make_workplace():
+    """All kinds of data, 48 + 10 groups each, and two models, out/policy and out/other."""
+    for kind, K in (('pairs', 2), ('rankings', 3), ('unpaired', 1)):
+        rng = np.random.default_rng(0)
+        splits = {'train': random_groups(48, K, rng), 'val': random_groups(10, K, rng)}
+        if kind == 'unpaired':
+            labels = {split: rng.random(len(groups)) < 0.6 for split, groups in splits.items()}
+            write_unpaired(f'data/{kind}', splits, labels)
+        else:
+            write_data(f'data/{kind}', splits)
+    write_models(policy=small_gpt(seed=0), other=small_gpt(seed=1))
 
 
 @pytest.fixture
 def workplace(tmp_path, monkeypatch):
-    """In a fresh directory: all three kinds of data, and two models, out/policy and out/other."""
     monkeypatch.chdir(tmp_path)
     make_workplace()
 
 
-def make_workplace():
-    for kind in ('tiny', 'rankings', 'unpaired'):
-        make_data(kind)
-    for name, seed in (('policy', 0), ('other', 1)):
-        os.makedirs(f'out/{name}')
-        save_checkpoint(f'out/{name}', 1, small_gpt(seed=seed), dict(config={}, vocabulary=None))
-
-
-QUIET = ['--init_from=out/policy', '--eval_interval=0', '--save_interval=0']
-RUNS = {name: ('tiny', [f'--loss={name}']) for name in FORMULAS} | {       # what 1 and 2 processes run: data, flags
-    'plackett_luce of 3': ('rankings', ['--loss=plackett_luce']), 'kto unpaired': ('unpaired', ['--loss=kto']),
-    'dpo with nll': ('tiny', ['--nll_coef=0.5', '--ref_from=out/other'])}
+RUN = [*DPO, '--init_from=out/policy', '--eval_interval=0', '--save_interval=0']
+FOLDERS = {'pairs': 'pairs', 'rankings': 'rankings', 'unpaired examples': 'unpaired'}
+RUNS = {f'{name}, {kind}': (FOLDERS[kind], [f'--loss={name}']) for name, kind in LOSS_AND_KIND}     # of 1 and 2 processes
+RUNS['dpo with nll'] = 'pairs', ['--nll_coef=0.5', '--ref_from=out/other']
 TWO = '''
 import os, sys
 sys.path.insert(0, {root!r})
 import dpo
-for i, (kind, flags) in enumerate({runs!r}):
-    dpo.main([*{flags!r}, f'--name={{kind}}', *flags])
+for i, (folder, flags) in enumerate({runs!r}):
+    dpo.main([*{flags!r}, f'--name={{folder}}', *flags])
     if os.environ['RANK'] == '0':
-        os.rename(f'out/{{kind}}/dpo', f'out/two-{{i}}')
+        os.rename(f'out/{{folder}}/dpo', f'out/two-{{i}}')
 '''
 
 
@@ -367,7 +456,7 @@ def two(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         make_workplace()
-        Path('two.py').write_text(TWO.format(root=str(ROOT), runs=list(RUNS.values()), flags=[*DPO, *QUIET]))
+        Path('two.py').write_text(TWO.format(root=str(ROOT), runs=list(RUNS.values()), flags=RUN))
         done = run_stage(folder / 'two.py', processes=2)
         assert done.stdout.count('2 processes on cpu') == len(RUNS)
     return folder
@@ -375,18 +464,19 @@ def two(tmp_path_factory):
 
 @pytest.mark.parametrize('run', RUNS)
 def test_processes_and_row_length_change_nothing_but_rounding_for_any_loss(two, monkeypatch, run):
-    """As test_train's test of dpo, with its bounds: 1e-5 on losses of the size of 1, here of their size where they are larger
-    (the steepest, ipo, has a slope of 10 where dpo has 0.05), and a twentieth of a step's largest move on weights."""
+    """As test_train's test of dpo, with its bounds: 1e-5 on losses of the size of 1, here of their size where they are
+    larger (the steepest, ipo, has a slope of 10 where dpo has 0.05), and a twentieth of a step's largest move on
+    weights."""
     monkeypatch.chdir(two)
-    kind, flags = RUNS[run]
-    flags, folder = [*DPO, *QUIET, f'--name={kind}', *flags], f'out/{kind}/dpo'
+    name, flags = RUNS[run]
+    flags, folder = [*RUN, f'--name={name}', *flags], f'out/{name}/dpo'
     dpo.main(flags)
     expected, weights = losses(folder), last_checkpoint(folder)['model']
     dpo.main([*flags, '--row_tokens=128'])
     for how, folder in (('short rows', folder), ('two processes', f'out/two-{list(RUNS).index(run)}')):
         assert losses(folder) == pytest.approx(expected, abs=1e-5, rel=1e-5), how
-        worst, name = worst_difference(last_checkpoint(folder)['model'], weights)
-        assert worst < 5e-5, (how, name, worst)
+        worst, where = worst_difference(last_checkpoint(folder)['model'], weights)
+        assert worst < 5e-5, (how, where, worst)
     assert worst_difference(weights, small_gpt().state_dict())[0] > 1e-3, 'the run moved the weights'
 
 
@@ -395,44 +485,28 @@ def read_groups(folder, split, ids=None):
     return [[list(map(int, piece)) for piece in groups[i]] for i in (range(len(groups)) if ids is None else ids)]
 
 
-def formula(name, *arguments):
-    """Loss and rewards of one example, float."""
-    with decimal.localcontext(decimal.Context(prec=100)):
-        return [float(x) if isinstance(x, Number) else [float(y) for y in x]
-                for x in FORMULAS[name](*numbers([a if isinstance(a, (bool, list)) else float(a) for a in arguments]))]
-
-
-SETTINGS = {    # knobs other than the usual ones, as flags
-    'dpo': dict(beta=0.03), 'cdpo': dict(beta=0.02, label_smoothing=0.3), 'robust': dict(beta=0.02, label_smoothing=0.3),
-    'ipo': dict(beta=0.02), 'ipo_mean': dict(beta=0.5), 'hinge': dict(beta=0.02), 'dpo_norm': dict(beta=0.7),
-    'simpo': dict(beta=0.6, gamma=0.4), 'orpo': dict(beta=2.0), 'plackett_luce': dict(beta=0.03)}
-
-
-@pytest.mark.parametrize('name', SETTINGS)
+@pytest.mark.parametrize('name', [name for name in FORMULAS if name != 'kto'])
 def test_the_logged_loss_is_the_formula_of_one_at_a_time_log_probs(workplace, name):
-    """Before the first step, on all of val, with knobs that are not the usual ones, another model as reference where the
-    loss has one, and with nll_coef, which adds that much of the chosen responses' NLL per token."""
-    kind = 'rankings' if name == 'plackett_luce' else 'tiny'
+    """Before the first step, on all of val, with knobs that are not the usual ones, another model as reference where
+    the loss has one, and with nll_coef, which adds that much of the chosen responses' NLL per token."""
+    kind = 'rankings' if name == 'plackett_luce' else 'pairs'
+    knobs = {key: 0.3 * value for key, value in usual(name).items()}
     data = read_groups(f'data/{kind}', 'val')
     with torch.no_grad():
-        logps, ref = (one_at_a_time(small_gpt(seed=seed), data).tolist() for seed in (0, 1))
-    tokens, knobs, found = [[len(piece) for piece in group[1:]] for group in data], SETTINGS[name].values(), []
-    for policy, reference, length in zip(logps, ref, tokens):
-        if name == 'plackett_luce':
-            found.append(formula(name, policy, reference, *knobs))
-        else:
-            values = dict(zip('wluvmn', (*policy, *reference, *length)))
-            found.append(formula(name, *(values[key] for key in takes(name)), *knobs))
-    flags = [f'--{key}={value}' for key, value in SETTINGS[name].items()] + ['--ref_from=out/other'] * (name not in ('simpo', 'orpo'))
+        logps, ref = (one_at_a_time(small_gpt(seed=seed), data).double() for seed in (0, 1))
+    tokens = torch.tensor([[len(piece) for piece in group[1:]] for group in data])
+    given = Examples(logps=logps, ref_logps=ref, tokens=tokens, labels=None, z=torch.zeros(()))
+    values, rewards, _ = by_formula(name, given, knobs)
+    nll = (-logps / tokens)[:, 0].mean().item()
+    flags = [f'--{key}={value}' for key, value in knobs.items()]
+    flags += [] if name in ('simpo', 'orpo') else ['--ref_from=out/other']
     for nll_coef in (0.0, 0.4):
-        dpo.main([*DPO, *QUIET, *flags, f'--name={kind}', f'--loss={name}', f'--nll_coef={nll_coef}', '--max_steps=1'])
+        dpo.main([*RUN, *flags, f'--name={kind}', f'--loss={name}', f'--nll_coef={nll_coef}', '--max_steps=1'])
         first = read_log(f'out/{kind}/dpo')[0]
-        nll = np.mean([-row[0] / length[0] for row, length in zip(logps, tokens)])
-        assert first['eval/loss'] == pytest.approx(np.mean([row[0] for row in found]) + nll_coef * nll, rel=1e-5)
-    rewards = np.array([row[1] if kind == 'rankings' else row[1:] for row in found])        # (N, K)
-    ordered = [row[i] > row[j] for row in rewards for j in range(len(row)) for i in range(j)]
+        assert first['eval/loss'] == pytest.approx(values.mean().item() + nll_coef * nll, rel=1e-5)
+    ordered = [row[i] > row[j] for row in rewards.tolist() for j in range(len(row)) for i in range(j)]
     logged = [first[f'eval/rewards/{key}'] for key in ('chosen', 'rejected', 'margins', 'accuracies')]
-    chosen, rejected = rewards[:, 0].mean(), rewards[:, 1:].mean()
+    chosen, rejected = rewards[:, 0].mean().item(), rewards[:, 1:].mean().item()
     assert logged == pytest.approx([chosen, rejected, chosen - rejected, np.mean(ordered)], rel=1e-4, abs=1e-4)
 
 
@@ -453,16 +527,16 @@ def z_by_hand(policy, reference, data, beta, max_length):
 
 
 def kto_data(kind):
-    """8 + 3 groups, long prompts before short responses and the other way round, so that strangers exceed 24 tokens together;
-    three of them have one prompt, or all."""
+    """8 + 3 groups, long prompts before short responses and the other way round, so that strangers exceed 24 tokens
+    together; three of them have one prompt, or all."""
     rng, K = np.random.default_rng(3), 1 if kind == 'unpaired' else 2
 
-    def some(n):
+    def piece(n):
         return [int(t) for t in rng.integers(0, 256, n)]
 
     def group(i):
-        prompt = [7] * 6 if kind == 'one prompt' or i in (1, 2, 5) else some(16 if i % 2 else 5)
-        return [prompt, *([*some(rng.integers(2, 6 if len(prompt) > 6 else 17)), 256] for _ in range(K))]
+        prompt = [7] * 6 if kind == 'one prompt' or i in (1, 2, 5) else piece(16 if i % 2 else 5)
+        return [prompt, *([*piece(rng.integers(2, 6 if len(prompt) > 6 else 17)), 256] for _ in range(K))]
     splits = {'train': [group(i) for i in range(8)], 'val': [group(i) for i in range(3)]}
     if kind == 'unpaired':
         labels = {'train': [True, True, False, True, False, False, True, True], 'val': [False, True, True]}
@@ -474,17 +548,18 @@ def kto_data(kind):
 
 @pytest.mark.parametrize('clamped', [False, True])
 @pytest.mark.parametrize('kind', ['pairs', 'unpaired', 'one prompt'])
-def test_kto_s_loss_z_and_gradient_are_those_of_one_at_a_time_log_probs(workplace, kind, clamped):
-    """z from mismatched prompts and responses alone, of the whole batch, clamped at 0 (where policy and reference change places),
-    0 where there is only one prompt, and without a gradient: the logged losses, step 1's gradient norm, and rewards."""
+def test_kto_s_loss_z_and_gradient_are_those_of_one_at_a_time_log_probs(tmp_path, monkeypatch, kind, clamped):
+    """z from mismatched prompts and responses alone, of the whole batch, clamped at 0 (where policy and reference
+    change places), 0 where there is only one prompt, and without a gradient: the logged losses, step 1's gradient norm,
+    and rewards. nll_coef counts desirable responses alone."""
+    monkeypatch.chdir(tmp_path)
     labels, beta, weights, nll_coef = kto_data(kind), 0.05, (1.2, 0.8), 0.01
     models = [small_gpt(seed=2, spread=0.3), small_gpt()]       # the flatter one finds random bytes likelier
     models = models[::-1] if clamped else models
-    for name, model in zip(('policy', 'other'), models):
-        save_checkpoint(f'out/{name}', 1, model, dict(config={}, vocabulary=None))
+    write_models(policy=models[0], other=models[1])
     dpo.main([*DPO, '--name=kto', '--loss=kto', '--init_from=out/policy', '--ref_from=out/other', f'--beta={beta}',
-              '--desirable_weight=1.2', '--undesirable_weight=0.8', f'--nll_coef={nll_coef}', '--max_steps=1', '--grad_clip=0',
-              '--row_tokens=64'])
+              '--desirable_weight=1.2', '--undesirable_weight=0.8', f'--nll_coef={nll_coef}', '--max_steps=1',
+              '--grad_clip=0', '--row_tokens=64'])
     first, step, _ = read_log('out/kto/dpo')
     for split, ids, logged in (('val', range(3), first['eval/loss']), ('train', step_groups(8, 8, 0, 1337), step['loss'])):
         data = read_groups('data/kto', split, ids)
@@ -525,108 +600,104 @@ def test_a_loss_without_a_reference_holds_one_model(workplace, monkeypatch, name
             alive.append(sum(type(x) is GPT for x in gc.get_objects()) - before)
         return scored(*arguments)
     monkeypatch.setattr(dpo, 'response_logps', counted)
-    dpo.main([*DPO, *QUIET, '--name=tiny', f'--loss={name}', '--max_steps=1'])
+    dpo.main([*RUN, '--name=pairs', f'--loss={name}', '--max_steps=1'])
     assert alive == [models]
 
 
-OWN = dict(cdpo=['label_smoothing'], robust=['label_smoothing'], simpo=['gamma'], kto=['desirable_weight', 'undesirable_weight'])
-FOREIGN = [(name, f'--{knob}=0.25') for name in FORMULAS for knobs in OWN.values() for knob in knobs if knob not in OWN.get(name, [])]
-FOREIGN = sorted(set(FOREIGN))      # cdpo and robust share theirs
-FOREIGN += [(name, flag) for name in ('simpo', 'orpo') for flag in ('--precompute_ref=True', '--ref_from=out/other')] + [('kto', '--precompute_ref=True')]
+# ----------------------------------------------------------------------------------------------------
+# knobs and data
+
+def error_of(*flags):
+    """The one line that dpo.py ends with."""
+    with pytest.raises(config.UserError) as error:
+        dpo.main(list(flags))
+    assert '\n' not in error.value.message
+    return error.value.message
 
 
-def one_line(error):
-    assert str(error.value).startswith('error: ') and '\n' not in str(error.value)
-    return str(error.value)
+KNOBS = {'label_smoothing': ('cdpo', 'robust'), 'gamma': ('simpo',), 'desirable_weight': ('kto',), 'undesirable_weight': ('kto',)}
+FOREIGN = [(name, f'--{knob}=0.25') for knob, owners in KNOBS.items() for name in LOSSES
+           if name not in owners and knob not in usual(name)]
+FOREIGN += [(name, flag) for name in ('simpo', 'orpo') for flag in ('--precompute_ref=True', '--ref_from=out/other')]
 
 
-@pytest.mark.parametrize('name, flag', FOREIGN)
-def test_a_knob_that_the_loss_does_not_use_is_an_error(name, flag):
-    with pytest.raises(SystemExit) as error:
-        dpo.main(['--name=tiny', f'--loss={name}', flag])
-    assert re.search(rf'{flag[2:].partition("=")[0]}.*{name}\b', one_line(error))
+@pytest.mark.parametrize('name, flag', [*FOREIGN, ('kto', '--precompute_ref=True')])
+def test_a_knob_that_the_loss_does_not_use_is_an_error(experiment, name, flag):
+    assert re.search(rf'{flag[2:].partition("=")[0]}.*{name}\b', error_of('--name=tiny', f'--loss={name}', flag))
 
 
-def test_a_config_file_s_unused_knob_is_an_error_that_names_the_file(tmp_path):
-    path = tmp_path / 'mine.py'
-    path.write_text("name = 'mine'\ndpo = dict(loss='dpo', gamma=1.0)\n")
-    with pytest.raises(SystemExit) as error:
-        dpo.main([str(path)])
-    assert re.search(r'mine\.py.*gamma.*dpo', one_line(error))
+def test_a_knob_of_no_use_may_be_set_to_its_default(workplace):
+    dpo.main([*RUN, '--name=pairs', '--loss=simpo', '--precompute_ref=False', '--ref_from=', '--max_steps=1'])
 
 
-@pytest.mark.parametrize('name', FORMULAS)
+def test_a_config_file_s_unused_knob_is_an_error_that_names_the_file(experiment):
+    Path('mine.py').write_text("name = 'tiny'\ndpo = dict(loss='dpo', gamma=1.0)\n")
+    assert re.search(r'mine\.py.*gamma.*dpo', error_of('mine.py'))
+
+
+@pytest.mark.parametrize('name', LOSSES)
 def test_knobs_that_are_not_set_are_the_loss_s_usual_ones(name):
     cfg = config.load(dpo.Config, 'dpo', ['--name=tiny', f'--loss={name}'])
-    knobs = ['beta', *OWN.get(name, [])]
-    assert tuple(getattr(cfg, knob) for knob in knobs) == KNOBS[name][0]
-    assert all(getattr(cfg, knob) is None for knobs in OWN.values() for knob in knobs if knob not in OWN.get(name, []))
+    assert {knob: getattr(cfg, knob) for knob in usual(name)} == usual(name)
+    assert all(getattr(cfg, knob) is None for knob in KNOBS if knob not in usual(name))
+    assert config.load(dpo.Config, 'dpo', ['--name=tiny', f'--loss={name}', '--beta=7']).beta == 7
+
+
+def test_the_usual_knobs_are_those_of_the_papers():
+    assert {name: usual(name)['beta'] for name in FORMULAS if usual(name)['beta'] != 0.1} == dict(
+        dpo_norm=5.0, simpo=2.0, apo_zero=0.05)
+    assert usual('simpo')['gamma'] == 1 and usual('cdpo')['label_smoothing'] == usual('robust')['label_smoothing'] == 0.1
+
+
+def test_help_names_every_loss(capsys):
+    with pytest.raises(SystemExit):
+        dpo.main(['--help'])
+    text = capsys.readouterr().out
+    assert all(repr(name) in text for name in LOSSES) and max(map(len, text.splitlines())) <= 120
 
 
 @pytest.mark.parametrize('name, kind, says', [
-    ('dpo', 'rankings', r'data/rankings holds rankings of 3.*loss=dpo.*pairs'),
+    ('dpo', 'rankings', r'data/rankings holds rankings of 3.*loss=dpo needs pairs: --loss=plackett_luce takes them'),
     ('ipo_mean', 'rankings', r'data/rankings holds rankings of 3.*loss=ipo_mean.*pairs'),
-    ('kto', 'rankings', r'data/rankings holds rankings of 3.*loss=kto'),
-    ('dpo', 'unpaired', r'data/unpaired holds unpaired examples.*loss=dpo.*pairs'),
-    ('plackett_luce', 'unpaired', r'data/unpaired holds unpaired examples.*loss=plackett_luce'),
+    ('kto', 'rankings', r'data/rankings holds rankings of 3.*loss=kto needs pairs or unpaired examples'),
+    ('dpo', 'unpaired', r'data/unpaired holds unpaired examples.*loss=dpo needs pairs: --loss=kto takes them'),
+    ('plackett_luce', 'unpaired', r'data/unpaired holds unpaired examples.*loss=plackett_luce needs pairs or rankings'),
     ('kto', 'single', r'data/single holds single responses.*loss=kto'),
-    ('simpo', 'single', r'data/single holds single responses.*loss=simpo.*pairs')])
+    ('simpo', 'single', r'data/single holds single responses.*loss=simpo needs pairs$')])
 def test_data_that_do_not_fit_the_loss_are_an_error(workplace, name, kind, says):
     if kind == 'single':
         write_data('data/single', {split: random_groups(4, 1, np.random.default_rng(0)) for split in ('train', 'val')})
-    with pytest.raises(SystemExit) as error:
-        dpo.main([*DPO, *QUIET, f'--name={kind}', f'--loss={name}'])
-    assert re.search(says, one_line(error))
+    assert re.search(says, error_of(*RUN, f'--name={kind}', f'--loss={name}'))
 
+
+# ----------------------------------------------------------------------------------------------------
+# the reference
 
 def test_step_0_is_ln_2_against_a_copy_and_not_against_another_reference(workplace):
     first = []
     for flags in ([], ['--ref_from=out/policy'], ['--ref_from=out/other']):
-        dpo.main([*DPO, *QUIET, '--name=tiny', '--max_steps=1', *flags])
-        first.append(read_log('out/tiny/dpo')[0]['eval/loss'])
+        dpo.main([*RUN, '--name=pairs', '--max_steps=1', *flags])
+        first.append(read_log('out/pairs/dpo')[0]['eval/loss'])
     assert first[:2] == pytest.approx([math.log(2)] * 2, abs=1e-6) and abs(first[2] - math.log(2)) > 0.1
 
 
 def test_resume_refuses_another_reference(workplace):
-    dpo.main([*DPO, *QUIET, '--name=tiny', '--max_steps=2', '--ref_from=out/other'])
-    with pytest.raises(SystemExit) as error:
-        dpo.main([*DPO, *QUIET, '--name=tiny', '--max_steps=4', '--resume'])
-    assert re.search('cannot resume .*changed since', one_line(error))
-    dpo.main([*DPO, *QUIET, '--name=tiny', '--max_steps=4', '--ref_from=out/other', '--resume'])
-    assert last_checkpoint('out/tiny/dpo')['step'] == 4
-    with pytest.raises(SystemExit) as error:
-        dpo.main([*DPO, *QUIET, '--name=tiny', '--max_steps=6', '--ref_from=out/policy', '--resume'])
-    assert re.search('cannot resume .*changed since', one_line(error))
+    dpo.main([*RUN, '--name=pairs', '--max_steps=2', '--ref_from=out/other'])
+    assert re.search('cannot resume .*changed since', error_of(*RUN, '--name=pairs', '--max_steps=4', '--resume'))
+    dpo.main([*RUN, '--name=pairs', '--max_steps=4', '--ref_from=out/other', '--resume'])
+    assert last_checkpoint('out/pairs/dpo')['step'] == 4
+    again = error_of(*RUN, '--name=pairs', '--max_steps=6', '--ref_from=out/policy', '--resume')
+    assert re.search('cannot resume .*changed since', again)
 
 
-@pytest.mark.parametrize('name, kind', [('dpo', 'tiny'), ('plackett_luce', 'rankings')])
+@pytest.mark.parametrize('name, kind', [('dpo', 'pairs'), ('plackett_luce', 'rankings')])
 def test_a_reference_of_its_own_is_cached_apart_from_the_policy_s(workplace, capsys, name, kind):
-    flags = [*DPO, *QUIET, f'--name={kind}', f'--loss={name}', '--max_steps=5']
+    flags = [*RUN, f'--name={kind}', f'--loss={name}', '--max_steps=5']
     dpo.main([*flags, '--precompute_ref'])                                  # a cache of the policy's own copy
     dpo.main([*flags, '--ref_from=out/other'])
     live = losses(f'out/{kind}/dpo')
     capsys.readouterr()
-    for says in ('of other data or weights, computing', 'equal to live ones'):
+    for says in ('computing', 'equal to live ones'):
         dpo.main([*flags, '--ref_from=out/other', '--precompute_ref'])
         assert capsys.readouterr().out.count(says) == 2
         assert losses(f'out/{kind}/dpo') == pytest.approx(live, abs=1e-5, rel=1e-5)
-
-
-@pytest.mark.parametrize('good, bad, weights, says', [
-    (900, 300, (1.0, 1.0), 'note: 900 desirable and 300 undesirable examples; weighted 3.00 to 1, .* --desirable_weight=1 --undesirable_weight=2.25 to 3'),
-    (300, 900, (1.0, 1.0), 'weighted 0.33 to 1, .* --undesirable_weight=1 --desirable_weight=3 to 4'),
-    (300, 900, (3.5, 1.0), '300 desirable and 900 undesirable examples; weighted 1.17 to 1, recommended are 1 to 1.33'),
-    (300, 0, (1.0, 1.0), 'note: 300 desirable and 0 undesirable examples: kto learns from the contrast of both'),
-])
-def test_kto_names_the_weights_that_balance_uneven_classes(good, bad, weights, says):
-    """arXiv 2402.01306: lam_D n_D from 1 to 4/3 times lam_U n_U. Either end of the advice, taken, is no longer advised against."""
-    class Examples:
-        labels = np.array([True] * good + [False] * bad)
-
-        def __len__(self):
-            return good + bad
-    line = dpo.kto_balance(Examples(), *weights)
-    assert re.fullmatch('.*' + says, line)
-    for value in re.findall(r'([\d.]+) to ([\d.]+)$', line) if '--' in line else ():
-        for end in map(float, value):
-            assert not dpo.kto_balance(Examples(), *((1.0, end) if good > bad else (end, 1.0))).startswith('note')
