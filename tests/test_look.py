@@ -232,7 +232,7 @@ def test_messages_are_compared_like_strings(capfd):
     write_jsonl('rows/train.jsonl', [row(f'Q{i}', i) for i in range(20)] + [row('Q3', 3)])
     write_jsonl('rows/val.jsonl', [row('Q5', 50), row('new', 51)])
     run(capfd, '--source=rows')
-    assert numbers(note('train: ', 'exact duplicates'))[:4] == [1, 21, 20, 3] and note('exact').endswith("'user: Q3'")
+    assert numbers(note('train: ', 'exact duplicates'))[:4] == [1, 21, 20, 3] and note('exact').endswith("'Human: Q3 Assistant:'")
     assert numbers(note('overlap'))[:5] == [1, 2, 0, 0, 5]
 
 
