@@ -1,25 +1,32 @@
-"""
-The paper's controlled-sentiment task in miniature, with nothing to download:
+"""The paper's controlled-sentiment task in miniature, with nothing to download.
 
     bash quickstart.sh                          # sets up and runs the four stages:
 
-    python prepare_prefs.py config/reviews.py   # the grammar below writes the data          5 s on 2 CPU cores
-    python sft.py config/reviews.py             # a tiny GPT learns the language            86 s
-    python dpo.py config/reviews.py             # and comes to prefer positive reviews      53 s
-    python sample.py config/reviews.py          # before and after, with the true reward    20 s
+    python prepare_prefs.py config/reviews.py   # the grammar below writes the data,        6 s on 2 CPU cores
+    python sft.py config/reviews.py             # a tiny GPT learns the language,         110 s
+    python dpo.py config/reviews.py             # and comes to prefer positive reviews,    64 s
+    python sample.py config/reviews.py          # before and after, with the true reward,  21 s
 
-To expect (repro/logs/quickstart.txt): true reward -0.02 before, +2.88 after; positive 49%, 94%; well-formed 94%,
-94%; KL 1.7 nats; validation accuracy 0.80, and the true reward itself agrees with only 81% of these noisy labels.
+To expect, from the log repro/logs/quickstart.txt:
 
-A grammar writes short film reviews of mixed sentiment. Two continuations of one prefix are compared by their
-true reward and labelled with noise, as people label. Section 6.1 of the paper (arXiv 2305.18290) does so with
-IMDb prefixes of 2-8 tokens and a sentiment classifier; here the reward is known exactly, and so is whether a
-text is still a review.
+                        before      after
+    true reward         -0.028      3.015
+    positive             49.1%      95.0%
+    well_formed          94.1%      91.8%
+    KL, nats                 -      1.867       validation accuracy 0.796
 
-Every review has a hidden polarity z, +1 or -1, an even coin. Sentiment words come in pairs of opposites with
-weights +s and -s, and each is drawn from its list with probability proportional to exp(z/2 * weight): kind words
-are likelier in a positive review, but most reviews hold both sorts. A list holds the opposite of each of its
-words, so the sum that makes its probabilities add up to one does not depend on z, and Bayes' rule leaves
+The labels are noisy: on validation pairs the true reward itself agrees with 81.5% of them.
+
+A grammar writes short film reviews of mixed sentiment. Two continuations of one prefix are compared by
+their true reward and labelled with noise, as people label. Section 6.1 of the paper (arXiv 2305.18290)
+does so with IMDb prefixes of 2-8 tokens and a sentiment classifier. Here the reward is known exactly,
+and so is whether a text is still a review.
+
+Every review has a hidden polarity z, +1 or -1, an even coin. Sentiment words come in pairs of opposites
+with weights +s and -s. Each is drawn from its list with probability proportional to exp(z/2 * weight):
+kind words are likelier in a positive review, but most reviews hold both sorts. A list holds the opposite
+of each of its words, so the sum that makes its probabilities add up to one does not depend on z, and
+Bayes' rule leaves
 
     reward(review) = log P(z=+1 | review) / P(z=-1 | review) = the sum of the weights of its words, exactly.
 """
@@ -66,7 +73,7 @@ PAIRS = dict(train=8_000, val=500)
 HELD_OUT = 1 / 8                        # of all texts and all prompts belong to val, by a hash of the text
 PROMPT_WORDS = 2, 8                     # as the paper's prefixes of 2-8 tokens
 
-# -----------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # the words
 
 STRONG, MILD = 1.5, 0.375               # weights: e^1.5 = 4.5 times as likely under one z as under the other
@@ -122,7 +129,7 @@ NEUTRAL = dict(
     friend='sister, brother, neighbour, dentist, grandmother, flatmate, cousin, landlord',
 )
 
-# -----------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # the sentences
 
 # {x} is a word of list x, {a x} a word with its article, {x is/are} a noun with its verb.
@@ -165,7 +172,7 @@ VERDICTS = [
 ]
 FORMS = dict(opening=OPENINGS, remark=REMARKS, verdict=VERDICTS)
 
-# -----------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # drawing a review
 
 # A choice is (options, weights if z = +1, weights if z = -1); choice[z] are the weights, as index -1 is the
@@ -206,14 +213,15 @@ def mass(choices, z):
 @functools.cache
 def forms(kind):
     """[(choices, total)], the forms of a kind; mass / total is a probability, and total does not depend on z."""
-    found = []
+    all_forms = []
     for form in FORMS[kind]:
         form = form.replace('{title}', 'The {first} {second}').replace('{director}', '{given} {family}')
         pieces = re.split(r'(\{.*?\})', form)       # text and slots take turns
         slots = [re.fullmatch(r'\{(a )?(\w+)(?: (.+))?\}', piece) for piece in pieces]
-        choices = [slot_choice(*slot.groups()) if slot else ([piece], [1.0], [1.0]) for piece, slot in zip(pieces, slots)]
-        found.append((choices, mass(choices, 1)))
-    return found
+        choices = [slot_choice(*slot.groups()) if slot else ([piece], [1.0], [1.0])
+                   for piece, slot in zip(pieces, slots)]
+        all_forms.append((choices, mass(choices, 1)))
+    return all_forms
 
 
 def begin(choices, start):
@@ -234,13 +242,12 @@ def begin(choices, start):
 @functools.lru_cache(maxsize=64)
 def ways(kind, start=''):
     """The choice of a sentence's form; its weights are P(form and text begins with `start` | z), up to a constant."""
-    found = [(kept, total) for choices, total in forms(kind) if (kept := begin(choices, start))]
-    return [kept for kept, _ in found], *([mass(kept, z) / total for kept, total in found] for z in (1, -1))
+    fitting = [(kept, total) for choices, total in forms(kind) if (kept := begin(choices, start))]
+    return [kept for kept, _ in fitting], *([mass(kept, z) / total for kept, total in fitting] for z in (1, -1))
 
 
 def review(rng, start=''):
-    """
-    A review that begins with `start`, which ends inside the first sentence; and z: (str, +1 or -1).
+    """A review that begins with `start`, which ends inside the first sentence; and z: (str, +1 or -1).
 
     Exactly the grammar's distribution given the text `start`: z is drawn from P(z | start), the form and open
     slots of the first sentence from theirs given z and `start`, and everything later given z alone.
@@ -255,7 +262,7 @@ def review(rng, start=''):
     return ' '.join(sentences), z
 
 
-# -----------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # what the stages call
 
 
@@ -272,8 +279,7 @@ def documents(split, seed):
 
 
 def pairs(split, seed):
-    """
-    PAIRS[split] preference pairs, an iterator of {'prompt', 'chosen', 'rejected'}.
+    """PAIRS[split] preference pairs, an iterator of {'prompt', 'chosen', 'rejected'}.
 
     The prompt is the first 2-8 words of a review; the responses are two independent ways to go on to its end,
     drawn again while they are equal. The first is preferred with probability
@@ -298,8 +304,7 @@ def pairs(split, seed):
 
 
 def reward(prompts, responses):
-    """
-    The log-odds that each review, prompt + response, is positive: a list of float, in nats.
+    """The log-odds that each review, prompt + response, is positive: a list of float, in nats.
 
     Defined for any text: put it in lower case, cut it into words (the longest runs of letters, digits and _),
     and add up the weights of the sentiment words, each as often as it occurs. All other words add 0.

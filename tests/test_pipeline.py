@@ -5,7 +5,7 @@ import math
 import pytest
 
 from conftest import ROOT, SHARED, read_log, run_stage
-from prepare_prefs import read_meta
+from nanodpo.data import read_meta
 
 
 def test_the_embedded_experiment_in_short_makes_reviews_more_positive(tmp_path):
@@ -20,11 +20,11 @@ def test_the_embedded_experiment_in_short_makes_reviews_more_positive(tmp_path):
     assert log[-1]['eval/loss'] < 0.65 and log[-1]['eval/rewards/accuracies'] > 0.65
     done = run_stage('sample.py', reviews, '--json', '--num_prompts=200', '--num_samples=1', cwd=tmp_path)
     lines = [json.loads(line) for line in done.stdout.splitlines()]
-    summary = lines[-1]['summary']
+    before, after = (lines[-1]['summary'][model] for model in ('before', 'after'))
     assert len(lines) == 201
-    assert summary['after']['true_reward']['mean'] > summary['before']['true_reward']['mean'] + 0.5
-    assert summary['after']['positive']['mean'] > summary['before']['positive']['mean'] + 0.1
-    assert summary['after']['kl']['mean'] > 0
+    assert after['true_reward']['mean'] > before['true_reward']['mean'] + 0.5
+    assert after['positive']['mean'] > before['positive']['mean'] + 0.1
+    assert after['kl']['mean'] > 0
 
 
 @pytest.mark.skipif(not (SHARED / 'data' / 'hh-rlhf').is_dir(), reason='the HH sample is not here')
@@ -32,7 +32,8 @@ def test_real_dialogues_go_through_all_stages_on_two_processes(tmp_path):
     hh = [str(ROOT / 'config' / 'hh_cpu.py')]
     done = run_stage('prepare_prefs.py', *hh, f'--source={SHARED}/data/hh-rlhf', cwd=tmp_path)
     splits = read_meta(tmp_path / 'data/hh_cpu')['splits']
-    assert splits['train']['read'] == 1387 and splits['train']['dropped'] == {'empty_response': 2, 'prompts_differ': 2}
+    assert splits['train']['read'] == 1387
+    assert splits['train']['dropped'] == {'empty_response': 2, 'prompts_differ': 2}
     assert splits['val']['kept'] == 155 and 'prompts_differ' in done.stdout
     run_stage('sft.py', *hh, '--max_steps=12', '--eval_interval=0', cwd=tmp_path, processes=2)
     sft = read_log(tmp_path / 'out/hh_cpu/sft')

@@ -12,7 +12,9 @@ import types
 
 import pytest
 
-PATH = os.path.join(os.path.dirname(__file__), '..', 'config', 'reviews.py')
+from conftest import ROOT
+
+PATH = str(ROOT / 'config/reviews.py')
 
 
 @pytest.fixture(scope='module')
@@ -42,7 +44,29 @@ def log_odds(r, text):
     return likelihood[1] - likelihood[-1]
 
 
-# the data
+# ----------------------------------------------------------------------------------------------------
+# the header and the data
+
+def test_the_header_states_the_figures_of_the_log_that_it_cites(r):
+    log = (ROOT / 'repro/logs/quickstart.txt').read_text()
+    for title in ('true reward', 'positive', 'well_formed'):
+        line = re.search(rf'^{title} .*', log, re.M)[0]
+        figures = [word.rstrip('%') for word in re.sub('±\\S+', '', line.removeprefix(title)).split()]
+        assert re.search(rf'^    {title} +{figures[0]}%? +{figures[1]}%?$', r.__doc__, re.M), line
+    kl = re.search(r'^KL from BEFORE, nats +- +(\S+)', log, re.M)[1]
+    accuracy = re.findall(r'^eval .* acc (\S+)', log, re.M)[-1]
+    assert re.search(rf'KL, nats +- +{kl} +validation accuracy {accuracy}\n', r.__doc__)
+    for script, seconds in re.findall(r'^== (\w+\.py) took (\d+) s', log, re.M):
+        assert re.search(rf'python {script} .* {seconds} s', r.__doc__), script
+
+
+def test_the_header_states_how_often_the_reward_agrees_with_its_labels(r):
+    pairs = list(r.pairs('val', 1337))
+    chosen, rejected = (r.reward([pair['prompt'] for pair in pairs], [pair[side] for pair in pairs])
+                        for side in ('chosen', 'rejected'))
+    agree = statistics.mean((a > b) + 0.5 * (a == b) for a, b in zip(chosen, rejected))
+    assert f'agrees with {agree:.1%} of them' in r.__doc__
+
 
 def test_data_are_as_many_as_declared(r):
     assert {split: len(texts) for split, texts in r.docs.items()} == r.DOCUMENTS
@@ -88,6 +112,7 @@ def test_most_reviews_hold_words_of_both_polarities(r):
     assert statistics.mean(len(found) == 2 for found in signs) > 0.5
 
 
+# ----------------------------------------------------------------------------------------------------
 # the pairs
 
 def test_a_pair_shares_a_prompt_of_2_to_8_words_and_its_responses_differ(r):
@@ -152,6 +177,7 @@ def test_polarity_given_a_prefix_is_its_posterior(r):
         assert share == pytest.approx(1 / (1 + math.exp(-log_odds_of_z)), abs=4 * 0.5 / math.sqrt(4_000)), prompt
 
 
+# ----------------------------------------------------------------------------------------------------
 # the reward
 
 def test_reward_is_the_log_odds_of_the_hidden_polarity(r):
@@ -211,6 +237,7 @@ def test_no_sentiment_word_stands_among_the_neutral_words(r):
     assert not set(neutral) & set(r.weights())
 
 
+# ----------------------------------------------------------------------------------------------------
 # the grammar and its recogniser
 
 def test_no_option_begins_another_so_a_prefix_is_read_in_one_way(r):
