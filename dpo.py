@@ -278,7 +278,7 @@ def main(argv=None):
         if last:
             break
     del ddp
-    run.close(step, signalled)
+    run.close()
 
 
 if __name__ == '__main__':

@@ -7,7 +7,7 @@
         run.log(step, record)
         run.save(step)
         if run.stopping(): ...                          # SIGTERM or Ctrl-C, on all ranks together
-    run.close(step, signalled)
+    run.close()
 
 Only rank 0 writes. It does so through run.on_first, so that its error ends all ranks with one line.
 """
@@ -123,7 +123,8 @@ class Run(Worker):
         need(cfg.batch_size >= self.world, f'batch_size={cfg.batch_size} is smaller than the {self.world} processes '
              'that share it')
         self.launch, self.restarted = join(self.world, self.rank, device_type, cfg.join_timeout)
-        self.stopped_by = torch.zeros(1, dtype=torch.int32)     # a signal's number; on the CPU: asking costs no sync
+        self.stopped_by = torch.zeros(1, dtype=torch.int32)     # this rank's signal; on the CPU: asking costs no sync
+        self.signalled = 0                                      # any rank's
 
     # ------------------------------------------------------------------------------------------------
     # all ranks together
@@ -280,6 +281,7 @@ class Run(Worker):
                      origin=self.origin, vocabulary=self.train.vocabulary, launch=self.launch)
         self.on_first(lambda: checkpoint.save(self.out_dir, step, self.policy, state),
                       f'cannot save step {step} to {self.out_dir}, the checkpoints before it are untouched')
+        self.saved_step = step
 
     # ------------------------------------------------------------------------------------------------
     # stopping
@@ -294,7 +296,8 @@ class Run(Worker):
         signalled = self.stopped_by.clone()
         if self.world > 1:
             dist.all_reduce(signalled, dist.ReduceOp.MAX)
-        return signalled.item()
+        self.signalled = signalled.item()
+        return self.signalled
 
     def check_finite(self, unread):
         """Stop if a loss or a gradient is not finite, and name the pairs.
@@ -314,16 +317,16 @@ class Run(Worker):
                         f'{self.train.split}: {sorted(bad)}; nothing since the last checkpoint is saved; lower the '
                         'learning rate, or look at these groups')
 
-    def close(self, step, signalled):
-        """The end of the run: on all ranks, whether a signal ended it or not."""
+    def close(self):
+        """The end of the run on every rank, with the exit status of the signal that ended it."""
         if self.wandb:
             self.wandb.finish()
         if self.world > 1:
             gc.collect()        # the DDP wrapper goes before the process group, whose threads it would wait for
             dist.destroy_process_group()
-        if signalled:
-            self.say(f'stopped by signal {signalled}, saved at step {step}: --resume goes on from there')
-            raise SystemExit(128 + signalled)
+        if self.signalled:
+            self.say(f'stopped by signal {self.signalled}, saved at step {self.saved_step}: --resume goes on from there')
+            raise SystemExit(128 + self.signalled)
         self.say(f'done: {self.out_dir}')
 
 

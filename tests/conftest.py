@@ -117,22 +117,24 @@ def one_rank(stage, environment, folder, args, results):
 
 
 def run_ranks(stage, args, folders=None, answers=None):
-    """A stage by one process for each of `args`, its flags, started by hand: without torchrun, and torch is imported once for all.
+    """A stage by one process for each of `args`, its flags. Started without torchrun; torch is imported once for all.
 
-    folders: where each runs; answers: wait for so many of them, then kill the rest. -> {rank: its error, '' for none}
+    folders: where each runs. answers: wait for so many of them, then kill the rest. -> {rank: its error, '' for none}
     """
-    world, here = len(args), os.getcwd()
+    here = os.getcwd()
     server = multiprocessing.get_context('forkserver')
     server.set_forkserver_preload(['dpo'])
+    ranks = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv('PYTHONPATH', str(ROOT))
         results, port = server.Queue(), free_port()
-        ranks = [server.Process(target=one_rank, args=(stage, by_hand(r, world, port), os.path.join(here, (folders or ['.'] * world)[r]), args[r],
-                                                       results)) for r in range(world)]
-        for process in ranks:
-            process.start()
+        for rank, flags in enumerate(args):
+            folder = os.path.join(here, folders[rank] if folders else '.')
+            environment = by_hand(rank, len(args), port)
+            ranks.append(server.Process(target=one_rank, args=(stage, environment, folder, flags, results)))
+            ranks[-1].start()
     try:
-        return dict(results.get(timeout=120) for _ in range(answers or world))
+        return dict(results.get(timeout=120) for _ in range(answers or len(args)))
     finally:
         for process in ranks:
             process.kill()

@@ -2,9 +2,12 @@
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +17,11 @@ import torch.distributed as dist
 
 import config
 import dpo
-from conftest import NO_WAIT, ROOT, by_hand, free_port, random_groups, read_log, run_ranks, small_gpt, write_data
-from model import find_checkpoints, read_checkpoint, save_checkpoint
+from conftest import ROOT, by_hand, free_port, random_groups, read_log, run_ranks, small_gpt, write_data
+from nanodpo import checkpoint, launch
 
-COMMON = ['--name=tiny', '--batch_size=8', '--max_steps=12', '--learning_rate=1e-4', '--warmup_steps=3', '--log_interval=1',
-          '--eval_interval=6', '--save_interval=4', '--device=cpu']
+COMMON = ['--name=tiny', '--batch_size=8', '--max_steps=12', '--learning_rate=1e-4', '--warmup_steps=3',
+          '--log_interval=1', '--eval_interval=6', '--save_interval=4', '--device=cpu']
 ARGS = {'dpo': COMMON, 'sft': [*COMMON, '--init_from=scratch', '--n_layer=2', '--n_embd=32', '--dropout=0.1']}
 
 # runs dpo.py and sft.py and kills them with SIGKILL, once at each point: stage, rank, where, at which call
@@ -50,11 +53,8 @@ for stage in ('dpo', 'sft'):
 '''
 
 
-def make_workplace():
-    rng = np.random.default_rng(0)
-    write_data('data/tiny', {'train': random_groups(48, 2, rng), 'val': random_groups(10, 2, rng)})
-    os.makedirs('out/tiny/sft')
-    save_checkpoint('out/tiny/sft', 1, small_gpt(), dict(config={}, vocabulary=None))
+def last_checkpoint(folder):
+    return checkpoint.read(checkpoint.find(folder)[-1])
 
 
 @pytest.fixture(scope='module')
@@ -63,7 +63,10 @@ def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp('whole')
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        make_workplace()
+        rng = np.random.default_rng(0)
+        write_data('data/tiny', {'train': random_groups(48, 2, rng), 'val': random_groups(10, 2, rng)})
+        os.makedirs('out/tiny/sft')
+        checkpoint.save('out/tiny/sft', 1, small_gpt(), dict(config={}, optimizer={}, vocabulary=None))
         os.makedirs('out/whole')
         for stage in ('dpo', 'sft'):
             assert run_ranks(stage, [ARGS[stage]] * 2) == {0: '', 1: ''}
@@ -89,7 +92,7 @@ def equal(a, b):
 
 def assert_same_run(folder, expected):
     """Last checkpoints (weights, optimizer's state) and logs of two runs, bit for bit, but for speeds."""
-    a, b = (read_checkpoint(find_checkpoints(f)[-1]) for f in (folder, expected))
+    a, b = last_checkpoint(folder), last_checkpoint(expected)
     assert a['step'] == b['step'] == 12 and equal(a['model'], b['model']) and equal(a['optimizer'], b['optimizer'])
     logs = [[{k: v for k, v in row.items() if 'second' not in k} for row in read_log(f)] for f in (folder, expected)]
     assert logs[0] == logs[1]
@@ -125,9 +128,10 @@ def sbatch(place):
         os.chmod(f'bin/{name}', 0o755)
 
     def run(*args, **env):
-        env = {'PATH': f'{os.getcwd()}/bin:{os.environ["PATH"]}', 'SLURM_JOB_ID': str(free_port() - 20000), 'SLURM_JOB_NODELIST': 'any',
-               'SLURM_NNODES': '2', 'OMP_NUM_THREADS': '1', **env}
-        return subprocess.run(['bash', ROOT / 'repro/slurm.sh', *map(str, args)], env={**os.environ, **env}, capture_output=True, text=True, timeout=280)
+        env = {'PATH': f'{os.getcwd()}/bin:{os.environ["PATH"]}', 'SLURM_JOB_ID': str(free_port() - 20000),
+               'SLURM_JOB_NODELIST': 'any', 'SLURM_NNODES': '2', 'OMP_NUM_THREADS': '1', **env}
+        return subprocess.run(['bash', ROOT / 'repro/slurm.sh', *map(str, args)], env={**os.environ, **env},
+                              capture_output=True, text=True, timeout=280)
     return run
 
 
@@ -135,23 +139,23 @@ def test_killed_ranks_are_restarted_on_two_nodes_and_the_runs_are_bit_identical_
     """Rank 1 in mid-step before dpo's first checkpoint, rank 0 in mid-save, then in sft's mid-step; older runs stand there."""
     old = small_gpt(seed=3)
     os.makedirs('out/tiny/dpo')
-    save_checkpoint('out/tiny/dpo', 12, old, {})
+    checkpoint.save('out/tiny/dpo', 12, old, {})
     Path('dying.py').write_text(DYING)
     shutil.copytree('out/tiny/sft', 'start')        # sft replaces it
     done = sbatch('dying.py', repr((str(ROOT), ARGS | {'dpo': [*ARGS['dpo'], '--init_from=start']})))
     assert done.returncode == 0, done.stderr
-    assert sorted(map(str, Path().glob('died-*'))) == ['died-0', 'died-1', 'died-2'] and 'dpo, 2 processes on cpu' in done.stdout
+    assert sorted(map(str, Path().glob('died-*'))) == ['died-0', 'died-1', 'died-2']
+    assert 'dpo, 2 processes on cpu' in done.stdout
     assert re.findall(r'(?:nothing to resume in|resuming from) [^:,\n]*', done.stdout) == [
         'nothing to resume in out/tiny/dpo',
         'resuming from out/tiny/dpo/step-000004.pt', 'nothing to resume in out/tiny/sft',
         'resuming from out/tiny/dpo/step-000012.pt', 'resuming from out/tiny/sft/step-000004.pt']
     assert_same_run('out/tiny/dpo', 'out/whole/dpo')
     assert_same_run('out/tiny/sft', 'out/whole/sft')
-    kept = read_checkpoint(find_checkpoints('out/tiny/dpo.previous')[-1])['model']
+    kept = last_checkpoint('out/tiny/dpo.previous')['model']
     assert equal(dict(kept), dict(old.state_dict())), 'the older run is moved aside once, and not lost'
-    assert find_checkpoints('out/tiny/sft.previous')[-1].endswith('step-000001.pt'), 'what stood there'
-    assert 'error: no answer from rank 1 at step 3 (' in done.stderr and 'error: no answer from rank 0 at step 8 (' in done.stderr
-    assert 'Traceback' not in done.stderr and workers_left() == []
+    assert last_checkpoint('out/tiny/sft.previous')['step'] == 1, 'what stood there'
+    assert workers_left() == []
 
 
 @pytest.mark.parametrize('restarts, flags', [('0', ''), ('1', ' --resume')])
@@ -174,24 +178,31 @@ def test_a_restart_goes_on_from_its_own_launch_alone(place, monkeypatch, capsys)
     store.set('launch', 'of the first attempt')
     assert attempt(store, '--max_steps=4') == ['nothing to resume in out/tiny/dpo']
     assert attempt(store) == ['resuming from out/tiny/dpo/step-000004.pt']
-    with open(find_checkpoints('out/tiny/dpo')[-1], 'ab') as file:
+    with open(checkpoint.find('out/tiny/dpo')[-1], 'ab') as file:
         file.write(b'damage')
     assert attempt(store) == ['resuming from out/tiny/dpo/step-000008.pt']
     assert attempt(old, '--resume') == ['resuming from out/tiny/dpo/step-000012.pt'], 'the user wants it, whose ever it is'
-    assert find_checkpoints('out/tiny/dpo.previous')[-1].endswith('step-000008.pt'), 'still there'
+    assert checkpoint.find('out/tiny/dpo.previous')[-1].endswith('step-000008.pt'), 'still there'
 
 
 BAD = {     # environment, extra flags, the line
-    'no address': ({'WORLD_SIZE': '2', 'RANK': '0'}, [], 'WORLD_SIZE=2 but MASTER_ADDR, MASTER_PORT not set: start with torchrun'),
+    'no address': ({'WORLD_SIZE': '2', 'RANK': '0'}, [],
+                   'WORLD_SIZE=2 but MASTER_ADDR, MASTER_PORT not set: start with torchrun'),
     'no rank': ({'WORLD_SIZE': '2'}, [], 'RANK, MASTER_ADDR, MASTER_PORT not set'),
-    'not a number': ({'WORLD_SIZE': 'two'}, [], "WORLD_SIZE, RANK.* in the environment: .*'two'"),
+    'not a number': ({'WORLD_SIZE': 'two'}, [], "WORLD_SIZE='two' in the environment must be a whole number"),
+    'no port': (by_hand(0, 2, 'http'), [], "MASTER_PORT='http' in the environment must be a whole number"),
     'a rank too many': (by_hand(2, 2, 1), [], 'RANK=2 is not of WORLD_SIZE=2'),
     'no local rank on GPUs': (by_hand(0, 2, 1), ['--device=cuda'], 'LOCAL_RANK not set'),
-    'srun alone': ({'SLURM_STEP_NUM_TASKS': '8'}, [], 'srun started 8 processes that know nothing of one another.*torchrun'),
-    'fewer GPUs than ranks': (by_hand(1, 2, 1) | {'LOCAL_RANK': '1'}, ['--device=cuda'], '2 processes on this machine, but torch sees'),
-    'nobody at the address': (by_hand(1, 2, 1), [], 'rank 1 on .*: rank 0 does not answer .*refused.*MASTER_ADDR=127.0.0.1.*firewall'),
+    'srun alone': ({'SLURM_STEP_NUM_TASKS': '8'}, [],
+                   'srun started 8 processes that know nothing of one another.*torchrun'),
+    'fewer GPUs than ranks': (by_hand(1, 2, 1) | {'LOCAL_RANK': '1'}, ['--device=cuda'],
+                              '2 processes on this machine, but torch sees 1 GPUs'),
+    'no NCCL': (by_hand(0, 2, 1) | {'LOCAL_RANK': '0'}, ['--device=cuda'],
+                r'2 processes on GPUs need NCCL, which this torch \(.*\) was built without'),
+    'nobody at the address': (by_hand(1, 2, 1), [], 'rank 0 does not answer .*refused.*MASTER_ADDR=127.0.0.1.*firewall'),
     'no such host': (by_hand(1, 2, 1) | {'MASTER_ADDR': 'no-such-host.invalid'}, [], 'rank 0 does not answer'),
-    'a rank that never comes': (by_hand(0, 3, None), [], '1 of 3 ranks came, missing 1, 2 after 1 s: start the same command on every node'),
+    'a rank that never comes': (by_hand(0, 3, None), [],
+                                '1 of 3 ranks came, missing 1, 2 after 1 s: start the same command on every node'),
 }
 
 
@@ -201,41 +212,80 @@ def test_a_launch_that_cannot_work_ends_with_one_line(tmp_path, monkeypatch, cas
     monkeypatch.chdir(tmp_path)
     for key, value in environment.items():
         monkeypatch.setenv(key, value if value != 'None' else str(free_port()))
-    monkeypatch.setattr(config, 'time', NO_WAIT)
-    if case == 'fewer GPUs than ranks':
+    if '--device=cuda' in flags:
+        monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
         monkeypatch.setattr(torch.cuda, 'device_count', lambda: 1)
+        monkeypatch.setattr(dist, 'is_nccl_available', lambda: False)
     with pytest.raises(SystemExit, match=f'^error: .*{expected}') as caught:
         dpo.main([*ARGS['dpo'], '--join_timeout=1', *flags])
     assert '\n' not in caught.value.code and not os.listdir()
 
 
-def test_gpus_without_nccl_are_refused(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for key, value in (by_hand(0, 2, 1) | {'LOCAL_RANK': '0'}).items():
-        monkeypatch.setenv(key, value)
-    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 8)
-    monkeypatch.setattr(dist, 'is_nccl_available', lambda: False)
-    with pytest.raises(SystemExit, match=r'2 processes on GPUs need NCCL, which this torch \(.*\) was built without'):
-        dpo.main([*ARGS['dpo'], '--device=cuda'])
+def test_ranks_that_cannot_connect_end_with_one_line(monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError('Gloo connectFullMesh failed\nand a C++ stack')
+    monkeypatch.setattr(dist, 'init_process_group', broken)
+    store = dist.HashStore()
+    with pytest.raises(SystemExit, match=r'all 2 ranks came, .* \(Gloo connectFullMesh failed\): set GLOO_SOCKET_IFNAME'):
+        launch.connect(store, 2, 0, 'gloo', 1)
 
 
-@pytest.mark.parametrize('folder, flags, lines', [
-    ('.', ['--beta=0.5'], {'error: rank 1 has another beta than rank 0 (0.5, not 0.1): all nodes need the same command',
-                           'error: rank 1 on HOST: rank 1 has another beta'}),
-    ('other data', [], {"error: rank 1 has another data/tiny/train than rank 0 ('", 'error: rank 1 on HOST: rank 1 has another data/tiny/train'}),
-    ('no checkpoint', ['--resume'], {'error: rank 1 has another step to start from, by out/tiny/dpo, than rank 0 (0, not 12)',
-                                     'error: rank 1 on HOST: rank 1 has another step'}),
-    ('no sft', [], {'error: rank 1 on HOST: out/tiny/sft holds no checkpoint: run sft.py'})])
-def test_ranks_that_differ_say_in_what(place, folder, flags, lines):
+def test_a_rank_hears_from_rank_0_who_is_missing():
+    """Three are expected, two come: both say the same line."""
+    store, said = dist.HashStore(), {}
+
+    def come(rank):
+        with pytest.raises(SystemExit) as caught:
+            launch.meet(store, 3, rank, 1, 'look for it')
+        said[rank] = caught.value.code
+    ranks = [threading.Thread(target=come, args=(rank,)) for rank in (1, 0)]
+    for thread in ranks:
+        thread.start()
+    for thread in ranks:
+        thread.join(60)
+    assert said[0] == said[1] == 'error: 2 of 3 ranks came, missing 2 after 1 s: look for it'
+
+
+def test_another_rank_waits_for_rank_0_to_speak_and_says_who_it_is(monkeypatch, capsys):
+    def main():
+        raise config.UserError('no such file')
+    waited, left = [], []
+    monkeypatch.setattr(signal, 'signal', lambda *args: None)
+    monkeypatch.setattr(time, 'sleep', waited.append)
+    monkeypatch.setattr(os, '_exit', left.append)
+    for rank in (0, 1):
+        monkeypatch.setenv('RANK', str(rank))
+        config.run(main)
+    assert left == [1, 1] and len(waited) == 1 and waited[0] >= 5
+    assert capsys.readouterr().err == f'error: no such file\nerror: rank 1 on {socket.gethostname()}: no such file\n'
+
+
+@pytest.mark.parametrize('folder, flags, line', [
+    ('.', ['--beta=0.5'], 'rank 1 has another beta than rank 0 (0.5, not 0.1): all nodes need the same command'),
+    ('other data', [], "rank 1 has another data/tiny/train than rank 0 ('"),
+    ('other val', [], "rank 1 has another data/tiny/val than rank 0 ('"),
+    ('other weights', [], "rank 1 has another initial weights than rank 0 ('"),
+    ('no checkpoint', ['--resume'], 'rank 1 has another step to start from, by out/tiny/dpo, than rank 0 (0, not 12)'),
+    ('no sft', [], 'out/tiny/sft holds no checkpoint: run sft.py')])
+def test_ranks_that_differ_say_in_what(place, folder, flags, line):
     if folder != '.':
         shutil.copytree('data', f'{folder}/data')
-        if folder == 'other data':
-            write_data(f'{folder}/data/tiny', {s: random_groups(n, 2, np.random.default_rng(7)) for s, n in (('train', 48), ('val', 10))})
-        if folder != 'no sft':
-            shutil.copytree('out/tiny/sft', f'{folder}/out/tiny/sft')
+        shutil.copytree('out/tiny/sft', f'{folder}/out/tiny/sft')
+    if folder.startswith('other'):
+        val = random_groups(10, 2, np.random.default_rng(7))
+        train = random_groups(48, 2, np.random.default_rng(7 if folder == 'other data' else 0))
+        write_data(f'{folder}/data/tiny', {'train': train, 'val': val})
+    if folder == 'other weights':
+        shutil.rmtree(f'{folder}/data')
+        shutil.copytree('data', f'{folder}/data')
+        checkpoint.save(f'{folder}/out/tiny/sft', 2, small_gpt(seed=5), dict(config={}, optimizer={}, vocabulary=None))
+    if folder == 'no sft':
+        shutil.rmtree(f'{folder}/out')
     if folder == 'no checkpoint':
         shutil.copytree('out/whole/dpo', 'out/tiny/dpo')
     args = [*ARGS['dpo'], *(flags if folder != '.' else [])]
-    said = run_ranks('dpo', [args, [*ARGS['dpo'], *flags]], ['.', folder], answers=len(lines))
+    answers = 1 if folder == 'no sft' else 2        # rank 0 waits for a rank that has left
+    said = run_ranks('dpo', [args, [*ARGS['dpo'], *flags]], ['.', folder], answers)
+    assert len(said) == answers
     for words in said.values():
-        assert any(words.startswith(line.replace('HOST', socket.gethostname())) for line in lines) and '\n' not in words
+        assert words.startswith(f'error: {line}') and '\n' not in words
