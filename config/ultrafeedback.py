@@ -1,25 +1,26 @@
 """
-UltraFeedback with GPT-2 XL on eight GPUs: Zephyr's recipe (arXiv 2310.16944) for a model of 1.5B with 1,024 positions.
+UltraFeedback with GPT-2 XL on eight GPUs: Zephyr's recipe (arXiv 2310.16944) for 1.5B weights and 1,024 positions.
 
     python prepare_prefs.py config/ultrafeedback.py
     torchrun --standalone --nproc_per_node=8 sft.py config/ultrafeedback.py
     torchrun --standalone --nproc_per_node=8 dpo.py config/ultrafeedback.py
     python sample.py config/ultrafeedback.py --prompt='Why is the sky blue?'
 
-Four models' answers to one instruction, scored by GPT-4: the best against one of the others. Rows are conversations,
-written as '\\n\\nHuman: ...\\n\\nAssistant: ...'; a pair whose scores contradict it is dropped; --min_gap=1 keeps clear ones alone.
+Four models answered each instruction, and GPT-4 scored the answers: a pair is the best and one of the others. Rows
+are conversations, which become '\\n\\nHuman: ...\\n\\nAssistant: ...'. row() below drops pairs that the scores contradict.
 
 Arithmetic, every figure an ESTIMATE, none measured yet:
-- Data: 61,135 training pairs, 2,000 test pairs. With some 150 tokens of prompt and twice 280 of response: 700 a pair, 43 M tokens;
-  what exceeds 1,024 in prompt and one response is cut (prepare says how many).
+- Data: 61,135 training pairs, 2,000 test pairs. With some 150 tokens of prompt and twice 280 of response: 700 a
+  pair, 43 M tokens; what exceeds 1,024 in prompt and one response is cut (prepare says how many).
 - Steps: 61,135 / 128 = 478 an epoch; DPO runs one (Zephyr: up to three, more over-fits).
-- FLOPs of DPO: 12 GFLOP a token (see hh.py), 5e17 in all: at 40% of eight H100s' 989 TFLOP/s 3 minutes, of A100s 9. Add the
-  all-reduce of 6.2 GB a step, some 60 ms over NVLink, half a minute: 0.1 to 0.3 hours, SFT half.
-- Memory a GPU: policy, gradients 6.2 GB each, AdamW's two averages 12.4, the reference 3.3: 28 GB; a row of 4,096 tokens
-  11 GB: 39 GB and the compiler's buffers. On 40 GB cards set --activation_checkpointing=True, or --optimizer=rmsprop, which
-  needs 6.2 GB less.
-- To expect: the reward accuracy on test pairs of Zephyr, 7B, is near 0.75 (second-hand); GPT-2 XL knows far less, and a base
-  model of 2019 will not follow instructions well after 61,135 of them. Nothing has been measured with this file yet.
+- FLOPs of DPO: 12 GFLOP a token (see hh.py), 5e17 in all: at 40% of eight H100s' 989 TFLOP/s 3 minutes, of A100s
+  9. Add the all-reduce of 6.2 GB a step, some 60 ms over NVLink, half a minute: 0.1 to 0.3 hours, SFT half.
+- Memory a GPU: policy, gradients 6.2 GB each, AdamW's two averages 12.4, the reference 3.3: 28 GB; a row of 4,096
+  tokens 11 GB: 39 GB and the compiler's buffers. On 40 GB cards set --activation_checkpointing=True, or
+  --optimizer=rmsprop, which needs 6.2 GB less.
+- To expect: the reward accuracy on test pairs of Zephyr, 7B, is near 0.75 (second-hand); GPT-2 XL knows far less,
+  and a base model of 2019 will not follow instructions well after 61,135 of them. Nothing has been measured with
+  this file yet.
 """
 name = 'ultrafeedback'
 
@@ -55,3 +56,10 @@ dpo = dict(
 )
 
 sample = dict(num_prompts=8, max_new_tokens=384, temperature=0.7)
+
+MIN_GAP = 0.0       # of the scores, 1 to 10; with 1 only clear pairs are kept
+
+
+def row(raw):
+    """The row itself, a pair of conversations; None where its scores are too close."""
+    return raw if raw['score_chosen'] - raw['score_rejected'] >= MIN_GAP else None

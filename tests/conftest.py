@@ -1,5 +1,7 @@
 """What several test files need: the stages importable, the shared real data where it is, small data sets and models."""
 import base64
+import csv
+import gzip
 import importlib
 import json
 import multiprocessing
@@ -23,7 +25,8 @@ torch.set_num_threads(1)        # for models this small a second one only costs,
 
 from model import GPT, GPTConfig                        # noqa: E402
 from nanodpo import checkpoint                          # noqa: E402
-from nanodpo.data import FORMAT, Groups, sha256_file, write_meta       # noqa: E402
+from nanodpo.data import FORMAT, Groups, read_meta, sha256_file, write_meta        # noqa: E402
+from nanodpo.text import load_tokenizer                 # noqa: E402
 
 VOCAB = 257         # bytes and the end token
 
@@ -82,6 +85,72 @@ def experiment(tmp_path, monkeypatch):
     checkpoint.save('out/tiny/sft', 1, small_gpt(),
                     dict(config={}, optimizer={}, vocabulary=Groups(folder, 'train').vocabulary))
     return tmp_path
+
+
+def write_rows(path, rows):
+    """Rows as a file of the sort that its name says. Bytes stand as they are: the file's, or a line's."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == '.gz':
+        write_rows(path.with_suffix(''), rows)
+        path.write_bytes(gzip.compress(path.with_suffix('').read_bytes()))
+        path.with_suffix('').unlink()
+    elif isinstance(rows, bytes):
+        path.write_bytes(rows)
+    elif path.suffix == '.parquet':
+        import pyarrow.parquet
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    elif path.suffix == '.csv':
+        with open(path, 'w', newline='', encoding='utf-8') as f:
+            table = csv.DictWriter(f, list(rows[0]))
+            table.writeheader()
+            for row in rows:
+                table.writerow({key: text if isinstance(text, str) else json.dumps(text) for key, text in row.items()})
+    elif path.suffix == '.json':
+        path.write_text(json.dumps(rows))
+    else:
+        path.write_bytes(b''.join((row if isinstance(row, bytes) else json.dumps(row).encode()) + b'\n' for row in rows))
+
+
+def prepare(*flags, name='made', tokenizer='bytes'):
+    """Run the stage here. -> {split: groups as strings, labels after them}, meta.json"""
+    import prepare_prefs
+    prepare_prefs.main([f'--name={name}', f'--tokenizer={tokenizer}', *flags])
+    folder = os.path.join('data', name)
+    meta = read_meta(folder)
+    tokens = load_tokenizer(folder, meta['tokenizer'])
+    texts = {}
+    for split in meta['splits']:
+        groups = Groups(folder, split)
+        texts[split] = [[tokens.decode(list(part)) for part in group] for group in groups]
+        if groups.labels is not None:
+            texts[split] = [[*text, bool(label)] for text, label in zip(texts[split], groups.labels, strict=True)]
+    return texts, meta
+
+
+def prepare_all(*flags, **options):
+    """The groups of train and val together, sorted, and meta.json."""
+    texts, meta = prepare(*flags, **options)
+    return sorted(texts['train'] + texts['val']), meta
+
+
+def error_of(*flags, **options):
+    """The line with which the stage ends, having changed nothing."""
+    before = {path: path.stat().st_mtime_ns for path in Path().glob('data/**/*') if path.is_file()}
+    with pytest.raises(SystemExit) as stop:
+        prepare(*flags, **options)
+    assert isinstance(stop.value.code, str) and '\n' not in stop.value.code
+    assert before == {path: path.stat().st_mtime_ns for path in Path().glob('data/**/*') if path.is_file()}
+    return stop.value.code
+
+
+@pytest.fixture(scope='session')
+def gpt2():
+    """GPT-2's tokenizer, where it is cached."""
+    tiktoken = pytest.importorskip('tiktoken')
+    if not os.path.isdir(os.environ.get('TIKTOKEN_CACHE_DIR', '')):
+        pytest.skip('no cached GPT-2 tokenizer')
+    return tiktoken.get_encoding('gpt2')
 
 
 def run_stage(script, *args, cwd=None, processes=1, env=None, check=True):
