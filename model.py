@@ -9,12 +9,12 @@ sees whom; with `target`, `forward` gives log-probs of the scored tokens alone. 
 Departures from GPT-2: dropout acts on embeddings and residual branches, not on attention weights (FlexAttention has
 none). Weights are float32; a stage casts with autocast.
 """
-import glob
 import json
 import math
 import os
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -257,38 +257,53 @@ class GPT(nn.Module):
         """The model in a directory with config.json and model.safetensors, or of that name on the hub.
 
         options: GPTConfig fields that are no part of the weights (dropout, activation_checkpointing). ValueErrors where
-        the files are missing, damaged or of an architecture that is not GPT-2's.
+        the model is no GPT-2 or a file is damaged. Where one is missing, the disk's or the hub's own error.
         """
-        from safetensors import safe_open
-        folder = name_or_dir if os.path.isdir(name_or_dir) else download(name_or_dir)
-        hf = json.load(open(os.path.join(folder, 'config.json')))
-        sizes = dict(n_positions=1024) | {key: hf[key] for key in ('vocab_size', 'n_layer', 'n_head', 'n_embd')}
-        sizes['n_positions'] = hf.get('n_positions', 1024)
+        from safetensors import SafetensorError, safe_open
+        folder = name_or_dir
+        if not os.path.isdir(folder):
+            from huggingface_hub import snapshot_download
+            folder = snapshot_download(name_or_dir, allow_patterns=['config.json', 'model*.safetensors*'])
+        hf = dict(n_positions=1024, layer_norm_epsilon=1e-5) | json.loads(Path(folder, 'config.json').read_bytes())
         allowed = dict(model_type=['gpt2'], activation_function=['gelu_new', 'gelu_pytorch_tanh'],
-                       tie_word_embeddings=[True], n_inner=[4 * sizes['n_embd'], None], scale_attn_weights=[True],
+                       tie_word_embeddings=[True], n_inner=[None, 4 * hf.get('n_embd', 0)], scale_attn_weights=[True],
                        scale_attn_by_inverse_layer_idx=[False], add_cross_attention=[False])
         for key, values in allowed.items():
-            check(hf.get(key, values[0]) in values, f'{name_or_dir}: {key}={hf.get(key)!r}, GPT-2 has {values[0]!r}')
+            check(key not in hf or hf[key] in values, f'{key}={hf.get(key)!r}, this model is GPT-2 with {values[0]!r}')
+        sizes = {key: hf.get(key) for key in ('n_positions', 'vocab_size', 'n_layer', 'n_head', 'n_embd')}
+        for key, size in sizes.items():
+            check(type(size) is int and 0 < size < 2**31, f'{key} is {size!r} in config.json')
+        eps = hf['layer_norm_epsilon']
+        check(type(eps) in (int, float) and 0 <= eps < 1, f'layer_norm_epsilon is {eps!r} in config.json')
+
+        files = ['model.safetensors']           # or, of a large model, several
+        index = Path(folder, 'model.safetensors.index.json')
+        if index.exists() and not Path(folder, files[0]).exists():
+            files = sorted(set(json.loads(index.read_bytes())['weight_map'].values()))
         tensors = {}
-        for file in sorted(glob.glob(os.path.join(glob.escape(folder), 'model*.safetensors'))):
-            with safe_open(file, 'pt') as f:
-                tensors |= {key.removeprefix('transformer.'): f.get_tensor(key) for key in f.keys()}
-        check(tensors, f'{folder} holds no model.safetensors; convert pytorch_model.bin with transformers')
+        for file in files:
+            try:
+                with safe_open(os.path.join(folder, file), 'pt') as f:
+                    tensors |= {name.removeprefix('transformer.'): f.get_tensor(name) for name in f.keys()}
+            except SafetensorError as error:
+                raise ValueError(f'{file} is damaged: {error}') from None
+        layers = len({name.split('.')[1] for name in tensors if name.startswith('h.')})
+        check(layers == hf['n_layer'], f'weights of {layers} layers, but n_layer={hf["n_layer"]} in config.json')
         with torch.device('meta'):              # shapes alone: no time for random weights
-            model = cls(GPTConfig(*sizes.values(), layer_norm_epsilon=hf.get('layer_norm_epsilon', 1e-5), **options))
-        ours = {}
-        for name, (theirs, p) in zip(model.state_dict(), hf_names(model)):
-            check(theirs in tensors, f'{name_or_dir} has no tensor {theirs}')
-            tensor = tensors.pop(theirs)
-            tensor = tensor.t() if transposed(theirs) else tensor
-            check(tensor.shape == p.shape and tensor.is_floating_point(), f'{name_or_dir}: {theirs} is {tensor.dtype} '
-                 f'{tuple(tensor.shape)}, config.json makes it {tuple(p.shape)}')
-            ours[name] = torch.empty(p.shape).copy_(tensor)      # float32; no view of the file, which may be replaced
-        model.load_state_dict(ours, assign=True)
+            model = cls(GPTConfig(*sizes.values(), layer_norm_epsilon=eps, **options))
+        state = {}
+        for name, (hf_name, p) in zip(model.state_dict(), hf_names(model)):
+            check(hf_name in tensors, f'no tensor {hf_name}')
+            tensor = tensors.pop(hf_name)
+            tensor = tensor.t() if transposed(hf_name) else tensor
+            check(tensor.shape == p.shape and tensor.is_floating_point(), f'{hf_name} has shape {list(tensor.shape)} '
+                  f'and type {tensor.dtype}, config.json makes it {list(p.shape)}')
+            state[name] = torch.empty(p.shape).copy_(tensor)    # float32; no view of the file, which may be replaced
+        model.load_state_dict(state, assign=True)
         head = tensors.pop('lm_head.weight', model.wte.weight)
-        left = [k for k in tensors if not k.endswith(('.attn.bias', '.attn.masked_bias'))]     # causal-mask buffers
-        check(not left and torch.equal(head.float(), model.wte.weight), f'{name_or_dir} holds weights that GPT-2 has no '
-             f'place for: {", ".join(left[:3]) or "lm_head"}')
+        left = [name for name in tensors if not name.endswith(('.attn.bias', '.attn.masked_bias'))]     # causal masks
+        check(not left and torch.equal(head.float(), model.wte.weight), 'weights that GPT-2 has no place for: '
+              f'{", ".join(left[:3]) or "lm_head"}')
         return model
 
 
@@ -301,16 +316,6 @@ def hf_names(model):
 def transposed(name):
     """Hugging Face keeps GPT-2's linear layers as (in, out), nn.Linear as (out, in)."""
     return name.endswith(('c_attn.weight', 'c_proj.weight', 'c_fc.weight'))
-
-
-def download(name):
-    """The folder in the hub's cache with the GPT-2 weights of that name."""
-    from huggingface_hub import snapshot_download
-    try:
-        return snapshot_download(name, allow_patterns=['config.json', '*.safetensors', '*.safetensors.index.json'])
-    except Exception as error:      # of many kinds: no such name, no network, no token
-        raise ValueError(f"'{name}' is neither a directory here nor to be had from the hub ({type(error).__name__}: "
-                        'offline, or a wrong name?)') from None
 
 
 # -----------------------------------------------------------------------------
