@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from nanodpo.checkpoint import written_aside
 from nanodpo.data import batches
 
 
@@ -46,21 +47,8 @@ def read(path, key, live, shape):
 def write(path, key, logps):
     """Keep log-probs for `read`: written aside and renamed. Raises OSError."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    try:
-        with open(path + '.tmp', 'wb') as file:
-            np.savez(file, key=np.array(key), logps=logps.numpy())
-        os.replace(path + '.tmp', path)
-    finally:
-        if os.path.exists(path + '.tmp'):
-            os.remove(path + '.tmp')
-
-
-def write(path, key, logps):
-    """Write the cache aside and rename it. Raises OSError."""
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    with open(path + '.tmp', 'wb') as f:
+    with written_aside(path) as (aside,), open(aside, 'wb') as f:
         np.savez(f, key=np.array(key), logps=logps.numpy())
-    os.replace(path + '.tmp', path)
 
 
 def load_or_compute(run, weights, score, splits, row_tokens):

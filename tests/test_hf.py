@@ -5,7 +5,9 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +16,15 @@ import tiktoken
 import torch
 
 import dpo
-import model as model_py
 import prepare_prefs
-import sample
 import sft
+from config import UserError
 from conftest import SHARED, small_gpt
-from model import EXPORTED, GPT, CheckpointError, GPTConfig, _hf_names, _transposed, fingerprint, load_model, save_checkpoint
+from model import GPT, GPTConfig, hf_names, transposed
+from nanodpo import checkpoint, export
+from nanodpo.checkpoint import fingerprint, load_model
+from nanodpo.data import Groups, pack
+from nanodpo.text import EOT, PATTERN, load_tokenizer, prompt_ids, train_bpe
 
 transformers = pytest.importorskip('transformers')
 
@@ -53,32 +58,35 @@ def learned(pattern, special):
     """A tiktoken.Encoding with 500 tokens learned from HARD and TALK. special: {name: steps beyond the last rank}"""
     words = {word.encode(): 2 for word in ' '.join([TALK, *HARD[12:]]).split(' ')}
     words |= {b' ' + word: 3 for word in words} | {b' ' * 20: 9, b'123': 3, b'\n\n': 4}
-    tokens = prepare_prefs.train_bpe(words, 500)
+    tokens = train_bpe(words, 500)
     return tiktoken.Encoding('learned', pat_str=pattern, mergeable_ranks={t: i for i, t in enumerate(tokens)},
                              special_tokens={name: len(tokens) + steps for name, steps in special.items()})
 
 
 def past_the_end_token():
     """The layout of p50k_base: mergeable tokens on both sides of the end token."""
-    encoding = learned(prepare_prefs.PATTERN, {prepare_prefs.EOT: 0})
+    encoding = learned(PATTERN, {EOT: 0})
     ranks = {token: rank + (rank >= 400) for token, rank in encoding._mergeable_ranks.items()}
-    return tiktoken.Encoding('split', pat_str=encoding._pat_str, mergeable_ranks=ranks, special_tokens={prepare_prefs.EOT: 400})
+    return tiktoken.Encoding('split', pat_str=encoding._pat_str, mergeable_ranks=ranks, special_tokens={EOT: 400})
 
 
 CL100K = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s")
 ENCODINGS = {
     'gpt2': gpt2_encoding,
-    'learned': lambda: learned(prepare_prefs.PATTERN, {prepare_prefs.EOT: 0}),
+    'learned': lambda: learned(PATTERN, {EOT: 0}),
     'as p50k_base': past_the_end_token,
-    'as cl100k_base, with gaps': lambda: learned(CL100K, {prepare_prefs.EOT: 1, '<|fim_prefix|>': 2, '<|endofprompt|>': 20}),
-    'bytes': lambda: tiktoken.Encoding('bytes', pat_str=prepare_prefs.PATTERN, mergeable_ranks={bytes([b]): b for b in range(256)},
-                                       special_tokens={prepare_prefs.EOT: 256}),
+    'as cl100k_base, with gaps': lambda: learned(CL100K, {EOT: 1, '<|fim_prefix|>': 2, '<|endofprompt|>': 20}),
+    'bytes': lambda: tiktoken.Encoding('bytes', pat_str=PATTERN, mergeable_ranks={bytes([b]): b for b in range(256)},
+                                       special_tokens={EOT: 256}),
 }
 
 
 def loaded_tokenizer(folder, encoding, template='{prompt}'):
-    prepare_prefs.save_tokenizer(folder, encoding, template, 1024)
-    (folder / 'config.json').write_text(json.dumps(dict(model_type='gpt2', vocab_size=encoding.n_vocab, bos_token_id=0, eos_token_id=0)))
+    """What transformers makes of an exported tokenizer."""
+    files = {'tokenizer.json': export.tokenizer_json(encoding), 'tokenizer_config.json': export.tokenizer_config(template, 1024),
+             'config.json': dict(model_type='gpt2', vocab_size=encoding.n_vocab, bos_token_id=0, eos_token_id=0)}
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content))
     return transformers.AutoTokenizer.from_pretrained(folder)
 
 
@@ -94,24 +102,23 @@ def test_an_exported_tokenizer_gives_the_ids_of_ours(name, tmp_path):
         ids = encoding.encode_ordinary(text)
         assert theirs.encode(text, split_special_tokens=True) == ids, repr(text)
         assert theirs.decode(ids) == text
-    assert theirs.encode('a' + prepare_prefs.EOT)[-1] == encoding.eot_token, 'by default transformers makes it the end token'
+    assert theirs.encode('a' + EOT)[-1] == encoding.eot_token, 'by default transformers makes it the end token'
     assert len(theirs) == encoding.n_vocab and theirs.eos_token_id == theirs.pad_token_id == encoding.eot_token
     assert sorted(theirs.get_vocab().values()) == list(range(encoding.n_vocab)), 'every id has a name'
 
 
-def test_a_token_that_no_merge_makes_is_refused(tmp_path):
+def test_a_token_that_no_merge_makes_is_refused():
     ranks = {bytes([b]): b for b in range(256)} | {b'abc': 256}
-    encoding = tiktoken.Encoding('odd', pat_str='.', mergeable_ranks=ranks, special_tokens={prepare_prefs.EOT: 257})
-    with pytest.raises(SystemExit, match="token 256, b'abc', is no merge"):
-        prepare_prefs.save_tokenizer(tmp_path, encoding, '{prompt}', 1024)
-    assert not list(tmp_path.iterdir())
+    encoding = tiktoken.Encoding('odd', pat_str='.', mergeable_ranks=ranks, special_tokens={EOT: 257})
+    with pytest.raises(UserError, match="token 256, b'abc', is no merge"):
+        export.tokenizer_json(encoding)
 
 
 def test_a_chat_template_writes_turns_as_training_has_them(tmp_path):
     def turns(*texts):
         roles = 'system', 'user', 'assistant', 'user', 'assistant'
         return [dict(role=role, content=text) for role, text in zip(roles, texts) if text is not None]
-    end, encoding = prepare_prefs.EOT, ENCODINGS['learned']()
+    end, encoding = EOT, ENCODINGS['learned']()
     cases = [       # template, turns, the text
         ('{prompt}', turns(None, ' hi'), ' hi'),
         ('{prompt}', turns('Be kind.', 'a', 'b', 'c'), 'Be kind.\na b\nc'),
@@ -127,7 +134,7 @@ def test_a_chat_template_writes_turns_as_training_has_them(tmp_path):
         theirs = loaded_tokenizer(tmp_path, encoding, template)
         for text in ('hello', '😀 one\ntwo ', "it's 42"):
             ids = theirs.apply_chat_template(turns(None, text), add_generation_prompt=True, return_dict=False)
-            assert ids == prepare_prefs.prompt_ids(encoding, text, template)
+            assert ids == prompt_ids(encoding, text, template)
 
 
 # -----------------------------------------------------------------------------
@@ -139,7 +146,7 @@ def test_each_size_of_gpt2_has_transformers_tensors(n_layer, n_head, n_embd):
         theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=n_layer, n_head=n_head, n_embd=n_embd))
         ours = GPT(GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd))
     expected = {name: tuple(p.shape) for name, p in theirs.transformer.named_parameters()}
-    assert {name: tuple(p.shape)[::-1 if _transposed(name) else 1] for name, p in _hf_names(ours)} == expected
+    assert {name: tuple(p.shape)[::-1 if transposed(name) else 1] for name, p in hf_names(ours)} == expected
     assert ours.num_params() == theirs.num_parameters()
 
 
@@ -218,58 +225,85 @@ def test_weights_share_no_memory_with_the_file_they_came_from(hub_layout):
     assert fingerprint(ours) == before
 
 
-def test_wrong_sizes_and_damaged_files_end_with_one_line(hub_layout):
-    config, weights = hub_layout / 'config.json', hub_layout / 'model.safetensors'
-    good, whole = json.loads(config.read_text()), weights.read_bytes()
+CONFIGS = [({'n_layer': 3}, 'weights of 2 layers.*n_layer=3'), ({'n_layer': 1}, 'weights of 2 layers'), ({'n_layer': 10**9}, 'n_layer=1000000000'),
+           ({'n_layer': None}, 'n_layer is None'), ({'n_layer': -1}, 'n_layer is -1'), ({'n_embd': 32}, 'wte.weight has shape'),
+           ({'n_embd': '16'}, "n_embd is '16'"), ({'n_embd': 10**30}, 'n_embd is 10'), ({'n_embd': True}, 'n_embd is True'),
+           ({'n_head': 3}, 'not a multiple'), ({'n_head': 0}, 'n_head is 0'), ({'vocab_size': 98}, 'wte.weight has shape'),
+           ({'vocab_size': 2.5}, 'vocab_size is 2.5'), ({'vocab_size': 10**9}, 'has shape'), ({'n_positions': 25}, 'wpe.weight has shape'),
+           ({'layer_norm_epsilon': 'x'}, "layer_norm_epsilon is 'x'"), ({'layer_norm_epsilon': float('nan')}, 'layer_norm_epsilon is nan'),
+           ({'n_inner': 7}, 'n_inner=7'), ({'model_type': 'llama'}, "model_type='llama', this model is GPT-2"),
+           ({'activation_function': 'relu'}, "activation_function='relu', this model is GPT-2 with 'gelu_new'")]
 
-    def refused(match):
-        with pytest.raises(CheckpointError, match=match) as error:
-            GPT.from_pretrained(str(hub_layout))
-        assert '\n' not in str(error.value)
-    for change, match in (({'n_layer': 3}, 'weights of 2 layers.*n_layer=3'), ({'n_layer': 1}, 'weights of 2 layers'),
-                          ({'n_layer': 10**9}, 'n_layer=1000000000'), ({'n_layer': None}, 'n_layer is None'),
-                          ({'n_embd': 32}, 'wte.weight has shape'), ({'n_embd': '16'}, "n_embd is '16'"),
-                          ({'n_embd': 10**30}, 'n_embd is 10'), ({'n_embd': True}, 'n_embd is True'),
-                          ({'n_head': 3}, 'not a multiple'), ({'n_head': 0}, 'n_head is 0'),
-                          ({'vocab_size': 98}, 'wte.weight has shape'), ({'vocab_size': 10**9}, 'has shape'),
-                          ({'n_positions': 25}, 'wpe.weight has shape'), ({'layer_norm_epsilon': 'x'}, "layer_norm_epsilon is 'x'"),
-                          ({'n_inner': 7}, 'n_inner=7'), ({'model_type': 'llama'}, "model_type='llama'")):
+
+def refused(folder, match):
+    with pytest.raises(UserError, match=match) as error:
+        load_model(str(folder))
+    assert '\n' not in error.value.code and len(error.value.code) < 600
+    return True
+
+
+def test_a_wrong_config_and_a_missing_file_end_with_one_line(hub_layout, tmp_path):
+    config, weights, index = (hub_layout / name for name in ('config.json', 'model.safetensors', 'model.safetensors.index.json'))
+    good = json.loads(config.read_text())
+    for change, match in CONFIGS:
         config.write_text(json.dumps(good | change))
-        refused(match)
-    for text in ('[]', '', '{"n_layer": ', '\x00', '[' * 100_000):
-        config.write_text(text)
-        refused('config.json (is not JSON|holds no JSON object)')
+        refused(hub_layout, match)
+    for text, match in (('[]', 'TypeError'), ('', 'JSONDecodeError'), ('{"n_layer": ', 'JSONDecodeError'), ('\x00', 'JSONDecodeError'),
+                        ('[' * 100_000, 'RecursionError'), ('\udc80', 'UnicodeDecodeError')):
+        config.write_bytes(text.encode(errors='surrogateescape'))
+        refused(hub_layout, f'{hub_layout} cannot be read as GPT-2 weights: {match}')
+    config.write_text(json.dumps({key: value for key, value in good.items() if key != 'n_head'}))
+    refused(hub_layout, 'n_head is None in config.json')
     config.write_text(json.dumps(good))
-    rng = random.Random(0)
+    weights.rename(hub_layout / 'pytorch_model.bin')
+    refused(hub_layout, 'model.safetensors does not exist; convert pytorch_model.bin')
+    (hub_layout / 'pytorch_model.bin').unlink()
+    refused(hub_layout, 'cannot be read as GPT-2 weights: FileNotFoundError.*model.safetensors')
+    for content, match in (('[]', 'TypeError'), ('{}', "KeyError: 'weight_map'"), ('{"weight_map": {"wte.weight": 3}}', 'TypeError'),
+                           ('{"weight_map": ', 'JSONDecodeError'), ('{"weight_map": {"wte.weight": "model-1.safetensors"}}', 'model-1.safetensors')):
+        index.write_text(content)
+        refused(hub_layout, match)
+    config.unlink()
+    refused(hub_layout, 'holds neither a checkpoint .* nor GPT-2 weights')
+
+
+def test_a_missing_shard_is_named(hub_layout):
+    """A large model's file was not copied: the others are there."""
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(hub_layout, dtype=torch.float32)
+    (hub_layout / 'model.safetensors').unlink()
+    theirs.save_pretrained(hub_layout, max_shard_size='10KB')
+    shards = sorted(hub_layout.glob('model-*.safetensors'))
+    assert len(shards) > 2
+    assert_equal_up_to_rounding(GPT.from_pretrained(str(hub_layout)), theirs, torch.randint(0, 97, (1, 9)))
+    shards[1].unlink()
+    refused(hub_layout, f'FileNotFoundError.*{shards[1].name}')
+
+
+def test_damaged_weights_end_with_one_line(hub_layout):
+    weights = hub_layout / 'model.safetensors'
+    whole = weights.read_bytes()
     for size in (0, 3, 8, 100, 1500, len(whole) // 2, len(whole) - 1):
         weights.write_bytes(whole[:size])
-        refused('model.safetensors is damaged')
-    same, header = fingerprint_of(weights, whole, hub_layout), 8 + int.from_bytes(whole[:8], 'little')
-    outcomes = [fingerprint_of(weights, flipped(whole, rng.randrange(8 * header)), hub_layout) for _ in range(150)]
-    assert set(outcomes) <= {None, same} and None in outcomes, 'a bit of the header flipped: refused, or of no consequence'
-    weights.write_bytes(whole)
-    weights.rename(hub_layout / 'pytorch_model.bin')
-    refused('model.safetensors does not exist; convert pytorch_model.bin')
-    for index in ('[]', '{}', '{"weight_map": {"wte.weight": 3}}', '{"weight_map": '):
-        (hub_layout / 'model.safetensors.index.json').write_text(index)
-        refused('index.json')
-    (hub_layout / 'model.safetensors.index.json').write_text('{"weight_map": {"wte.weight": "model-1.safetensors"}}')
-    refused('model-1.safetensors does not exist')
+        refused(hub_layout, 'model.safetensors is damaged')
+    rng, header, outcomes = random.Random(0), 8 + int.from_bytes(whole[:8], 'little'), set()
+    for bit in (None, *(rng.randrange(8 * header) for _ in range(150))):
+        data = bytearray(whole)
+        if bit is not None:
+            data[bit // 8] ^= 1 << bit % 8
+        weights.write_bytes(data)
+        try:
+            outcomes.add(fingerprint(load_model(str(hub_layout))))
+        except UserError:
+            outcomes.add('refused')
+    assert 'refused' in outcomes and len(outcomes) == 2, 'a bit of the header flipped: refused, or of no consequence'
 
 
-def flipped(data, bit):
-    data = bytearray(data)
-    data[bit // 8] ^= 1 << bit % 8
-    return bytes(data)
-
-
-def fingerprint_of(weights, data, folder):
-    """Of the model that `data` make, or None where they are refused."""
-    weights.write_bytes(data)
-    try:
-        return fingerprint(GPT.from_pretrained(str(folder)))
-    except CheckpointError:
-        return None
+@pytest.mark.parametrize('package', ['safetensors', 'huggingface_hub'])
+def test_a_missing_package_is_named(tmp_path, monkeypatch, package):
+    (tmp_path / 'config.json').write_text('{}')
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UserError, match=f'to read GPT-2 weights, pip install {package}'):
+        load_model(str(tmp_path) if package == 'safetensors' else 'gpt2')
 
 
 # -----------------------------------------------------------------------------
@@ -287,12 +321,17 @@ def own(tmp_path, monkeypatch):
             f.write(json.dumps(dict(prompt=f'{i} {texts[0]}', chosen=' ' + texts[1], rejected=' ' + texts[2])) + '\n')
     prepare_prefs.main(['--name=own', '--source=pairs.jsonl', '--tokenizer=bpe:300', '--template=Q: {prompt}\nA:', '--max_length=64',
                         '--max_prompt_length=32'])
-    groups = prepare_prefs.Groups('data/own', 'val')
+    groups = Groups('data/own', 'val')
     for stage, seed in (('sft', 1), ('dpo', 2)):
-        os.makedirs(f'out/own/{stage}')
-        save_checkpoint(f'out/own/{stage}', 1, small_gpt(seed, 64, groups.meta['vocab_size'], spread=0.7),
-                        dict(stage=stage, config=dict(name='own', beta=0.1), vocabulary=groups.vocabulary, init_fingerprint='-'))
+        save_own(stage, 1, small_gpt(seed, 64, groups.meta['vocab_size'], spread=0.7))
     return tmp_path
+
+
+def save_own(stage, step, model):
+    os.makedirs(f'out/own/{stage}', exist_ok=True)
+    vocabulary = Groups('data/own', 'val').vocabulary
+    checkpoint.save(f'out/own/{stage}', step, model,
+                    dict(stage=stage, config=dict(name='own', beta=0.1), vocabulary=vocabulary, origin={}))
 
 
 def snapshot(folder='.'):
@@ -319,21 +358,20 @@ def loaded(folder):
 def test_transformers_greedy_text_is_ours_token_for_token(own, capsys, padding):
     """A batch of prompts, padded on the left there: against generate and against sample.py; also where the model's vocabulary is
     padded, with large logits at ids that no token has."""
-    groups = prepare_prefs.Groups('data/own', 'val')
+    groups = Groups('data/own', 'val')
     size, end = groups.meta['vocab_size'], groups.meta['eot_token']
     if padding:
         wide = small_gpt(3, 64, size + padding, spread=0.7)
         with torch.no_grad():
             wide.wte.weight[size:] *= 9
-        save_checkpoint('out/own/dpo', 2, wide, dict(stage='dpo', config=dict(name='own', beta=0.1), vocabulary=groups.vocabulary,
-                                                     init_fingerprint='-'))
-    ours = load_model('out/own/dpo')[0]
-    model_py.main(['out/own/dpo', 'hf'])
-    assert ('was cut' in capsys.readouterr().out) == bool(padding)
+        save_own('dpo', 2, wide)
+    ours = load_model('out/own/dpo')
+    export.main(['out/own/dpo', 'hf'])
+    assert ('vocabulary cut' in capsys.readouterr().out) == bool(padding)
     theirs, tokenizer = loaded('hf')
     assert theirs.config.vocab_size == len(tokenizer) == size
     texts = ['one', 'which of these years is superb?', '🚀 né', 'a\n\nb', 'The leads amuse', 'x' * 20]
-    prompts = [prepare_prefs.prompt_ids(prepare_prefs.load_tokenizer('data/own', 'tokenizer.json'), text, groups.meta['template'])
+    prompts = [prompt_ids(load_tokenizer('data/own', 'tokenizer.json'), text, groups.meta['template'])
                for text in texts]
     expected = ours.generate(prompts, 30, end, size, temperature=0)
     assert len({tuple(ids) for ids in expected}) == len(texts) and min(len(set(ids)) for ids in expected) > 1
@@ -346,6 +384,7 @@ def test_transformers_greedy_text_is_ours_token_for_token(own, capsys, padding):
     assert made == expected
 
     if not padding:
+        import sample
         Path('p.jsonl').write_text('\n'.join(json.dumps(dict(prompt=text)) for text in texts))
         capsys.readouterr()
         sample.main(['--name=own', '--prompts_file=p.jsonl', '--temperature=0', '--max_new_tokens=30', '--json'])
@@ -354,12 +393,11 @@ def test_transformers_greedy_text_is_ours_token_for_token(own, capsys, padding):
 
 
 def test_transformers_loss_of_an_export_is_ours(own):
-    groups = prepare_prefs.Groups('data/own', 'val')
-    model_py.main(['out/own/sft', 'hf'])
-    ours, (theirs, _) = load_model('out/own/sft')[0].eval(), loaded('hf')
-    batch = prepare_prefs.pack(groups, list(range(len(groups))))
+    groups = Groups('data/own', 'val')
+    export.main(['out/own/sft', 'hf'])
+    ours, (theirs, _) = load_model('out/own/sft').eval(), loaded('hf')
     with torch.no_grad():
-        logps = dpo.response_logps(ours, ours.wte.weight, batch, model_py.packed_mask(batch.group, batch.part, batch.cuts))
+        logps = dpo.response_logps(ours, pack(groups, list(range(len(groups)))))
         for i, row in enumerate(logps):
             prompt, *responses = groups[i]
             for response, logp in zip(responses, row):
@@ -370,102 +408,89 @@ def test_transformers_loss_of_an_export_is_ours(own):
                 assert abs(loss + logp) < 1e-5 * abs(logp) + 1e-4
 
 
+def files(folder):
+    return {path.name for path in Path(folder).iterdir()}
+
+
 def test_an_export_comes_back_to_the_bit_and_a_stage_starts_from_it(own):
-    model_py.main(['out/own/sft/step-000001.pt', 'a'])
-    model_py.main(['a', 'b', '--data=data/own'])
-    model_py.main(['b', 'c', '--data='])
-    expected = fingerprint(load_model('out/own/sft')[0])
-    assert all(fingerprint(GPT.from_pretrained(folder)) == expected for folder in 'abc')
+    os.makedirs('b')            # empty
+    export.main(['out/own/sft/step-000001.pt', 'a'])
+    export.main(['a', 'b', '--data=data/own'])
+    export.main(['b', 'new/c', '--data='])
+    expected = fingerprint(load_model('out/own/sft'))
+    assert all(fingerprint(GPT.from_pretrained(folder)) == expected for folder in ('a', 'b', 'new/c'))
     assert snapshot('b') == {path.replace('a/', 'b/'): content for path, content in snapshot('a').items()}
-    assert {path.name for path in Path('c').iterdir()} == {'config.json', 'generation_config.json', 'model.safetensors'}
+    assert files('new/c') == {'config.json', 'generation_config.json', 'model.safetensors'}
+    assert files('a') == files('new/c') | {'tokenizer.json', 'tokenizer_config.json'}
     assert os.stat('a/model.safetensors').st_mode == os.stat('a/config.json').st_mode
     flags = ['--name=own', '--max_steps=1', '--batch_size=4', '--warmup_steps=0', '--device=cpu', '--compile=False', '--eval_interval=0']
-    dpo.main([*flags, '--init_from=a', '--save_pretrained=trained'])
-    final = fingerprint(load_model('out/own/dpo')[0])
-    assert final != expected and fingerprint(GPT.from_pretrained('trained')) == final
-    assert {path.name for path in Path('trained').iterdir()} == set(EXPORTED)
-    sft.main([*flags, '--init_from=trained', '--save_pretrained=trained2'])
-    assert fingerprint(GPT.from_pretrained('trained2')) == fingerprint(load_model('out/own/sft')[0]) != final
-    Path('trained2/README.md').write_text('mine')
-    os.makedirs('trained2/.export-of-a-killed-run/old')
-    sft.main([*flags, '--init_from=trained', '--resume', '--save_pretrained=trained2'])       # nothing is left to train: it exports
-    assert set(os.listdir('trained2')) == {'README.md', *EXPORTED}
+    last = expected
+    for number, stage in enumerate((dpo, sft)):
+        stage.main([*flags, '--init_from=a'])
+        trained = fingerprint(load_model(f'out/own/{stage.__name__}'))
+        export.main([f'out/own/{stage.__name__}', f'trained{number}'])
+        assert fingerprint(GPT.from_pretrained(f'trained{number}')) == trained not in (expected, last)
+        last = trained
 
 
-@pytest.mark.parametrize('stage', ['sft', 'dpo'])
-def test_what_cannot_be_exported_is_refused_before_training(own, stage, monkeypatch):
-    model_py.main(['out/own/dpo', 'start'])
-    Path('file').write_text('x')
-    os.makedirs('theirs')
-    Path('theirs/config.json').write_text('{"model_type": "llama"}')
-    os.makedirs('mixed')
-    Path('mixed/chat_template.jinja').write_text('x')
-    before = snapshot()
-    main = dict(sft=sft, dpo=dpo)[stage].main
-    monkeypatch.setattr(os, 'access', lambda path, mode: not str(path).endswith('closed'))
-    os.makedirs('closed')
-    for folder, match in (('file', 'file is not a directory'), ('file/x', 'file is not a directory'), ('theirs', 'holds config.json'),
-                          ('mixed', 'holds chat_template.jinja'), ('start', 'is what the run begins with'), ('./start/', 'begins with'),
-                          ('data/own', 'holds tokenizer.json'), ('closed/x', 'no permission to write in .*closed')):
-        with pytest.raises(SystemExit, match=match) as error:
-            main(['--name=own', '--init_from=start', '--max_steps=1', '--device=cpu', f'--save_pretrained={folder}'])
-        assert '\n' not in str(error.value)
-    assert snapshot() == before
-
-
-def test_the_command_says_in_one_line_what_is_wrong(own):
-    model_py.main(['out/own/dpo', 'hf'])
+def test_the_command_says_in_one_line_what_is_wrong_and_writes_nothing(own):
+    export.main(['out/own/dpo', 'hf'])
     os.makedirs('out/own/nameless')
-    save_checkpoint('out/own/nameless', 1, small_gpt(), dict(config={}, vocabulary='v'))
+    checkpoint.save('out/own/nameless', 1, small_gpt(), dict(config={}, vocabulary='v'))
+    Path('file').write_text('x')
+    os.makedirs('link')
+    os.symlink('nowhere', 'link/dangling')
     before = snapshot()
-    for argv, match in (([], 'usage'), (['out/own/dpo'], 'usage'), (['out/own/dpo', 'x', 'y'], 'usage'),
+    for argv, match in (([], 'usage'), (['out/own/dpo'], 'usage'), (['out/own/dpo', 'x', 'y'], 'usage'), (['out/own/dpo', ''], 'usage'),
                         (['out/own/dpo', 'x', '--dat=y'], 'usage'), (['nowhere', 'x'], "'nowhere' is neither a directory here nor"),
                         (['hf', 'x'], 'does not say what data.*--data='), (['out/own/nameless', 'x'], 'does not say what data'),
                         (['out/own/dpo', 'x', '--data=data/no'], 'data/no does not exist'),
-                        (['out/own/nameless', 'x', '--data=data/own'], 'another tokenizer'), (['data', 'x', '--data='], 'holds neither')):
-        with pytest.raises(SystemExit, match=match) as error:
-            model_py.main(argv)
-        assert '\n' not in str(error.value)
-    assert snapshot() == before
+                        (['out/own/nameless', 'x', '--data=data/own'], 'another tokenizer'), (['data', 'x', '--data='], 'holds neither'),
+                        (['out/own/dpo', 'hf'], 'hf is not empty: export into a new or an empty directory'),
+                        (['out/own/dpo', 'out/own/dpo'], 'is not empty'), (['out/own/dpo', '.'], 'is not empty'),
+                        (['out/own/dpo', 'file'], 'file is not a directory'), (['out/own/dpo', 'link/dangling'], 'is not a directory'),
+                        (['out/own/dpo', 'file/x'], 'cannot write file/x: Not a directory')):
+        with pytest.raises(UserError, match=match) as error:
+            export.main(argv)
+        assert '\n' not in error.value.code
+    assert snapshot() == before and not os.path.exists('x')
 
 
-def test_a_full_disk_or_a_failed_rename_leaves_the_earlier_export_whole(own, monkeypatch):
+def test_a_full_disk_or_a_failed_rename_leaves_nothing_that_loads(own, monkeypatch):
     """A limit on the size of files stands in for a disk that is full with the weights."""
-    model_py.main(['out/own/sft', 'hf'])
-    before, folders = snapshot(), {path for path in Path('.').rglob('*') if path.is_dir()}
+    export.main(['out/own/sft', 'hf'])
+    before = snapshot()
 
-    def fails(folder):
-        with pytest.raises(SystemExit, match=f'cannot write {folder}: .*; it is as it was') as error:
-            model_py.main(['out/own/dpo', folder])
-        assert '\n' not in str(error.value)
-        assert snapshot() == before and {path for path in Path('.').rglob('*') if path.is_dir()} == folders, 'and no litter'
+    def fails(match):
+        with pytest.raises(UserError, match=f'cannot write new: .*{match}') as error:
+            export.main(['out/own/dpo', 'new'])
+        assert '\n' not in error.value.code
 
-    def full(folder, *rest):
-        Path(folder, 'tokenizer.json').write_text('{"half')
-        raise OSError(28, 'No space left on device')
     limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    for folder in ('hf', 'new'):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before['hf/model.safetensors']) - 1, limits[1]))
-        try:
-            fails(folder)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        with monkeypatch.context() as patch:
-            patch.setattr(prepare_prefs, 'save_tokenizer', full)
-            fails(folder)
-    signal.signal(signal.SIGXFSZ, handler)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before['hf/model.safetensors']) - 1, limits[1]))
+    try:
+        fails('File too large')
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    with monkeypatch.context() as patch:
+        patch.setattr(json, 'dump', lambda *args, **options: (_ for _ in ()).throw(OSError(28, 'No space left on device')))
+        fails('No space left on device')
+    assert snapshot() == before
     replace, calls = os.replace, []
-    for last in range(2 * len(EXPORTED)):           # each file's old one moves away, its new one moves in
-        calls.clear()
 
-        def failing(source, target, last=last):
-            calls.append(target)
-            if len(calls) - 1 == last:
-                raise OSError(5, 'Input/output error')
-            replace(source, target)
+    def failing(source, target):
+        calls.append(target)
+        if len(calls) == last:
+            raise OSError(5, 'Input/output error')
+        replace(source, target)
+    for last in range(1, 6):            # at each of the five files
+        calls.clear()
         with monkeypatch.context() as patch:
             patch.setattr(os, 'replace', failing)
-            fails('hf')
-    assert len(calls) > len(EXPORTED)
-    model_py.main(['out/own/dpo', 'hf'])
-    assert fingerprint(GPT.from_pretrained('hf')) == fingerprint(load_model('out/own/dpo')[0])
+            fails('Input/output error')
+        assert 'config.json' not in files('new') and not [file for file in files('new') if file.startswith('.')]
+        refused('new', 'holds neither')
+        shutil.rmtree('new')
+    export.main(['out/own/dpo', 'new'])
+    assert len(calls) == 5 and fingerprint(GPT.from_pretrained('new')) == fingerprint(load_model('out/own/dpo'))

@@ -1,21 +1,22 @@
-"""model.py against transformers: GPT-2 weights in and out, the same logits, the same greedy text."""
+"""model.py against transformers: GPT-2 weights in and out, the same logits, the same greedy text. Checkpoints on disk."""
+import hashlib
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
+from config import UserError
 from conftest import small_gpt
-from model import GPT, CheckpointError, find_checkpoints, fingerprint, load_model, read_checkpoint, save_checkpoint
+from model import GPT
+from nanodpo import checkpoint
+from nanodpo.checkpoint import fingerprint, load_model
+from nanodpo.export import save_pretrained
+from test_hf import logits
 
 transformers = pytest.importorskip('transformers')
-
-
-def logits(model, ids):
-    B, T = ids.shape
-    mask = torch.ones(T, T, dtype=torch.bool).tril()[None, None]
-    with torch.no_grad():
-        return model.eval()(ids, torch.arange(T).expand(B, -1), mask) @ model.wte.weight.t()
 
 
 @pytest.fixture
@@ -26,48 +27,32 @@ def theirs():
     return transformers.GPT2LMHeadModel(config).eval()
 
 
-def test_an_imported_gpt2_has_transformers_logits(theirs, tmp_path):
-    theirs.save_pretrained(tmp_path)
-    ours, ids = GPT.from_pretrained(str(tmp_path)), torch.randint(0, 211, (3, 48))
-    assert ours.config.block_size == 48 and ours.config.n_layer == 3
+def assert_same_logits(ours, theirs, length):
+    ids = torch.randint(0, 211, (3, length))
     with torch.no_grad():
         expected = theirs(ids).logits
     assert expected.abs().max() > 2
     torch.testing.assert_close(logits(ours, ids), expected, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize('max_shard_size, files', [('1GB', 1), ('100KB', 4)])
+def test_an_imported_gpt2_has_transformers_logits(theirs, tmp_path, max_shard_size, files):
+    theirs.save_pretrained(tmp_path, max_shard_size=max_shard_size)
+    assert len(list(tmp_path.glob('*.safetensors'))) >= files
+    ours = GPT.from_pretrained(str(tmp_path))
+    assert ours.config.block_size == 48 and ours.config.n_layer == 3
+    assert_same_logits(ours, theirs, 48)
+
+
 def test_an_exported_and_a_reexported_gpt2_load_in_transformers_with_our_logits(theirs, tmp_path):
     theirs.save_pretrained(tmp_path / 'a')
     reexported = GPT.from_pretrained(str(tmp_path / 'a'))
     for name, ours in (('own', small_gpt(block_size=48)), ('re', reexported)):
-        ours.save_pretrained(tmp_path / name, end_token=210)
+        save_pretrained(ours, str(tmp_path / name))
         loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name).eval()
-        assert loaded.config.eos_token_id == 210
-        ids = torch.randint(0, 211, (2, 40))
-        with torch.no_grad():
-            torch.testing.assert_close(loaded(ids).logits, logits(ours, ids), atol=1e-4, rtol=0)
-        again = GPT.from_pretrained(str(tmp_path / name))
-        assert fingerprint(again) == fingerprint(ours), 'to the bit, there and back'
-
-
-def test_names_of_the_hub_s_own_gpt2_files_are_read(theirs, tmp_path):
-    """The hub's gpt2 has no `transformer.` prefix, and carries the causal masks as buffers."""
-    from safetensors.torch import save_file
-    state = {k.removeprefix('transformer.'): v.contiguous() for k, v in theirs.state_dict().items() if k != 'lm_head.weight'}
-    state |= {f'h.{i}.attn.bias': torch.ones(1, 1, 48, 48) for i in range(3)}
-    save_file(state, tmp_path / 'model.safetensors')
-    (tmp_path / 'config.json').write_text(json.dumps(theirs.config.to_dict(), default=str))
-    ids = torch.randint(0, 211, (1, 20))
-    with torch.no_grad():
-        torch.testing.assert_close(logits(GPT.from_pretrained(str(tmp_path)), ids), theirs(ids).logits, atol=1e-4, rtol=0)
-
-
-def test_a_sharded_checkpoint_is_read(theirs, tmp_path):
-    theirs.save_pretrained(tmp_path, max_shard_size='100KB')
-    assert len(list(tmp_path.glob('*.safetensors'))) > 1
-    ids = torch.randint(0, 211, (1, 20))
-    with torch.no_grad():
-        torch.testing.assert_close(logits(GPT.from_pretrained(str(tmp_path)), ids), theirs(ids).logits, atol=1e-4, rtol=0)
+        assert loaded.config.eos_token_id == ours.config.vocab_size - 1, "the last id, as GPT-2's"
+        assert_same_logits(ours, loaded, 40)
+        assert fingerprint(GPT.from_pretrained(str(tmp_path / name))) == fingerprint(ours), 'to the bit, there and back'
 
 
 def test_greedy_text_is_transformers_token_for_token(theirs, tmp_path):
@@ -94,14 +79,72 @@ def test_two_models_share_their_random_numbers():
     assert a.generate(prompts, 20, 256, seed=5) == b.generate(prompts, 20, 256, seed=5) != b.generate(prompts, 20, 256, seed=6)
 
 
-def test_checkpoints_keep_the_last_two_and_name_a_damaged_one(tmp_path):
+# -----------------------------------------------------------------------------
+# checkpoints
+
+def saved(folder, *steps, **state):
+    os.makedirs(folder, exist_ok=True)
     model = small_gpt()
-    for step in (5, 10, 100):
-        save_checkpoint(tmp_path, step, model, dict(config={}, vocabulary='v'))
-    assert [Path(p).name for p in find_checkpoints(tmp_path)] == ['step-000010.pt', 'step-000100.pt']
-    loaded, record = load_model(str(tmp_path))
-    assert record['vocabulary'] == 'v' and fingerprint(loaded) == fingerprint(model)
-    path = find_checkpoints(tmp_path)[-1]
+    for step in steps:
+        checkpoint.save(str(folder), step, model, dict(config={}, vocabulary='v', **state))
+    return model
+
+
+def test_checkpoints_keep_the_last_two_and_name_a_damaged_one(tmp_path):
+    model = saved(tmp_path, 5, 10, 100)
+    assert [Path(p).name for p in checkpoint.find(tmp_path)] == ['step-000010.pt', 'step-000100.pt']
+    loaded = load_model(str(tmp_path))
+    assert loaded.record['vocabulary'] == 'v' and fingerprint(loaded) == fingerprint(model)
+    path = checkpoint.find(tmp_path)[-1]
     Path(path).write_bytes(Path(path).read_bytes()[:-1])
-    with pytest.raises(CheckpointError, match='step-000100.pt is damaged'):
-        read_checkpoint(path)
+    with pytest.raises(UserError, match='step-000100.pt is damaged'):
+        checkpoint.read(path)
+    with pytest.raises(UserError, match='step-000100.pt is damaged.*; the one before it is .*step-000010.pt'):
+        load_model(str(tmp_path))
+
+
+def test_what_is_no_checkpoint_of_ours_is_one_line(tmp_path):
+    """Each with a hash that fits."""
+    whole = checkpoint.read(saved(tmp_path / 'good', 1, optimizer={'state': {}}) and str(tmp_path / 'good/step-000001.pt'))
+    folder, path = str(tmp_path), tmp_path / 'step-000001.pt'
+    narrow = whole['model_config'] | {'n_embd': 16}
+    for state, match in ((whole | {'model_config': narrow}, 'its weights are not those of its model_config'),
+                         (whole | {'model_config': None}, 'its weights are not'), (whole | {'model': {}}, 'its weights are not'),
+                         (whole | {'model': 3}, 'its weights are not'), (whole | {'model_config': {'layers': 2}}, 'its weights are not'),
+                         (whole | {'format': 9}, 'is not a checkpoint of this version'), ({'format': 1}, 'is not a checkpoint'),
+                         (whole['model'], 'is not a checkpoint of this project'), ([whole], 'is not a checkpoint of this project'),
+                         (whole | {'step': 2}, 'is not what its name says, but step 2')):
+        torch.save(state, path)
+        path.with_suffix('.json').write_text(json.dumps({'sha256': hashlib.sha256(path.read_bytes()).hexdigest()}))
+        with pytest.raises(UserError, match=match) as error:
+            load_model(folder)
+        assert '\n' not in error.value.code and 'step-000001.pt' in error.value.code
+    for record in ('', '[]', '{}', '{"sha256": 3}', '\x00'):
+        path.with_suffix('.json').write_text(record)
+        with pytest.raises(UserError, match='step-000001.pt is (not a checkpoint of this project|damaged)'):
+            load_model(folder)
+    path.with_suffix('.json').unlink()
+    with pytest.raises(UserError, match='cannot be read as a checkpoint: No such file or directory: .*step-000001.json'):
+        load_model(str(path))
+
+
+def test_a_checkpoint_by_another_name_is_read_where_the_name_has_no_step(tmp_path):
+    saved(tmp_path, 2)
+    for end in ('pt', 'json'):
+        shutil.copy(tmp_path / f'step-000002.{end}', tmp_path / f'best.{end}')
+    assert checkpoint.read(str(tmp_path / 'best.pt'))['step'] == 2
+    assert load_model(str(tmp_path / 'best.pt'), dropout=0.5).config.dropout == 0.5
+
+
+def test_a_disk_that_is_full_says_so_and_leaves_the_checkpoints_before_it(tmp_path, monkeypatch):
+    saved(tmp_path, 1)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for broken in ('open', 'replace'):
+        with monkeypatch.context() as patch:
+            if broken == 'open':
+                patch.setattr('builtins.open', lambda path, *args, real=open: real('/dev/full' if '.pt' in str(path) else path, *args))
+            else:
+                patch.setattr(os, 'replace', lambda *args: (_ for _ in ()).throw(OSError(28, 'No space left on device')))
+            with pytest.raises(OSError, match='No space left on device'):
+                saved(tmp_path, 2)
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
