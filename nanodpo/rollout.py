@@ -73,6 +73,17 @@ def estimate_kl(policy, ratios, groups, n, seed, run, row_tokens):
     return {'kl': mean, 'kl_error': math.sqrt(variance / max(1, len(prompts) - 1))}
 
 
+def mean_and_error(values, num_samples):
+    """{'mean', 'error'}: the standard error, None for one value. values: each prompt's num_samples side by side.
+
+    Samples of one prompt are alike, so with several prompts the error is that of the mean over prompts.
+    """
+    rows = np.array(values, dtype=np.float64).reshape(-1, num_samples)
+    means = rows.mean(1) if len(rows) > 1 else rows[0]
+    error = float(means.std(ddof=1)) / math.sqrt(len(means)) if len(means) > 1 else None
+    return {'mean': float(means.mean()), 'error': error}
+
+
 # ----------------------------------------------------------------------------------------------------
 # reward files
 
