@@ -52,8 +52,6 @@ def run(main):
         main()
     except UserError as error:
         fail(error.message)
-    except KeyboardInterrupt:
-        fail('stopped')
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EPIPE):
             raise
