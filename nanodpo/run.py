@@ -218,10 +218,16 @@ class Run(Worker):
         for key, now in self.origin.items():
             then = state.get('origin', {}).get(key)
             need(then == now, f'cannot resume {path}: {ORIGIN.get(key, key)} changed since ({then} then, {now} now)')
-        self.policy.load_state_dict(state['model'])
-        self.optimizer.load_state_dict(state['optimizer'])
+        try:
+            self.policy.load_state_dict(state['model'])
+        except (RuntimeError, TypeError):
+            raise UserError(f'cannot resume {path}: its weights do not fit the model of this run') from None
+        try:
+            self.optimizer.load_state_dict(state['optimizer'])
+        except (LookupError, TypeError, ValueError):
+            raise UserError(f'cannot resume {path}: it holds no state of the optimizer') from None
         self.optimizer.param_groups[0]['weight_decay'] = self.cfg.weight_decay      # the knob's, not the saved one
-        then = state['config']
+        then = state.get('config', {})
         changed = [f'{key} {then.get(key)!r} -> {now!r}' for key, now in asdict(self.cfg).items()
                    if key != 'resume' and then.get(key) != now]
         self.say(f'resuming from {path}' + (f', with {", ".join(changed)}' if changed else ''))
