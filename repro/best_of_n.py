@@ -1,10 +1,11 @@
 """Best-of-N, the baseline without training: draw N responses from the SFT model, keep the one of highest reward.
 
-    python repro/best_of_n.py config/reviews.py --reward=config/reviews.py                               # by the true reward
+    python repro/best_of_n.py config/reviews.py --reward=config/reviews.py              # by the true reward
     python repro/best_of_n.py config/reviews.py --reward=out/reviews/reward_model --true_reward=config/reviews.py
 
-For each N up to --n: the mean reward that chose, the mean true reward where one is named, and log N - (N-1)/N, the KL from
-the SFT model if no two responses had equal rewards; with ties it is less. One drawing serves all N, cut into blocks of N.
+For each N up to --n it prints the mean reward that chose, and the mean true reward where one is named. Beside them
+stands log N - (N-1)/N, the KL from the SFT model if no two responses had equal rewards; with ties it is less. One
+drawing serves all N, cut into blocks of N.
 """
 import json
 import math
@@ -13,15 +14,13 @@ import sys
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from tqdm import tqdm
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import config                                                   # noqa: E402
 from config import In, Literal                                  # noqa: E402
+from nanodpo.text import text_of                                # noqa: E402
 from ppo import read_score                                      # noqa: E402
 from rollout import Task                                        # noqa: E402
-from prepare_prefs import text_of                                      # noqa: E402
 
 
 def best_of_n(chooser, values, n):
@@ -54,27 +53,33 @@ class Config:
 
 def main(argv=None):
     cfg = config.load(Config, 'best_of_n', argv)
-    device = torch.device(cfg.device if cfg.device != 'auto' else 'cuda' if torch.cuda.is_available() else 'cpu')
-    true_file = cfg.true_reward or (cfg.reward if cfg.reward.endswith('.py') else '')
+    chooser_file = cfg.reward if cfg.reward.endswith('.py') else ''
+    true_file = cfg.true_reward or chooser_file
     judge = Task(cfg.name, true_file)
-    task = Task(cfg.name, cfg.reward if cfg.reward.endswith('.py') else '')
-    score = read_score(task, cfg.reward, device)
-    model, prompts = task.load(cfg.init_from).to(device), task.prompts('val', cfg.num_prompts)
-    repeated = [p for p in prompts for _ in range(cfg.n)]
-    with tqdm(total=len(repeated), desc='responses', disable=None) as bar:
-        responses = task.draw(model, repeated, cfg.seed, cfg.temperature, cfg.max_new_tokens, bar=bar)
-    chooser = np.asarray(score(repeated, responses)).reshape(len(prompts), -1)
-    true = judge.score(repeated, responses)['true_reward'].reshape(len(prompts), -1) if true_file else None
+    task = Task(cfg.name, chooser_file, cfg.device)
+    score = read_score(task, cfg.reward)
+    model = task.load(cfg.init_from)
+    prompts = task.prompts('val', cfg.num_prompts)
+    repeated = [prompt for prompt in prompts for _ in range(cfg.n)]
+    responses = task.draw(model, repeated, cfg.seed, cfg.temperature, cfg.max_new_tokens, desc='responses')
+    columns = {'reward': np.asarray(score(repeated, responses)).reshape(len(prompts), -1)}
+    chooser = columns['reward']
+    if true_file:
+        columns['true reward'] = judge.score(repeated, responses)['true_reward'].reshape(len(prompts), -1)
     if cfg.json:
         for i, best in enumerate(chooser.argmax(1)):
             text = text_of(task.tokenizer, responses[i * cfg.n + best])
-            print(json.dumps({'prompt': text_of(task.tokenizer, prompts[i]), 'sample': 0, 'after': {'text': text, 'reward': chooser[i, best]}}))
+            print(json.dumps({'prompt': text_of(task.tokenizer, prompts[i]), 'sample': 0,
+                              'after': {'text': text, 'reward': chooser[i, best]}}))
         return
-    print(f'{len(prompts):,} prompts\n{"N":>5}{"KL at most":>12}{"reward":>18}' + f'{"true reward":>18}' * bool(true_file))
+    print(f'{len(prompts):,} prompts\n{"N":>5}{"KL at most":>12}' + ''.join(f'{name:>18}' for name in columns))
     for n in (2**k for k in range(cfg.n.bit_length())):
-        cells = [best_of_n(chooser, values, n) for values in (chooser, true) if values is not None]
-        print(f'{n:>5}{bound(n):>12.3f}' + ''.join(f'{c.mean():+11.3f} ±{c.std(ddof=1) / math.sqrt(len(c)):.3f}' for c in cells))
+        line = f'{n:>5}{bound(n):>12.3f}'
+        for values in columns.values():
+            best = best_of_n(chooser, values, n)                # (P,)
+            line += f'{best.mean():+11.3f} ±{best.std(ddof=1) / math.sqrt(len(best)):.3f}'
+        print(line)
 
 
 if __name__ == '__main__':
-    main()
+    config.run(main)

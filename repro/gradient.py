@@ -2,20 +2,20 @@
 
     python repro/gradient.py            # the reviews, after prepare_prefs.py and sft.py; writes repro/results/gradient.*
 
-The gradient of DPO is -beta sigmoid(-beta h) (grad log pi(w) - grad log pi(l)) (arXiv 2305.18290, section 4). "Unweighted" is
-the paper's ablation: the same without sigmoid(-beta h), so a pair that is right already pushes as hard as one that is wrong.
-Both start from the SFT model, with the same pairs, rate and steps; on validation pairs the log-probabilities of both sides,
-and on samples for the same prompts the true reward and the share that is still a review.
+The gradient of DPO is -beta sigmoid(-beta h) (grad log pi(w) - grad log pi(l)) (arXiv 2305.18290, section 4).
+"Unweighted" is the paper's ablation, the same without sigmoid(-beta h): a pair that is right already pushes as hard as
+one that is wrong. Both start from the SFT model, with the same pairs, rate and steps. The figure shows the
+log-probabilities of both sides on validation pairs. On samples for the same prompts it shows the true reward and the
+share that is still a review.
 
-Why the chosen log-prob may fall. The loss sees only differences, so nothing holds log pi(w) up. And where both sides of the
-pairs are samples of the reference, as here, their mean must fall whatever is learned: over all samples of the reference the
-mean of log(pi / ref) is -KL(ref || pi). Chosen and rejected are these samples, sorted: their implicit rewards lie half a
-margin above and below that mean, and the chosen one is below zero as soon as half the margin is less than beta KL(ref || pi).
+Why the chosen log-prob may fall. The loss sees only differences, so nothing holds log pi(w) up. And where both sides
+of the pairs are samples of the reference, as here, their mean must fall whatever is learned: over all samples of the
+reference the mean of log(pi / ref) is -KL(ref || pi). Chosen and rejected are these samples, sorted. Their implicit
+rewards lie half a margin above and below that mean. So the chosen one is below zero as soon as half the margin is less
+than beta KL(ref || pi).
 """
-import json
 import math
 import os
-import signal
 import sys
 from dataclasses import dataclass
 
@@ -26,8 +26,10 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 import config                                                                               # noqa: E402
 from config import In                                                                       # noqa: E402
-from offline import dpo_losses, even_steps, first_is_better, mean_logps, policy_logps, train, unweighted_losses     # noqa: E402
+from dpo import response_logps                                                              # noqa: E402
+from offline import dpo_losses, even_steps, first_is_better, mean_logps, train, unweighted_losses   # noqa: E402
 from rollout import Task                                                                    # noqa: E402
+from sweep import write_json                                                                # noqa: E402
 
 
 def figure(runs, path):
@@ -80,43 +82,44 @@ class Config:
 
 def main(argv=None):
     cfg = config.load(Config, 'gradient', argv)
-    task, runs = Task(cfg.name, cfg.reward), {}
-    reference, prompts = task.load('').requires_grad_(False), task.prompts('val', cfg.held_out)
+    task = Task(cfg.name, cfg.reward)
+    reference = task.load('').requires_grad_(False)
+    prompts = task.prompts('val', cfg.held_out)
     steps = cfg.epochs * math.ceil(len(task.train) / cfg.batch_size)
-
     looks = even_steps(steps, cfg.evaluations)
+    runs = {}
 
-    def look(step, policy):
+    def look(method, step, policy):
         chosen, rejected = mean_logps(policy, task.val)
-        found = task.evaluate(policy, reference, prompts, 1, cfg.seed)
+        measured = task.evaluate(policy, reference, prompts, 1, cfg.seed)
         tqdm.write(f'{method:10} {step:>5,}/{steps:,} | logps chosen {chosen:8.2f} rejected {rejected:8.2f} | reward '
-                   f'{found["true_reward"]:+6.2f} | KL {found["kl"]:6.2f} | well-formed {found["well_formed"]:6.1%} '
-                   f'| {found["tokens"]:.0f} tokens')
-        runs[method].append({'step': step, 'chosen': chosen, 'rejected': rejected, **found})
+                   f'{measured["true_reward"]:+6.2f} | KL {measured["kl"]:6.2f} | well-formed '
+                   f'{measured["well_formed"]:6.1%} | {measured["tokens"]:.0f} tokens')
+        runs[method].append({'step': step, 'chosen': chosen, 'rejected': rejected, **measured})
 
     for method in ('dpo', 'unweighted'):
-        policy, runs[method] = task.load('').train(), []
+        policy = task.load('').train()
+        runs[method] = []
 
         def losses_of(batch):
-            logps = policy_logps(policy, batch)
+            logps = response_logps(policy, batch)
             if method == 'unweighted':
                 return unweighted_losses(logps, cfg.beta)
             with torch.no_grad():
-                ref_logps = policy_logps(reference, batch)
+                ref_logps = response_logps(reference, batch)
             return dpo_losses(logps, ref_logps, cfg.beta)
 
-        look(0, policy)
-        for step, _, _ in tqdm(train(policy, losses_of, task.train, first_is_better(task.train), steps, cfg.batch_size,
-                                     cfg.learning_rate, cfg.warmup_steps, cfg.seed), total=steps, desc=method, disable=None):
+        look(method, 0, policy)
+        run = train(policy, losses_of, task.train, first_is_better(task.train), steps, cfg.batch_size,
+                    cfg.learning_rate, cfg.warmup_steps, cfg.seed)
+        for step, _, _ in tqdm(run, method, steps, disable=None):
             if step in looks:
-                look(step, policy)
+                look(method, step, policy)
     os.makedirs(os.path.dirname(cfg.out) or '.', exist_ok=True)
-    with open(cfg.out + '.json', 'w') as f:
-        json.dump(runs, f)
+    write_json(cfg.out + '.json', runs)
     figure(runs, cfg.out + '.png')
     print(f'written: {cfg.out}.json, .png')
 
 
 if __name__ == '__main__':
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    main()
+    config.run(main)

@@ -14,7 +14,6 @@ the cost of 4; the loop serves DPO there and the reward model too. One process; 
 """
 import json
 import os
-import signal
 import sys
 from dataclasses import asdict, dataclass
 
@@ -24,10 +23,11 @@ from tqdm import tqdm
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import config                                                                               # noqa: E402
-from config import In, Literal, UserError                                                   # noqa: E402
+from config import In, Literal, UserError, need                                             # noqa: E402
 from dpo import dpo_loss, response_logps                                                    # noqa: E402
-from model import open_run, packed_mask, save_checkpoint                                    # noqa: E402
-from prepare_prefs import packed_batches, plan_rows, row_limit, step_groups                 # noqa: E402
+from nanodpo import checkpoint                                                              # noqa: E402
+from nanodpo.data import batches, row_limit, step_groups                                    # noqa: E402
+from nanodpo.run import Worker                                                              # noqa: E402
 from rollout import Task                                                                    # noqa: E402
 
 
@@ -51,17 +51,12 @@ def dpo_losses(logps, ref_logps, beta):
 
 def rows_of(groups, ids, device):
     """The packed batches of the groups `ids`."""
-    return packed_batches(groups, plan_rows(ids, groups.lengths[ids], 1, row_limit([groups], 0, device.type))[0], device)
+    return batches(groups, ids, Worker(device.type), row_limit(0, device, groups))
 
 
 def even_steps(steps, count):
     """`count` steps, fewer where there are fewer, evenly spaced up to the last: a set of int."""
     return set(np.linspace(0, steps, min(steps, count) + 1).round().astype(int)[1:].tolist())
-
-
-def policy_logps(policy, batch):
-    """dpo.py's log-probs of a packed batch's responses: (G, K)."""
-    return response_logps(policy, policy.wte.weight, batch, packed_mask(batch.group, batch.part, batch.cuts))
 
 
 def train(model, losses_of, groups, better, steps, batch_size, learning_rate, warmup_steps, seed):
@@ -94,8 +89,7 @@ def train(model, losses_of, groups, better, steps, batch_size, learning_rate, wa
 
 def first_is_better(groups):
     """The pairs of a data set whose groups are (chosen, rejected): (N, 2, 2)."""
-    if groups.K != 2:
-        raise UserError(f'{groups.folder} holds groups of {groups.K} responses; pairs are needed')
+    need(groups.K == 2, f'{groups.folder} holds groups of {groups.K} responses; pairs are needed')
     return np.tile(np.array([[False, True], [False, False]]), (len(groups), 1, 1))
 
 
@@ -122,23 +116,22 @@ class Config:
 @torch.no_grad()
 def mean_logps(policy, groups):
     """Mean log-probability of chosen and rejected responses: (2,), nats."""
-    batches = rows_of(groups, np.arange(len(groups)), policy.wte.weight.device)
-    return sum(policy_logps(policy, batch).double().sum(0) for batch in batches).cpu().numpy() / len(groups)
+    rows = rows_of(groups, np.arange(len(groups)), policy.wte.weight.device)
+    return sum(response_logps(policy, batch).double().sum(0) for batch in rows).cpu().numpy() / len(groups)
 
 
 def main(argv=None):
     cfg = config.load(Config, 'offline', argv)
-    device = torch.device(cfg.device if cfg.device != 'auto' else 'cuda' if torch.cuda.is_available() else 'cpu')
-    task = Task(cfg.name)
+    task = Task(cfg.name, device=cfg.device)
     better = first_is_better(task.train)
-    policy = task.load(cfg.init_from).to(device).train()
-    losses_of = {'preferred_ft': lambda batch: preferred_ft_losses(policy_logps(policy, batch)),
-                 'unlikelihood': lambda batch: unlikelihood_losses(policy_logps(policy, batch), cfg.alpha),
-                 'unweighted': lambda batch: unweighted_losses(policy_logps(policy, batch), cfg.beta)}[cfg.method]
+    policy = task.load(cfg.init_from).train()
+    losses_of = {'preferred_ft': lambda batch: preferred_ft_losses(response_logps(policy, batch)),
+                 'unlikelihood': lambda batch: unlikelihood_losses(response_logps(policy, batch), cfg.alpha),
+                 'unweighted': lambda batch: unweighted_losses(response_logps(policy, batch), cfg.beta)}[cfg.method]
     steps = cfg.max_steps or cfg.epochs * -(-len(task.train) // cfg.batch_size)
-    print(f'{cfg.method} on {device}, {steps:,} steps:\n{config.show(cfg)}')
+    print(f'{cfg.method} on {task.device}, {steps:,} steps:\n{config.show(cfg)}')
     out_dir = os.path.join('out', cfg.name, cfg.method)
-    with open_run(out_dir, 0) as log:
+    with checkpoint.open_run(out_dir, 0) as log:
         for step, loss, norm in tqdm(train(policy, losses_of, task.train, better, steps, cfg.batch_size, cfg.learning_rate,
                                            cfg.warmup_steps, cfg.seed), total=steps, desc=cfg.method, disable=None):
             if step % cfg.eval_interval == 0 or step == steps:
@@ -147,10 +140,9 @@ def main(argv=None):
                            f'eval/logps chosen {chosen:8.2f} rejected {rejected:8.2f}')
                 log.write(json.dumps({'step': step, 'loss': loss, 'grad_norm': norm, 'eval/logps/chosen': chosen,
                                       'eval/logps/rejected': rejected}) + '\n')
-    save_checkpoint(out_dir, steps, policy, dict(stage=cfg.method, config=asdict(cfg), vocabulary=task.train.vocabulary))
+    checkpoint.save(out_dir, steps, policy, dict(stage=cfg.method, config=asdict(cfg), vocabulary=task.train.vocabulary))
     print(f'done: {out_dir}')
 
 
 if __name__ == '__main__':
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    main()
+    config.run(main)

@@ -3,29 +3,30 @@
     python repro/optimum.py                                 # 6 minutes on one CPU core; writes repro/results/optimum.*
     python repro/optimum.py --quick --out=optimum           # a smaller world, in seconds
 
-P prompts of two tokens, a vocabulary of V, completions of a fixed length: M = V**length of them. The reference rho is a
-small GPT of model.py with large random weights, far from uniform. The reward is drawn once: effects of a token at a
-position, other ones for each prompt, and of adjacent tokens. So the optimum of the KL-constrained objective,
-pi*(y|x) = rho(y|x) exp(r(x,y)/beta) / Z(x) (eq. 4 of arXiv 2305.18290), is a table, and so is its frontier of KL and reward.
-Policies are the same GPT and start at the reference. In nats throughout; an average over x gives prompts equal weight.
+There are P prompts of two tokens, a vocabulary of V, and completions of a fixed length: M = V**length of them. The
+reference rho is a small GPT of model.py with large random weights, far from uniform. The reward is drawn once: effects
+of a token at a position, other ones for each prompt, and of adjacent tokens. So the optimum of the KL-constrained
+objective, pi*(y|x) = rho(y|x) exp(r(x,y)/beta) / Z(x) (eq. 4 of arXiv 2305.18290), is a table, and so is its frontier
+of KL and reward. Policies are the same GPT and start at the reference. All numbers are in nats. An average over x
+gives prompts equal weight.
 
   expected   DPO on the expected loss over all M**2 pairs, both drawn from rho, with Bradley-Terry labels on r (eq. 1).
              With labels on r itself and DPO's beta, the minimum has beta log(pi/rho) = r + constant(x): pi*_beta, for
              pairs from any distribution with full support. rho is the paper's choice. Adam, then L-BFGS
-  sampled    DPO on n sampled pairs and labels. Every fifth pair is held out, the lowest loss there ends the run (early
-             stopping: few pairs are separable, and the loss has no minimum). Identical pairs are one row with a count
+  sampled    DPO on n sampled pairs and labels. Every fifth pair is held out, and the lowest loss there ends the run:
+             few pairs are separable, and the loss has no minimum. Identical pairs are one row with a count
   best-of-N  the exact distribution, from the cumulative distribution of r under rho
   REINFORCE  on the true reward less beta log(pi/rho), with a running mean a prompt as the baseline
-  PPO        the same reward and baseline, clipped, several epochs a batch. A completion is one action, its ratio is that
-             of the whole completion, and there is no value network: not the token-level PPO of RLHF codes
+  PPO        the same reward and baseline, clipped, several epochs a batch. A completion is one action, its ratio is
+             that of the whole completion, and there is no value network: not the token-level PPO of RLHF codes
+
 The distance to the optimum: with J = E[r] - beta KL(pi||rho) and J* = beta E_x[log Z], J* - J(pi) = beta KL(pi||pi*).
-Each method's learning rate for sampled runs was chosen by hand among 3e-4, 1e-3 and 3e-3, in this same world, from one or
-two short runs each: what they need is a rough comparison.
+Each method's learning rate for sampled runs was chosen by hand among 3e-4, 1e-3 and 3e-3, in this same world, from one
+or two short runs each: what they need is a rough comparison.
 """
 import argparse
 import copy
 import itertools
-import json
 import math
 import os
 import statistics
@@ -38,22 +39,28 @@ from tqdm import tqdm
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, 'repro')]
+import config                           # noqa: E402
+from config import UserError            # noqa: E402
 from dpo import dpo_loss                # noqa: E402
 from model import GPT, GPTConfig        # noqa: E402
 from scale import table                 # noqa: E402
+from sweep import write_json            # noqa: E402
 
 BETAS = 0.1, 0.3, 1.0, 3.0
 BETA = 1.0                              # of the sampled runs: DPO on n pairs, REINFORCE, PPO
 BEST_OF = 1, 2, 4, 8, 16, 32, 64, 128
 GAPS = 0.05, 0.01                       # J* - J, nats: what counts as close
 RATES = dict(DPO=3e-4, REINFORCE=1e-3, PPO=1e-3)            # of Adam, linear to 0 over the run; of sampled runs
-CLIP, EPOCHS, BATCH = 0.2, 4, 250       # PPO's clip and epochs a batch; completions a batch, REINFORCE's too
-FULL = dict(prompts=4, vocab=5, length=4, width=32, adam=300, lbfgs=200, pairs=(100, 300, 1000, 3000, 10000, 30000, 100000),
-            steps=300, samples=100_000, seeds=5)
-QUICK = dict(prompts=2, vocab=3, length=3, width=16, adam=150, lbfgs=100, pairs=(100, 1000, 10000), steps=100, samples=10_000, seeds=1)
+CLIP = 0.2                              # PPO's
+EPOCHS = 4                              # PPO's, a batch
+BATCH = 250                             # completions, PPO's and REINFORCE's
+FULL = dict(prompts=4, vocab=5, length=4, width=32, adam=300, lbfgs=200,
+            pairs=(100, 300, 1000, 3000, 10000, 30000, 100000), steps=300, samples=100_000, seeds=5)
+QUICK = dict(prompts=2, vocab=3, length=3, width=16, adam=150, lbfgs=100,
+             pairs=(100, 1000, 10000), steps=100, samples=10_000, seeds=1)
 
 
-# -----------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # the world: all completions, their rewards, the reference
 
 def grid(x):
@@ -66,15 +73,16 @@ class World:
 
     def __init__(self, prompts, vocab, length, width, seed):
         torch.manual_seed(seed)
-        drawn = torch.randperm(vocab**2)[:prompts]                      # different ones: a policy cannot tell equal ones apart
+        drawn = torch.randperm(vocab**2)[:prompts]          # different ones: a policy cannot tell equal ones apart
         self.prompts = torch.stack([drawn // vocab, drawn % vocab], dim=1)                              # (P, 2)
         self.completions = torch.tensor(list(itertools.product(range(vocab), repeat=length)))           # (M, length)
-        self.reference = GPT(GPTConfig(2 + length, vocab, n_layer=2, n_head=2, n_embd=width)).double().requires_grad_(False)
+        gpt_config = GPTConfig(2 + length, vocab, n_layer=2, n_head=2, n_embd=width)
+        self.reference = GPT(gpt_config).double().requires_grad_(False)
         for p in self.reference.parameters():
             if p.dim() == 2:
                 p.mul_(6)                       # GPT-2's initialisation alone is close to uniform
         # one row a prompt, its nodes [prompt | all prefixes of a completion, short ones first]: each is computed once
-        prefixes = [p for t in range(length) for p in itertools.product(range(vocab), repeat=t)]        # the first is ()
+        prefixes = [p for t in range(length) for p in itertools.product(range(vocab), repeat=t)]    # the first is ()
         extends = torch.tensor([[p[:len(q)] == q for q in prefixes] for p in prefixes])
         self.mask = F.pad(extends, (1, 0, 1, 0), value=True)            # a prefix sees its own prefixes, and the prompt
         self.mask[0, 1:] = False
@@ -88,12 +96,13 @@ class World:
         token = torch.randn(prompts, length, vocab, dtype=torch.float64)
         pair = torch.randn(length - 1, vocab, vocab, dtype=torch.float64)
         y = self.completions
-        reward = sum(token[:, t, y[:, t]] for t in range(length)) + sum(pair[t, y[:, t], y[:, t + 1]] for t in range(length - 1))
+        reward = sum(token[:, t, y[:, t]] for t in range(length))                                       # (P, M)
+        reward = reward + sum(pair[t, y[:, t], y[:, t + 1]] for t in range(length - 1))
         self.reward = grid(reward / reward.std())
 
     def logps(self, policy):
         """Log-probabilities of all completions, in the order of `completions`: (P, M), differentiable."""
-        hidden = policy(self.tokens, self.positions, self.mask[None, None])[:, 1:]              # from the prompt's last token on
+        hidden = policy(self.tokens, self.positions, self.mask[None, None])[:, 1:]      # from the prompt's last token on
         steps = F.log_softmax(F.linear(hidden, policy.wte.weight), dim=-1)                      # (P, T - 1, V)
         total = steps.new_zeros(len(steps), 1)
         for step in steps.split(self.sizes, dim=1):
@@ -141,12 +150,12 @@ def best_of(rho, reward, n):
     return torch.zeros_like(rho).scatter(-1, order, sorted_p).log()
 
 
-# -----------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # DPO
 
 def expected_loss(logps, rho, weight, beta):
     """dpo_loss, averaged over prompts, pairs and labels. weight: (P, M, M), the probability that i is chosen over j."""
-    losses, _, _ = dpo_loss(logps[:, :, None], logps[:, None], rho[:, :, None], rho[:, None], beta)     # (P, M, M)
+    losses, _, _ = dpo_loss(logps[:, :, None], logps[:, None], rho[:, :, None], rho[:, None], beta)  # (P, M, M)
     return (losses * weight).sum() / len(rho)
 
 
@@ -171,8 +180,8 @@ def fit_expected(world, reward, beta, adam, lbfgs, learning_rate=1e-2):
     for step in range(adam):
         optimizer.param_groups[0]['lr'] = learning_rate * (1 - step / adam)
         optimizer.step(closure)
-    optimizer = torch.optim.LBFGS(policy.parameters(), max_iter=lbfgs, max_eval=lbfgs, history_size=50, tolerance_change=0,
-                                  line_search_fn='strong_wolfe')
+    optimizer = torch.optim.LBFGS(policy.parameters(), max_iter=lbfgs, max_eval=lbfgs, history_size=50,
+                                  tolerance_change=0, line_search_fn='strong_wolfe')
     optimizer.step(closure)
     bar.close()
     with torch.no_grad():
@@ -217,7 +226,7 @@ def fit_pairs(world, beta, n, seed, steps, learning_rate):
     return best
 
 
-# -----------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # reinforcement learning on the true reward
 
 def climb(world, beta, method, seed, samples, learning_rate):
@@ -253,7 +262,7 @@ def climb(world, beta, method, seed, samples, learning_rate):
     return curve, logps.detach().double()
 
 
-# -----------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # the report
 
 def recovered(logps, rho, reward, beta):
@@ -284,31 +293,23 @@ def measure(size, seed):
         kl, r = mean_kl(logps, rho), mean_reward(logps, reward)
         return more | dict(kl=kl, reward=r, below_frontier=frontier(rho, reward, kl) - r)
 
-    stars = {beta: optimum(rho, reward, beta) for beta in BETAS}
     report = dict(seed=seed, size=size, completions=rho.shape[1], parameters=world.reference.num_params(),
-                  perplexity=(-(rho.exp() * rho).sum(-1)).exp().tolist(), reference=row(rho), expected=[], sampled=[], rl=[])
-    report['frontier'] = [dict(beta=beta, kl=mean_kl(star, rho), reward=mean_reward(star, reward)) for beta in
-                          torch.logspace(-1.3, 1.5, 80).tolist() for star, _ in [optimum(rho, reward, beta)]]
+                  perplexity=(-(rho.exp() * rho).sum(-1)).exp().tolist(), reference=row(rho))
+    report['expected'], scatter, trained = measure_expected(world, size, row)
+    report['frontier'] = []
+    for beta in torch.logspace(-1.3, 1.5, 80).tolist():
+        star, _ = optimum(rho, reward, beta)
+        report['frontier'].append(dict(beta=beta, kl=mean_kl(star, rho), reward=mean_reward(star, reward)))
     report['best_of'] = [row(best_of(rho, reward, n), n=n, formula=math.log(n) - (n - 1) / n) for n in BEST_OF]
-    scatter = {}
-    for beta, (star, best) in stars.items():
-        logps, excess = fit_expected(world, reward, beta, size['adam'], size['lbfgs'])
-        correlation, rms, largest, *scatter[beta] = recovered(logps, rho, reward, beta)
-        report['expected'].append(row(logps, beta=beta, kl_optimum=mean_kl(logps, star), kl_start=mean_kl(rho, star),
-                                      gap=best - mean_reward(logps, reward) + beta * mean_kl(logps, rho), excess_loss=excess,
-                                      correlation=correlation, rms_error=rms, largest_error=largest))
-        if beta == BETA:
-            f = grid(3 * torch.randn(len(rho), 1, dtype=rho.dtype, generator=torch.Generator().manual_seed(seed + 1)))
-            shifted, _ = fit_expected(world, reward + f, beta, size['adam'], size['lbfgs'])
-            report['shift'] = dict(f=f.flatten().tolist(), difference=(shifted - logps).abs().max().item(),
-                                   optimum=(optimum(rho, reward + f, beta)[0] - star).abs().max().item(),
-                                   labels=(label_weights(rho, reward + f) - label_weights(rho, reward)).abs().max().item())
-    star, best = stars[BETA]
+    report['shift'] = measure_shift(world, size, seed, trained)
+    star, _ = optimum(rho, reward, BETA)
     seeds = range(seed + 1, seed + 1 + size['seeds'])
-    for n, s in tqdm(list(itertools.product(size['pairs'], seeds)), desc='DPO on n pairs', leave=False, disable=None):
+    report['sampled'] = []
+    for n, s in tqdm(list(itertools.product(size['pairs'], seeds)), 'DPO on n pairs', leave=False, disable=None):
         logps = fit_pairs(world, BETA, n, s, size['steps'], RATES['DPO'])
         report['sampled'].append(row(logps, n=n, seed=s, kl_optimum=mean_kl(logps, star)))
-    for method, s in tqdm(list(itertools.product(('REINFORCE', 'PPO'), seeds)), desc='RL', leave=False, disable=None):
+    report['rl'] = []
+    for method, s in tqdm(list(itertools.product(('REINFORCE', 'PPO'), seeds)), 'RL', leave=False, disable=None):
         curve, logps = climb(world, BETA, method, s, size['samples'], RATES[method])
         report['rl'].append(row(logps, method=method, seed=s, kl_optimum=mean_kl(logps, star), curve=curve,
                                 within={f'{gap:g}': first_within(curve, gap) for gap in GAPS}))
@@ -316,9 +317,37 @@ def measure(size, seed):
     report['pairs'] = [dict(n=n, mean=statistics.mean(kl), lowest=min(kl), highest=max(kl)) for n, kl in kls.items()]
     first, last = report['pairs'][-3], report['pairs'][-1]
     report['slope'] = math.log(last['mean'] / first['mean']) / math.log(last['n'] / first['n'])
-    report['pairs_within'] = {f'{gap:g}': next((p['n'] for p in report['pairs'] if BETA * p['mean'] <= gap), None) for gap in GAPS}
+    report['pairs_within'] = {f'{gap:g}': next((p['n'] for p in report['pairs'] if BETA * p['mean'] <= gap), None)
+                              for gap in GAPS}
     report['seconds'] = time.process_time() - began
     return report, scatter
+
+
+def measure_expected(world, size, row):
+    """DPO on the expected loss at each beta. -> rows of the report; the tables to scatter; the log-probs at BETA."""
+    rows, scatter, trained = [], {}, None
+    for beta in BETAS:
+        star, best = optimum(world.rho, world.reward, beta)
+        logps, excess = fit_expected(world, world.reward, beta, size['adam'], size['lbfgs'])
+        correlation, rms, largest, *scatter[beta] = recovered(logps, world.rho, world.reward, beta)
+        gap = best - mean_reward(logps, world.reward) + beta * mean_kl(logps, world.rho)
+        rows.append(row(logps, beta=beta, kl_optimum=mean_kl(logps, star), kl_start=mean_kl(world.rho, star), gap=gap,
+                        excess_loss=excess, correlation=correlation, rms_error=rms, largest_error=largest))
+        if beta == BETA:
+            trained = logps
+    return rows, scatter, trained
+
+
+def measure_shift(world, size, seed, trained):
+    """What some f(x), added to the reward, changes. trained: the log-probs without it."""
+    rho, reward = world.rho, world.reward
+    noise = torch.Generator().manual_seed(seed + 1)
+    f = grid(3 * torch.randn(len(rho), 1, dtype=rho.dtype, generator=noise))
+    shifted, _ = fit_expected(world, reward + f, BETA, size['adam'], size['lbfgs'])
+    stars = [optimum(rho, r, BETA)[0] for r in (reward, reward + f)]
+    labels = [label_weights(rho, r) for r in (reward, reward + f)]
+    return dict(f=f.flatten().tolist(), difference=(shifted - trained).abs().max().item(),
+                optimum=(stars[1] - stars[0]).abs().max().item(), labels=(labels[1] - labels[0]).abs().max().item())
 
 
 def text(report):
@@ -328,31 +357,40 @@ def text(report):
     def count(n):
         return 'not reached' if n is None else f'{n:,}'
 
-    heading = (f'{size["prompts"]} prompts, {report["completions"]} completions each; the reference, {report["parameters"]:,} parameters, '
-               f'has a perplexity of {min(report["perplexity"]):.0f} to {max(report["perplexity"]):.0f} completions. Nats, means over '
-               f'prompts. Seed {report["seed"]}, {report["seconds"]:.0f} seconds of one CPU core.')
-    expected = [{'beta': f'{r["beta"]:g}', 'KL(ref, pi*) before': f'{r["kl_start"]:.3f}', 'KL(pi, pi*)': f'{r["kl_optimum"]:.4f}',
-                 'J* - J': f'{r["gap"]:.5f}', 'loss above minimum': f'{r["excess_loss"]:.1e}', 'KL(pi, ref)': f'{r["kl"]:.3f}',
-                 'reward': f'{r["reward"]:.3f}', 'below frontier': f'{r["below_frontier"]:.5f}'} for r in report['expected']]
-    implicit = [{'beta': f'{r["beta"]:g}', 'correlation with r': f'{r["correlation"]:.5f}', 'RMS error under rho': f'{r["rms_error"]:.4f}',
-                 'largest error': f'{r["largest_error"]:.3f}'} for r in report['expected']]
-    best = [{'N': f'{r["n"]}', 'exact KL': f'{abs(r["kl"]):.4f}', 'log N - (N-1)/N': f'{r["formula"]:.4f}', 'reward': f'{r["reward"]:.3f}',
-             'below frontier': f'{r["below_frontier"]:.4f}'} for r in report['best_of']]
+    heading = (f'{size["prompts"]} prompts, {report["completions"]} completions each; the reference, '
+               f'{report["parameters"]:,} parameters, has a perplexity of {min(report["perplexity"]):.0f} to '
+               f'{max(report["perplexity"]):.0f} completions. Nats, means over prompts. Seed {report["seed"]}, '
+               f'{report["seconds"]:.0f} seconds of one CPU core.')
+    expected = [{'beta': f'{r["beta"]:g}', 'KL(ref, pi*) before': f'{r["kl_start"]:.3f}',
+                 'KL(pi, pi*)': f'{r["kl_optimum"]:.4f}', 'J* - J': f'{r["gap"]:.5f}',
+                 'loss above minimum': f'{r["excess_loss"]:.1e}', 'KL(pi, ref)': f'{r["kl"]:.3f}',
+                 'reward': f'{r["reward"]:.3f}', 'below frontier': f'{r["below_frontier"]:.5f}'}
+                for r in report['expected']]
+    implicit = [{'beta': f'{r["beta"]:g}', 'correlation with r': f'{r["correlation"]:.5f}',
+                 'RMS error under rho': f'{r["rms_error"]:.4f}', 'largest error': f'{r["largest_error"]:.3f}'}
+                for r in report['expected']]
+    best = [{'N': f'{r["n"]}', 'exact KL': f'{abs(r["kl"]):.4f}', 'log N - (N-1)/N': f'{r["formula"]:.4f}',
+             'reward': f'{r["reward"]:.3f}', 'below frontier': f'{r["below_frontier"]:.4f}'} for r in report['best_of']]
     sampled = [{'pairs': f'{p["n"]:,}', 'KL(pi, pi*), mean': f'{p["mean"]:.4f}', 'lowest': f'{p["lowest"]:.4f}',
                 'highest': f'{p["highest"]:.4f}'} for p in pairs]
-    rl = [{'method, seed': f'{r["method"]}, {r["seed"]}', **{f'within {gap} of J*': count(n) for gap, n in r['within'].items()},
-           'J* - J at the end': f'{BETA * r["kl_optimum"]:.5f}'} for r in report['rl']]
-    rl.append({'method, seed': 'DPO, pairs (first n above)',
-               **{f'within {gap} of J*': count(n) for gap, n in report['pairs_within'].items()},
-               'J* - J at the end': f'{BETA * pairs[-1]["mean"]:.5f}'})
+    runs = [(f'{r["method"]}, {r["seed"]}', r['within'], r['kl_optimum']) for r in report['rl']]
+    runs.append(('DPO, pairs (first n above)', report['pairs_within'], pairs[-1]['mean']))
+    rl = [{'method, seed': label, **{f'within {gap} of J*': count(n) for gap, n in within.items()},
+           'J* - J at the end': f'{BETA * kl:.5f}'} for label, within, kl in runs]
     return '\n\n'.join([
-        heading, '## DPO on the expected loss', table(expected), '## The implicit reward, beta log(pi/ref), less its mean for a prompt',
-        table(implicit), f'f(x) added to the reward, {", ".join(f"{f:+.2f}" for f in shift["f"])} for the prompts, beta {BETA:g}: '
-        f'probabilities of labels change by at most {shift["labels"]:.0e}, log pi* by {shift["optimum"]:.0e}, log-probs after '
-        f'training by {shift["difference"]:.0e}.',
-        '## Best-of-N, exactly', table(best), f'## DPO on n sampled pairs, beta {BETA:g}, seeds: {size["seeds"]}', table(sampled),
+        heading, '## DPO on the expected loss', table(expected),
+        '## The implicit reward, beta log(pi/ref), less its mean for a prompt', table(implicit),
+        f'f(x) added to the reward, {", ".join(f"{f:+.2f}" for f in shift["f"])} for the prompts, beta {BETA:g}: '
+        f'probabilities of labels change by at most {shift["labels"]:.0e}, log pi* by {shift["optimum"]:.0e}, log-probs '
+        f'after training by {shift["difference"]:.0e}.',
+        '## Best-of-N, exactly', table(best),
+        f'## DPO on n sampled pairs, beta {BETA:g}, seeds: {size["seeds"]}', table(sampled),
         f'Slope of log KL on log n from {pairs[-3]["n"]:,} to {pairs[-1]["n"]:,} pairs: {report["slope"]:.2f}.',
-        f'## Samples needed, beta {BETA:g}: completions drawn and scored by the true reward; for DPO, labelled pairs', table(rl)]) + '\n'
+        f'## Samples needed, beta {BETA:g}: completions drawn and scored by the true reward; for DPO, labelled pairs',
+        table(rl)]) + '\n'
+
+
+BLUE, RED, YELLOW, GREEN = '#4c78a8', '#d1495b', '#e0a100', '#3a8f6f'
 
 
 def draw(report, scatter, path):
@@ -360,53 +398,11 @@ def draw(report, scatter, path):
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
-    pairs, seeds = report['pairs'], report['size']['seeds']
-    blue, red, yellow, green = '#4c78a8', '#d1495b', '#e0a100', '#3a8f6f'
-
-    def points(rows):
-        return [r['kl'] for r in rows], [r['reward'] for r in rows]
-
     figure, axes = plt.subplots(2, 2, figsize=(12.5, 9.4), constrained_layout=True)
-    ax = axes[0, 0]
-    ax.plot(*points(report['frontier']), color='0.55', lw=1.5, label='$\\pi^*_\\beta$, exact', zorder=1)
-    ax.plot(*points(report['best_of']), color=yellow, marker='s', ms=4, lw=0.8, ls=':', label='best of N = 1, 2, 4, ..., 128, exact')
-    ax.plot(*points(report['expected']), 'o', color=blue, ms=8, label='DPO, expected loss')
-    for r in report['expected']:
-        above = dict(xytext=(-7, 7), ha='right') if r['beta'] < 1 else dict(xytext=(6, -13))
-        ax.annotate(f'$\\beta$ = {r["beta"]:g}', (r['kl'], r['reward']), textcoords='offset points', fontsize=9, color=blue, **above)
-    for method, marker, colour in (('REINFORCE', '^', green), ('PPO', 'v', red)):
-        ax.plot(*points([r for r in report['rl'] if r['method'] == method]), marker, color=colour, ms=11, mfc='none',
-                label=f'{method}, true reward, $\\beta$ = {BETA:g}')
-    ax.set_xlim(-0.1, 1.1 * max(r['kl'] for r in report['expected']))
-    ax.set(title='The frontier of KL and reward, exact', xlabel='KL(policy || reference), nats', ylabel='mean true reward')
-    ax = axes[0, 1]
-    for beta, colour in ((BETA, blue), (BETAS[0], yellow)):
-        implicit, r = scatter[beta]
-        ax.plot(r.flatten(), implicit.flatten(), '.', ms=3, color=colour, alpha=0.6, label=f'DPO, expected loss, $\\beta$ = {beta:g}')
-    ends = [scatter[BETA][1].min(), scatter[BETA][1].max()]
-    ax.plot(ends, ends, color='0.3', lw=0.8, label='equal')
-    ax.set(title='DPO recovers the reward up to f(x)', xlabel='true reward less its mean for the prompt',
-           ylabel='$\\beta$ log(policy / reference), less its mean')
-    ax = axes[1, 0]
-    ax.plot([r['n'] for r in report['sampled']], [r['kl_optimum'] for r in report['sampled']], '.', color=blue, alpha=0.5)
-    n, means = [p['n'] for p in pairs], [p['mean'] for p in pairs]
-    ax.errorbar(n, means, [[p['mean'] - p['lowest'] for p in pairs], [p['highest'] - p['mean'] for p in pairs]], color=blue,
-                capsize=3, marker='o', ms=5, lw=1.2, label=f'DPO, mean and range of {seeds} seed{"s" * (seeds > 1)}')
-    ax.plot(n[-2:], [1.5 * means[-2], 1.5 * means[-2] * n[-2] / n[-1]], color='0.3', lw=0.8, ls='--', label='slope -1')
-    start = next(r['kl_start'] for r in report['expected'] if r['beta'] == BETA)
-    ax.axhline(start, color='0.6', lw=0.8, ls=':', label='the reference')
-    ax.set(title=f'DPO on n sampled pairs, $\\beta$ = {BETA:g}', xlabel='pairs', ylabel='KL(policy || $\\pi^*$), nats',
-           xscale='log', yscale='log')
-    ax = axes[1, 1]
-    for method, colour in (('REINFORCE', green), ('PPO', red)):
-        curves = [r['curve'] for r in report['rl'] if r['method'] == method]
-        x, gaps = [drawn for drawn, _ in curves[0]], [[g for _, g in batch] for batch in zip(*curves)]
-        ax.plot(x, [statistics.mean(g) for g in gaps], color=colour, lw=1.3, label=f'{method}: completions, true reward')
-        ax.fill_between(x, [min(g) for g in gaps], [max(g) for g in gaps], color=colour, alpha=0.2, lw=0)
-    ax.plot(n, [BETA * m for m in means], color=blue, marker='o', ms=5, lw=1.2, label='DPO: labelled pairs, one run a dot')
-    for gap in GAPS:
-        ax.axhline(gap, color='0.6', lw=0.8, ls=':')
-    ax.set(title=f'To the same optimum, $\\beta$ = {BETA:g}', xlabel='samples drawn', ylabel='J* - J, nats', xscale='log', yscale='log')
+    draw_frontier(axes[0, 0], report)
+    draw_implicit(axes[0, 1], scatter)
+    draw_pairs(axes[1, 0], report)
+    draw_samples(axes[1, 1], report)
     for ax in axes.flat:
         ax.legend(fontsize=9, frameon=False, markerscale=4 if ax is axes[0, 1] else 1)
         ax.grid(alpha=0.2)
@@ -414,29 +410,93 @@ def draw(report, scatter, path):
     figure.savefig(path, dpi=110)
 
 
+def draw_frontier(ax, report):
+    def points(rows):
+        return [r['kl'] for r in rows], [r['reward'] for r in rows]
+
+    ax.plot(*points(report['frontier']), color='0.55', lw=1.5, label='$\\pi^*_\\beta$, exact', zorder=1)
+    ax.plot(*points(report['best_of']), color=YELLOW, marker='s', ms=4, lw=0.8, ls=':',
+            label='best of N = 1, 2, 4, ..., 128, exact')
+    ax.plot(*points(report['expected']), 'o', color=BLUE, ms=8, label='DPO, expected loss')
+    for r in report['expected']:
+        above = dict(xytext=(-7, 7), ha='right') if r['beta'] < 1 else dict(xytext=(6, -13))
+        ax.annotate(f'$\\beta$ = {r["beta"]:g}', (r['kl'], r['reward']), textcoords='offset points', fontsize=9,
+                    color=BLUE, **above)
+    for method, marker, colour in (('REINFORCE', '^', GREEN), ('PPO', 'v', RED)):
+        ax.plot(*points([r for r in report['rl'] if r['method'] == method]), marker, color=colour, ms=11, mfc='none',
+                label=f'{method}, true reward, $\\beta$ = {BETA:g}')
+    ax.set_xlim(-0.1, 1.1 * max(r['kl'] for r in report['expected']))
+    ax.set(title='The frontier of KL and reward, exact', xlabel='KL(policy || reference), nats', ylabel='mean true reward')
+
+
+def draw_implicit(ax, scatter):
+    for beta, colour in ((BETA, BLUE), (BETAS[0], YELLOW)):
+        implicit, r = scatter[beta]
+        ax.plot(r.flatten(), implicit.flatten(), '.', ms=3, color=colour, alpha=0.6,
+                label=f'DPO, expected loss, $\\beta$ = {beta:g}')
+    _, r = scatter[BETA]
+    ends = [r.min(), r.max()]
+    ax.plot(ends, ends, color='0.3', lw=0.8, label='equal')
+    ax.set(title='DPO recovers the reward up to f(x)', xlabel='true reward less its mean for the prompt',
+           ylabel='$\\beta$ log(policy / reference), less its mean')
+
+
+def draw_pairs(ax, report):
+    pairs, seeds = report['pairs'], report['size']['seeds']
+    n, means = [p['n'] for p in pairs], [p['mean'] for p in pairs]
+    bars = [p['mean'] - p['lowest'] for p in pairs], [p['highest'] - p['mean'] for p in pairs]
+    ax.plot([r['n'] for r in report['sampled']], [r['kl_optimum'] for r in report['sampled']], '.', color=BLUE, alpha=0.5)
+    ax.errorbar(n, means, bars, color=BLUE, capsize=3, marker='o', ms=5, lw=1.2,
+                label=f'DPO, mean and range of {seeds} seed' + ('s' if seeds > 1 else ''))
+    ax.plot(n[-2:], [1.5 * means[-2], 1.5 * means[-2] * n[-2] / n[-1]], color='0.3', lw=0.8, ls='--', label='slope -1')
+    start = next(r['kl_start'] for r in report['expected'] if r['beta'] == BETA)
+    ax.axhline(start, color='0.6', lw=0.8, ls=':', label='the reference')
+    ax.set(title=f'DPO on n sampled pairs, $\\beta$ = {BETA:g}', xlabel='pairs', ylabel='KL(policy || $\\pi^*$), nats',
+           xscale='log', yscale='log')
+
+
+def draw_samples(ax, report):
+    for method, colour in (('REINFORCE', GREEN), ('PPO', RED)):
+        curves = [r['curve'] for r in report['rl'] if r['method'] == method]
+        drawn = [samples for samples, _ in curves[0]]
+        gaps = [[gap for _, gap in batch] for batch in zip(*curves)]
+        ax.plot(drawn, [statistics.mean(g) for g in gaps], color=colour, lw=1.3,
+                label=f'{method}: completions, true reward')
+        ax.fill_between(drawn, [min(g) for g in gaps], [max(g) for g in gaps], color=colour, alpha=0.2, lw=0)
+    ax.plot([p['n'] for p in report['pairs']], [BETA * p['mean'] for p in report['pairs']], color=BLUE, marker='o', ms=5,
+            lw=1.2, label='DPO: labelled pairs, one run a dot')
+    for gap in GAPS:
+        ax.axhline(gap, color='0.6', lw=0.8, ls=':')
+    ax.set(title=f'To the same optimum, $\\beta$ = {BETA:g}', xlabel='samples drawn', ylabel='J* - J, nats',
+           xscale='log', yscale='log')
+
+
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.error = lambda message: sys.exit(f'error: {message} (--help lists the options)')
+    def fail(message):
+        raise UserError(f'{message} (--help lists the options)')
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    parser.error = fail
     add = parser.add_argument
     add('--quick', action='store_true', help='a smaller world, fewer steps, one seed; writes only where --out is given')
     add('--seed', type=int, default=1337, help='of the world; runs on samples take the next ones')
     add('--out', default='', help='writes OUT.json, OUT.md and OUT.png; default: repro/results/optimum')
     options = parser.parse_args(argv)
     if not 0 <= options.seed < 2**31:
-        parser.error(f'seed={options.seed} must be from 0 to 2**31 - 1')
+        fail(f'seed={options.seed} must be from 0 to 2**31 - 1')
     if not os.path.isdir(os.path.dirname(options.out) or '.'):
-        parser.error(f'out={options.out}: no such folder')
+        fail(f'out={options.out}: no such folder')
     out = options.out or ('' if options.quick else os.path.join(ROOT, 'repro', 'results', 'optimum'))
     torch.set_num_threads(1)            # matrices are small, and sums in one order repeat to the last bit
     report, scatter = measure(QUICK if options.quick else FULL, options.seed)
     print(text(report), end='')
     if out:
-        with open(f'{out}.json', 'w') as f:
-            json.dump(report, f, indent=1)
+        write_json(f'{out}.json', report)
         with open(f'{out}.md', 'w') as f:
             f.write(text(report))
         draw(report, scatter, f'{out}.png')
 
 
 if __name__ == '__main__':
-    main()
+    config.run(main)

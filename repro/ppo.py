@@ -4,16 +4,15 @@
     python repro/ppo.py config/reviews.py --reward=out/reviews/reward_model --target_kl=6   # a learned one
     python sample.py config/reviews.py --after=out/reviews/ppo                              # what came of it
 
-As Ziegler et al. (arXiv 1909.08593) and Ouyang et al. (arXiv 2203.02155) do: a token is an action, the reward is -coef
-log(pi / ref) at every token plus the whitened score at the last; generalized advantage estimation (arXiv 1506.02438);
-clipped policy and value losses (arXiv 1707.06347); a controller moves coef to hold the sequence KL at a target. The value
-function is a network of its own that starts from the same weights. Of a score only differences matter, so it is whitened
-with the mean and deviation of all scores seen. One process.
+It follows Ziegler et al. (arXiv 1909.08593) and Ouyang et al. (arXiv 2203.02155). A token is an action. Its reward is
+-coef log(pi / ref), and the last token also gets the score. Advantages are generalized ones (arXiv 1506.02438), the
+losses of policy and value are clipped (arXiv 1707.06347), and a controller moves coef to hold the sequence KL at a
+target. The value function is a network of its own that starts from the same weights. Of a score only differences
+matter, so it is whitened with the mean and deviation of all scores seen. One process.
 """
 import json
 import math
 import os
-import signal
 import sys
 from dataclasses import asdict, dataclass
 
@@ -22,13 +21,14 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-import config                                                                               # noqa: E402
-from config import In, Literal, UserError                                                   # noqa: E402
-from model import CheckpointError, open_run, packed_mask, save_checkpoint, token_logps      # noqa: E402
-from offline import rows_of                                                                 # noqa: E402
-from prepare_prefs import Sampled, epoch_order                                              # noqa: E402
-from reward_model import RewardModel, all_rewards                                           # noqa: E402
-from rollout import Task                                                                    # noqa: E402
+import config                                                                       # noqa: E402
+from config import In, Literal, need                                                # noqa: E402
+from nanodpo import checkpoint                                                      # noqa: E402
+from nanodpo.data import Sampled, epoch_order                                       # noqa: E402
+from offline import rows_of                                                         # noqa: E402
+from reward_model import RewardModel, all_rewards                                   # noqa: E402
+from rollout import Task                                                            # noqa: E402
+from sft import target_logps                                                        # noqa: E402
 
 
 def advantages_and_returns(rewards, values, mask, lam):
@@ -55,27 +55,35 @@ def clipped_losses(logps, old_logps, advantages, values, old_values, returns, cl
     return policy_losses, value_losses
 
 
-def action_logps(policy, batch):
-    """Log-prob of every response token: (S,)."""
-    states = policy(batch.tokens, batch.positions, packed_mask(batch.group, batch.part, batch.cuts), batch.predictor)
-    return token_logps(states, policy.wte.weight, batch.target)[:len(batch.response)]
-
-
 def state_values(value_model, batch):
-    """The value of the state before every response token: (S,). value_model: a RewardModel, its head read as a value."""
-    states = value_model(batch.tokens, batch.positions, packed_mask(batch.group, batch.part, batch.cuts), batch.predictor)
+    """The value of the state before every response token: (S,). value_model: a RewardModel's head, read as a value."""
+    states = value_model(batch.tokens, batch.positions, batch.mask, batch.predictor)
     return value_model.reward(states)[:len(batch.response), 0]
 
 
 @torch.no_grad()
 def side_by_side(outputs, model, groups, mask):
     """outputs(model, batch) (S,) of all rollouts as (n, L), zeros outside the mask."""
-    whole = torch.zeros(mask.shape, device=mask.device)
+    table = torch.zeros(mask.shape, device=mask.device)
     for batch in rows_of(groups, np.arange(len(mask)), mask.device):
-        piece = torch.zeros(len(batch.ids), mask.shape[1], device=mask.device)
-        piece[mask[batch.ids]] = outputs(model, batch)
-        whole[batch.ids] = piece
-    return whole
+        rows = torch.zeros(batch.G, mask.shape[1], device=mask.device)
+        rows[mask[batch.ids]] = outputs(model, batch)
+        table[batch.ids] = rows
+    return table
+
+
+class Whitening:
+    """Mean and deviation of all scores seen."""
+    def __init__(self):
+        self.seen, self.total, self.squares = 0, 0.0, 0.0
+
+    def __call__(self, scores):
+        """The scores of one more round, (n,), whitened."""
+        self.seen += len(scores)
+        self.total += scores.sum().item()
+        self.squares += scores.square().sum().item()
+        mean = self.total / self.seen
+        return (scores - mean) / math.sqrt(max(self.squares / self.seen - mean * mean, 1e-8))
 
 
 def ppo(policy, reference, task, score, prompts, cfg):
@@ -86,29 +94,31 @@ def ppo(policy, reference, task, score, prompts, cfg):
     device = policy.wte.weight.device
     value_model = RewardModel.from_policy(reference).to(device).requires_grad_(True)
     models = policy, value_model
-    optimizer = torch.optim.AdamW([{'params': [*model.parameters()]} for model in models], betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = torch.optim.AdamW([{'params': [*model.parameters()]} for model in models], betas=(0.9, 0.95),
+                                  weight_decay=0.0)
     shuffled = np.random.default_rng(cfg.seed)
-    coef, seen, total, squares = cfg.kl_coef, 0, 0.0, 0.0
+    whiten = Whitening()
+    coef = cfg.kl_coef
     for step in range(1, cfg.steps + 1):
         for group, learning_rate in zip(optimizer.param_groups, (cfg.learning_rate, cfg.value_learning_rate)):
             group['lr'] = learning_rate * min(1, step / cfg.warmup_steps)
         # rollouts, each prompt once an epoch, and what the policy that made them thinks of each token
-        epochs = (divmod(k, len(prompts)) for k in range((step - 1) * cfg.batch_size, step * cfg.batch_size))
-        some = [prompts[epoch_order(len(prompts), cfg.seed, epoch)[i]] for epoch, i in epochs]
+        places = (divmod(k, len(prompts)) for k in range((step - 1) * cfg.batch_size, step * cfg.batch_size))
+        asked = [prompts[epoch_order(len(prompts), cfg.seed, epoch)[i]] for epoch, i in places]
+        n = len(asked)
         policy.eval()
-        responses = task.draw(policy, some, cfg.seed * 1_000 + step, max_new_tokens=cfg.max_new_tokens)
-        groups, n = Sampled(list(zip(some, responses))), len(some)
-        scores = torch.as_tensor(score(some, responses), dtype=torch.float32, device=device)        # (n,)
-        lengths = torch.tensor([len(r) for r in responses], device=device)
+        responses = task.draw(policy, asked, cfg.seed * 1_000 + step, max_new_tokens=cfg.max_new_tokens)
+        groups = Sampled(list(zip(asked, responses)))
+        scores = torch.as_tensor(score(asked, responses), dtype=torch.float32, device=device)       # (n,)
+        lengths = torch.tensor([len(ids) for ids in responses], device=device)
         mask = torch.arange(int(lengths.max()), device=device) < lengths[:, None]                   # (n, L)
-        old_logps, old_values = side_by_side(action_logps, policy, groups, mask), side_by_side(state_values, value_model, groups, mask)
-        log_ratio = old_logps - side_by_side(action_logps, reference, groups, mask)
+        old_logps = side_by_side(target_logps, policy, groups, mask)
+        old_values = side_by_side(state_values, value_model, groups, mask)
+        log_ratio = old_logps - side_by_side(target_logps, reference, groups, mask)
         kl = log_ratio.sum(1).mean().item()                                                         # of sequences, nats
-        # rewards: the score, whitened, at the last token; the KL penalty at all
-        seen, total, squares = seen + n, total + scores.sum().item(), squares + scores.square().sum().item()
-        mean = total / seen
+        # rewards: the KL penalty at all tokens, the score at the last
         rewards = -coef * log_ratio
-        rewards[torch.arange(n, device=device), lengths - 1] += (scores - mean) / math.sqrt(max(squares / seen - mean * mean, 1e-8))
+        rewards[torch.arange(n, device=device), lengths - 1] += whiten(scores)
         advantages, returns = advantages_and_returns(rewards, old_values, mask, cfg.gae_lambda)
         advantages = (advantages - advantages[mask].mean()) / (advantages[mask].std() + 1e-8) * mask
         # a few passes of clipped steps
@@ -118,37 +128,32 @@ def ppo(policy, reference, task, score, prompts, cfg):
             for ids in np.array_split(shuffled.permutation(n), cfg.minibatches):
                 tokens = mask[ids].sum()
                 for batch in rows_of(groups, ids, device):
-                    old_logp, advantage, old_value, return_ = (x[batch.ids][mask[batch.ids]] for x in
-                                                               (old_logps, advantages, old_values, returns))     # (S,)
-                    policy_losses, value_losses = clipped_losses(action_logps(policy, batch), old_logp, advantage,
-                                                                 state_values(value_model, batch), old_value, return_, cfg.clip)
+                    inside = mask[batch.ids]
+                    old_logp, advantage, old_value, return_ = (table[batch.ids][inside] for table in
+                                                               (old_logps, advantages, old_values, returns))    # (S,)
+                    logp, value = target_logps(policy, batch), state_values(value_model, batch)
+                    policy_losses, value_losses = clipped_losses(logp, old_logp, advantage, value, old_value, return_,
+                                                                 cfg.clip)
                     ((policy_losses.sum() + value_losses.sum()) / tokens).backward()
                     losses.append(policy_losses.sum().item() / tokens.item())
                 norms.append([torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip).item() for model in models])
-                if not np.isfinite(norms[-1]).all():
-                    raise UserError(f'step {step}: the gradient is not finite: lower the learning rate')
+                need(np.isfinite(norms[-1]).all(), f'step {step}: the gradient is not finite: lower the learning rate')
                 optimizer.step()
                 optimizer.zero_grad()
         explained = 1 - (returns - old_values)[mask].var() / (returns[mask].var() + 1e-8)
         yield step, {'score': scores.mean().item(), 'kl': kl, 'kl_coef': coef, 'loss': sum(losses) / len(norms),
                      'grad_norm': np.mean(norms, 0)[0], 'value/explained_variance': explained.item(),
-                     'tokens': lengths.float().mean().item(), 'samples': seen}
+                     'tokens': lengths.float().mean().item(), 'samples': whiten.seen}
         # Ziegler et al.'s proportional controller, its error clipped at 20%
         coef *= 1 + cfg.kl_gain * min(max(kl / cfg.target_kl - 1, -0.2), 0.2)
 
 
-def read_score(task, path, device):
-    """What --reward names as a function (prompts, responses), lists of ids, -> (n,): a Python file, or a reward model."""
-    if not path:
-        raise UserError('reward is not set: a Python file with reward(prompts, responses), or a folder of repro/reward_model.py')
+def read_score(task, path):
+    """What --reward names, a Python file or a reward model: (prompts, responses), lists of ids -> (n,)."""
+    need(path, 'reward is not set: a Python file with reward(prompts, responses), or a folder of repro/reward_model.py')
     if path.endswith('.py'):
         return lambda prompts, responses: task.score(prompts, responses)['true_reward']
-    try:
-        model, record = RewardModel.from_checkpoint(path)
-    except CheckpointError as error:
-        raise UserError(error) from None
-    task.train.check_model(model.config, record.get('vocabulary'), path)
-    model.to(device).eval()
+    model = RewardModel.from_checkpoint(path, task.train).to(task.device)
     return lambda prompts, responses: all_rewards(model, Sampled(list(zip(prompts, responses))))[:, 0]
 
 
@@ -183,38 +188,37 @@ class Config:
 
 def main(argv=None):
     cfg = config.load(Config, 'ppo', argv)
-    if cfg.minibatches > cfg.batch_size:
-        raise UserError(f'minibatches={cfg.minibatches} are more than batch_size={cfg.batch_size}')
-    device = torch.device(cfg.device if cfg.device != 'auto' else 'cuda' if torch.cuda.is_available() else 'cpu')
-    task = Task(cfg.name, cfg.reward if cfg.reward.endswith('.py') else '')
-    score = read_score(task, cfg.reward, device)
-    policy, reference = (task.load(cfg.init_from).to(device).requires_grad_(trained) for trained in (True, False))
+    need(cfg.minibatches <= cfg.batch_size, f'minibatches={cfg.minibatches} are more than batch_size={cfg.batch_size}')
+    task = Task(cfg.name, cfg.reward if cfg.reward.endswith('.py') else '', cfg.device)
+    score = read_score(task, cfg.reward)
+    policy = task.load(cfg.init_from)
+    reference = task.load(cfg.init_from).requires_grad_(False)
     prompts, held_out = task.prompts('train', len(task.train)), task.prompts('val', cfg.eval_prompts)
-    print(f'ppo on {device}, {len(prompts):,} prompts, {cfg.steps * cfg.batch_size:,} samples:\n{config.show(cfg)}')
+    print(f'ppo on {task.device}, {len(prompts):,} prompts, {cfg.steps * cfg.batch_size:,} samples:\n{config.show(cfg)}')
     out_dir = os.path.join('out', cfg.name, 'ppo')
 
     def evaluate(step):
         policy.eval()
         responses = task.draw(policy, held_out, cfg.seed, max_new_tokens=cfg.max_new_tokens)
-        found = {'eval/score': float(np.mean(score(held_out, responses))),
-                 'eval/kl': float(task.ratios(policy, reference, held_out, responses).mean())}
-        tqdm.write(f'eval {step:>6,}/{cfg.steps:,} | score {found["eval/score"]:+.3f} | KL {found["eval/kl"]:6.3f}')
-        log.write(json.dumps({'step': step, **found}) + '\n')
+        mean_score = float(np.mean(score(held_out, responses)))
+        kl = float(task.ratios(policy, reference, held_out, responses).mean())
+        tqdm.write(f'eval {step:>6,}/{cfg.steps:,} | score {mean_score:+.3f} | KL {kl:6.3f}')
+        log.write(json.dumps({'step': step, 'eval/score': mean_score, 'eval/kl': kl}) + '\n')
 
-    with open_run(out_dir, 0) as log:
+    with checkpoint.open_run(out_dir, 0) as log:
         evaluate(0)
-        for step, found in tqdm(ppo(policy, reference, task, score, prompts, cfg), total=cfg.steps, desc='ppo', disable=None):
-            log.write(json.dumps({'step': step, **found}) + '\n')
+        for step, record in tqdm(ppo(policy, reference, task, score, prompts, cfg), 'ppo', cfg.steps, disable=None):
+            log.write(json.dumps({'step': step, **record}) + '\n')
             if step == 1 or step % 5 == 0 or step == cfg.steps:
-                tqdm.write(f'step {step:>6,}/{cfg.steps:,} | score {found["score"]:+.3f} | KL {found["kl"]:6.3f} | coef {found["kl_coef"]:.4f} '
-                           f'| loss {found["loss"]:+.4f} | grad {found["grad_norm"]:.2f} | value explains '
-                           f'{found["value/explained_variance"]:+.2f} | {found["tokens"]:.0f} tokens | {found["samples"]:,} samples')
+                tqdm.write(f'step {step:>6,}/{cfg.steps:,} | score {record["score"]:+.3f} | KL {record["kl"]:6.3f} | coef '
+                           f'{record["kl_coef"]:.4f} | loss {record["loss"]:+.4f} | grad {record["grad_norm"]:.2f} | value '
+                           f'explains {record["value/explained_variance"]:+.2f} | {record["tokens"]:.0f} tokens | '
+                           f'{record["samples"]:,} samples')
             if step % cfg.eval_interval == 0 or step == cfg.steps:
                 evaluate(step)
-    save_checkpoint(out_dir, cfg.steps, policy, dict(stage='ppo', config=asdict(cfg), vocabulary=task.train.vocabulary))
+    checkpoint.save(out_dir, cfg.steps, policy, dict(stage='ppo', config=asdict(cfg), vocabulary=task.train.vocabulary))
     print(f'done: {out_dir}')
 
 
 if __name__ == '__main__':
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    main()
+    config.run(main)

@@ -1,18 +1,16 @@
-"""The reward model of the RLHF pipeline that DPO replaces: Bradley-Terry on pairs, its accuracy and its calibration.
+"""The reward model of the RLHF pipeline that DPO replaces: Bradley-Terry on pairs, its accuracy and calibration.
 
     python repro/reward_model.py config/reviews.py                          # writes out/reviews/reward_model
     python repro/ppo.py config/reviews.py --reward=out/reviews/reward_model # and is optimised against
     python repro/reward_model.py config/hh_cpu.py --learning_rate=1e-4
 
-The GPT of model.py with one more output, a number at the response's last token; eq. 2 of arXiv 2305.18290:
--log sigmoid(r(x, w) - r(x, l)). It starts from the SFT weights. At the end, on the validation pairs: accuracy with its
-95% interval, log-loss, and how often the model is right where it says it is p sure; the error of that, averaged over
-bins of p with their pairs (expected calibration error).
+It is the GPT of model.py with one more output, a number at the response's last token, and starts from the SFT
+weights. The loss is eq. 2 of arXiv 2305.18290: -log sigmoid(r(x, w) - r(x, l)). At the end it is judged on the
+validation pairs: accuracy with its 95% interval, log-loss, and how often it is right where it says it is p sure.
+The expected calibration error is the error of p, averaged over bins of p with their pairs.
 """
 import json
-import math
 import os
-import signal
 import sys
 from dataclasses import asdict, dataclass
 
@@ -22,12 +20,12 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-import config                                                                               # noqa: E402
-import prepare_prefs                                                                        # noqa: E402
-from config import In, Literal                                                              # noqa: E402
-from model import GPT, CheckpointError, GPTConfig, find_checkpoints, open_run, read_checkpoint, save_checkpoint    # noqa: E402
-from offline import first_is_better, rows_of, train                                         # noqa: E402
-from rollout import Task                                                                    # noqa: E402
+import config                                                               # noqa: E402
+from config import In, Literal, need                                        # noqa: E402
+from model import GPT, GPTConfig                                            # noqa: E402
+from nanodpo import checkpoint                                              # noqa: E402
+from offline import first_is_better, rows_of, train                         # noqa: E402
+from rollout import Task                                                    # noqa: E402
 
 
 class RewardModel(GPT):
@@ -45,22 +43,26 @@ class RewardModel(GPT):
         return model
 
     @classmethod
-    def from_checkpoint(cls, folder):
-        """The last one of a folder, and what it records. Raises CheckpointError."""
-        found = find_checkpoints(folder)
-        if not found:
-            raise CheckpointError(f'{folder} holds no checkpoint: run repro/reward_model.py first')
-        state = read_checkpoint(found[-1])
-        if 'reward.weight' not in state['model']:
-            raise CheckpointError(f'{found[-1]} is no reward model: run repro/reward_model.py')
+    def from_checkpoint(cls, folder, groups=None):
+        """The last one of a folder, in eval mode. groups: the data it must fit. UserErrors."""
+        paths = checkpoint.find(folder)
+        need(paths, f'{folder} holds no checkpoint: run repro/reward_model.py first')
+        state = checkpoint.read(paths[-1])
+        need('reward.weight' in state['model'], f'{paths[-1]} is no reward model: run repro/reward_model.py')
         model = cls(GPTConfig(**state['model_config']))
         model.load_state_dict(state['model'])
-        return model, state
+        if groups is not None:
+            groups.check_model(model.config, state.get('vocabulary'), folder)
+        return model.eval()
 
 
 def response_rewards(model, batch):
-    """The reward of each response of a packed batch: (G, K)."""
-    return prepare_prefs.response_rewards(model, model.reward.weight, batch)
+    """The reward of each response of a packed batch, read at its last token: (G, K)."""
+    piece = batch.group[0] * (batch.K + 1) + batch.part[0]              # (T,) which prompt or response a token is of
+    ends = torch.cat([piece[1:] != piece[:-1], piece.new_ones(1, dtype=torch.bool)])
+    at = (ends & (batch.part[0] > 0)).nonzero()[:, 0]                   # (G*K,)
+    states = model(batch.tokens, batch.positions, batch.mask, at)       # (G*K, C)
+    return model.reward(states).view(-1, batch.K)
 
 
 def bradley_terry_losses(rewards):
@@ -71,8 +73,8 @@ def bradley_terry_losses(rewards):
 @torch.no_grad()
 def all_rewards(model, groups):
     """The reward of every response of `groups`: (N, K) float64."""
-    rewards = np.zeros((len(groups.lengths), groups.K))
-    for batch in rows_of(groups, np.arange(len(rewards)), model.wte.weight.device):
+    rewards = np.zeros((len(groups), groups.K))
+    for batch in rows_of(groups, np.arange(len(groups)), model.wte.weight.device):
         rewards[batch.ids] = response_rewards(model, batch).double().cpu().numpy()
     return rewards
 
@@ -80,28 +82,40 @@ def all_rewards(model, groups):
 def interval(successes, n):
     """Wilson's 95% interval of a share."""
     z, p = 1.96, successes / n
-    middle, half = (p + z * z / (2 * n)) / (1 + z * z / n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return middle - half, middle + half
+    middle = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    return float(middle - half), float(middle + half)
+
+
+def correct(margins):
+    """Of margins r(chosen) - r(rejected): 1 where the chosen response has the higher reward, 0.5 for a tie, else 0."""
+    return (margins > 0) + 0.5 * (margins == 0)
 
 
 def judge(margins):
-    """Of margins r(chosen) - r(rejected), (N,): accuracy (a tie counts one half), log-loss, calibration in tenths of
-    the confidence sigmoid(|margin|), from 0.5 to 1: list of (mean confidence, share right, pairs)."""
-    right = (margins > 0) + 0.5 * (margins == 0)
-    sure = 1 / (1 + np.exp(-np.abs(margins)))
-    bins = np.minimum(((sure - 0.5) * 20).astype(int), 9)
-    table = [(sure[bins == b].mean(), right[bins == b].mean(), int((bins == b).sum())) for b in range(10) if (bins == b).any()]
+    """Of margins r(chosen) - r(rejected), (N,): accuracy, log-loss and calibration.
+
+    The calibration is in tenths of the confidence sigmoid(|margin|), from 0.5 to 1: a list of (mean confidence,
+    share that is right, pairs). A tie counts one half.
+    """
+    right = correct(margins)
+    confidence = 1 / (1 + np.exp(-np.abs(margins)))
+    bins = np.minimum(((confidence - 0.5) * 20).astype(int), 9)
+    table = []
+    for b in np.unique(bins):
+        inside = bins == b
+        table.append((float(confidence[inside].mean()), float(right[inside].mean()), float(inside.sum())))
+    error = sum(n * abs(says - is_right) for says, is_right, n in table) / len(right)
     return {'accuracy': float(right.mean()), 'interval': interval(right.sum(), len(right)),
-            'log_loss': float(np.logaddexp(0, -margins).mean()), 'calibration': [tuple(map(float, row)) for row in table],
-            'calibration_error': float(sum(n * abs(said - was) for said, was, n in table) / len(right))}
+            'log_loss': float(np.logaddexp(0, -margins).mean()), 'calibration': table, 'calibration_error': error}
 
 
-# -----------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # the knobs
 
 @dataclass
 class Config:
-    name: str = 'reviews'                           # of the experiment: reads data/<name>, writes out/<name>/reward_model
+    name: str = 'reviews'                           # the experiment: reads data/<name>, writes out/<name>/reward_model
     init_from: str = ''                             # '' = out/<name>/sft, or as in dpo.py
     batch_size: In[int, 'x >= 1'] = 32              # pairs a step
     epochs: In[int, 'x >= 1'] = 1                   # passes over the pairs; from the second on it over-fits
@@ -111,48 +125,57 @@ class Config:
     eval_interval: In[int, 'x >= 1'] = 50           # steps between evaluations on all of val
     reward: str = ''                                # a Python file with the true reward, to compare with: as in sample.py
     seed: In[int, '0 <= x < 2**32'] = 1337          # of the order of pairs
-    device: Literal['auto', 'cpu', 'cuda'] = 'auto' # auto = cuda where there is one, else cpu
+    device: Literal['auto', 'cpu', 'cuda'] = 'auto'     # auto = cuda where there is one, else cpu
+
+
+def report(judged, rewards, task):
+    """Print what `judge` found at the end, and how it goes with the true reward."""
+    low, high = judged['interval']
+    print(f'\n{len(rewards):,} validation pairs: accuracy {judged["accuracy"]:.3f} (95%: {low:.3f} to {high:.3f}), '
+          f'log-loss {judged["log_loss"]:.4f}, expected calibration error {judged["calibration_error"]:.3f}\n\n'
+          f'{"says":>8}{"is right":>10}{"pairs":>8}')
+    for says, is_right, n in judged['calibration']:
+        print(f'{says:8.1%}{is_right:10.1%}{n:8,.0f}')
+    if not task.rewards:
+        return
+    groups = [[piece.tolist() for piece in task.val[i]] for i in range(len(task.val))]
+    prompts = [group[0] for group in groups]
+    true = [task.score(prompts, [group[k] for group in groups])['true_reward'] for k in (1, 2)]
+    margins = rewards[:, 0] - rewards[:, 1]
+    true_margins = true[0] - true[1]
+    print(f'\nthe true reward agrees with {correct(true_margins).mean():.1%} of these labels; the model\'s margins '
+          f'correlate with its own at {np.corrcoef(margins, true_margins)[0, 1]:.3f}')
 
 
 def main(argv=None):
     cfg = config.load(Config, 'reward_model', argv)
-    device = torch.device(cfg.device if cfg.device != 'auto' else 'cuda' if torch.cuda.is_available() else 'cpu')
-    task = Task(cfg.name, cfg.reward)
+    task = Task(cfg.name, cfg.reward, cfg.device)
     better = first_is_better(task.train)
     first_is_better(task.val)
-    model = RewardModel.from_policy(task.load(cfg.init_from)).to(device)
+    model = RewardModel.from_policy(task.load(cfg.init_from)).to(task.device)
     steps = cfg.max_steps or cfg.epochs * -(-len(task.train) // cfg.batch_size)
-    print(f'reward_model on {device}, {steps:,} steps:\n{config.show(cfg)}')
+    print(f'reward_model on {task.device}, {steps:,} steps:\n{config.show(cfg)}')
     out_dir = os.path.join('out', cfg.name, 'reward_model')
 
     def losses_of(batch):
         return bradley_terry_losses(response_rewards(model, batch))
 
-    with open_run(out_dir, 0) as log:
-        for step, loss, norm in tqdm(train(model, losses_of, task.train, better, steps, cfg.batch_size, cfg.learning_rate,
-                                           cfg.warmup_steps, cfg.seed), total=steps, desc='reward model', disable=None):
+    run = train(model, losses_of, task.train, better, steps, cfg.batch_size, cfg.learning_rate, cfg.warmup_steps, cfg.seed)
+    with checkpoint.open_run(out_dir, 0) as log:
+        for step, loss, norm in tqdm(run, 'reward model', steps, disable=None):
             if step % cfg.eval_interval == 0 or step == steps:
                 rewards = all_rewards(model, task.val)                                  # (N, 2)
-                found = judge(rewards[:, 0] - rewards[:, 1])
-                tqdm.write(f'step {step:>6,}/{steps:,} | loss {loss:.4f} | grad {norm:6.2f} | eval/loss {found["log_loss"]:.4f} '
-                           f'| eval/acc {found["accuracy"]:.3f} | calibration error {found["calibration_error"]:.3f}')
-                log.write(json.dumps({'step': step, 'loss': loss, **{f'eval/{key}': value for key, value in found.items()}}) + '\n')
-    save_checkpoint(out_dir, steps, model, dict(stage='reward_model', config=asdict(cfg), vocabulary=task.train.vocabulary))
-    low, high = found['interval']
-    print(f'\n{len(rewards):,} validation pairs: accuracy {found["accuracy"]:.3f} (95%: {low:.3f} to {high:.3f}), log-loss '
-          f'{found["log_loss"]:.4f}, expected calibration error {found["calibration_error"]:.3f}\n\n'
-          f'{"says":>8}{"is right":>10}{"pairs":>8}')
-    for said, was, n in found['calibration']:
-        print(f'{said:8.1%}{was:10.1%}{n:8,.0f}')
-    if task.rewards:
-        pieces = [[piece.tolist() for piece in task.val[i]] for i in range(len(task.val))]
-        true = np.stack([task.score([p[0] for p in pieces], [p[k] for p in pieces])['true_reward'] for k in (1, 2)], 1)
-        margins = rewards[:, 0] - rewards[:, 1], true[:, 0] - true[:, 1]
-        print(f'\nthe true reward agrees with {((margins[1] > 0) + 0.5 * (margins[1] == 0)).mean():.1%} of these labels; the '
-              f'model\'s margins correlate with its own at {np.corrcoef(*margins)[0, 1]:.3f}')
+                judged = judge(rewards[:, 0] - rewards[:, 1])
+                tqdm.write(f'step {step:>6,}/{steps:,} | loss {loss:.4f} | grad {norm:6.2f} | eval/loss '
+                           f'{judged["log_loss"]:.4f} | eval/acc {judged["accuracy"]:.3f} | calibration error '
+                           f'{judged["calibration_error"]:.3f}')
+                record = {f'eval/{key}': value for key, value in judged.items()}
+                log.write(json.dumps({'step': step, 'loss': loss, **record}) + '\n')
+    checkpoint.save(out_dir, steps, model, dict(stage='reward_model', config=asdict(cfg),
+                                                vocabulary=task.train.vocabulary))
+    report(judged, rewards, task)
     print(f'done: {out_dir}')
 
 
 if __name__ == '__main__':
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    main()
+    config.run(main)

@@ -1,4 +1,4 @@
-"""The baselines and the sweep of repro/: their arithmetic against independent computations, and the scripts as a user runs them."""
+"""The baselines and the sweep of repro/: their arithmetic against independent computations, the scripts as a user runs them."""
 import importlib
 import json
 import math
@@ -18,63 +18,73 @@ import frontier                                             # noqa: E402
 import offline                                              # noqa: E402
 import ppo                                                  # noqa: E402
 import reward_model                                         # noqa: E402
+import sweep                                                # noqa: E402
 from best_of_n import best_of_n                             # noqa: E402
-from config import UserError, reviews                                  # noqa: E402
-from dpo import dpo_loss                                    # noqa: E402
-from prepare_prefs import Sampled, pack                     # noqa: E402
-
-CPU = torch.device('cpu')
+from config import UserError, reviews                       # noqa: E402
+from dpo import dpo_loss, response_logps                    # noqa: E402
+from nanodpo.data import Sampled, pack                      # noqa: E402
 
 
-def lists(groups):
-    return [[[int(t) for t in piece] for piece in group] for group in groups]
+def lists(n, K, seed):
+    """n random groups of K responses, lists of ids."""
+    return [[[int(t) for t in piece] for piece in group] for group in random_groups(n, K, np.random.default_rng(seed))]
 
 
-# -----------------------------------------------------------------------------
+@torch.no_grad()
+def states_of(model, prompt, response):
+    """Hidden states of one sequence by itself: (T, C)."""
+    tokens = torch.tensor([prompt + response])
+    T = tokens.shape[1]
+    return model(tokens, torch.arange(T)[None], torch.ones(1, 1, T, T, dtype=torch.bool).tril())[0]
+
+
+# ----------------------------------------------------------------------------------------------------
 # offline.py: K responses, all their pairs
 
-def test_losses_of_all_pairs_of_four_responses_equal_pair_by_pair():
-    rng = np.random.default_rng(0)
-    groups = Sampled(lists(random_groups(5, 4, rng)))
-    policy, reference, batch = small_gpt(0), small_gpt(1), pack(groups, range(5))
-    rewards = rng.integers(0, 3, (5, 4))                        # with ties
+PAIR_LOSSES = {     # of all pairs at once, and of the pair (w, l)
+    'dpo': (lambda logps, ref: offline.dpo_losses(logps, ref, 0.3),
+            lambda w, l, ref_w, ref_l: dpo_loss(w[None], l[None], ref_w[None], ref_l[None], 0.3)[0][0]),
+    'unlikelihood': (lambda logps, ref: offline.unlikelihood_losses(logps, 0.2), lambda w, l, *_: -w + 0.2 * l),
+    'preferred_ft': (lambda logps, ref: offline.preferred_ft_losses(logps), lambda w, l, *_: -w),
+    'unweighted': (lambda logps, ref: offline.unweighted_losses(logps, 0.3), lambda w, l, *_: -0.3 * (w - l)),
+}
+
+
+@pytest.mark.parametrize('name', PAIR_LOSSES)
+def test_losses_of_all_pairs_of_four_responses_equal_pair_by_pair(name):
+    at_once, of_pair = PAIR_LOSSES[name]
+    batch = pack(Sampled(lists(5, 4, 0)), list(range(5)))
+    rewards = np.random.default_rng(0).integers(0, 3, (5, 4))           # with ties
     better = torch.tensor(rewards[:, :, None] > rewards[:, None, :])
     with torch.no_grad():
-        ref = offline.policy_logps(reference, batch)
-    logps = offline.policy_logps(policy, batch)
-    all_pairs = {'dpo': offline.dpo_losses(logps, ref, 0.3), 'unlikelihood': offline.unlikelihood_losses(logps, 0.2),
-                 'preferred_ft': offline.preferred_ft_losses(logps), 'unweighted': offline.unweighted_losses(logps, 0.3)}
-    for name, losses in all_pairs.items():
-        expected = []
-        for g in range(5):
-            for i in range(4):
-                for j in range(4):
-                    if rewards[g, i] > rewards[g, j]:
-                        w, l = logps[g, i], logps[g, j]
-                        expected.append({'dpo': dpo_loss(w[None], l[None], ref[g, i][None], ref[g, j][None], 0.3)[0][0],
-                                         'unlikelihood': -w + 0.2 * l, 'preferred_ft': -w, 'unweighted': -0.3 * (w - l)}[name])
-        torch.testing.assert_close((losses * better).sum(), torch.stack(expected).sum(), rtol=1e-5, atol=1e-5)
+        logps, ref = (response_logps(small_gpt(seed), batch) for seed in (0, 1))
+    expected = [of_pair(logps[g, i], logps[g, j], ref[g, i], ref[g, j]) for g, i, j in better.nonzero().tolist()]
+    torch.testing.assert_close((at_once(logps, ref) * better).sum(), torch.stack(expected).sum(), rtol=1e-5, atol=1e-5)
 
 
 def test_unweighted_gradient_is_that_of_dpo_without_its_weight():
-    policy, ref, beta = torch.randn(6, 2, dtype=torch.float64, requires_grad=True), torch.randn(6, 2, dtype=torch.float64), 0.7
-    pair = slice(None), 0, 1
+    policy, ref = torch.randn(2, 6, 2, dtype=torch.float64)
+    policy.requires_grad_()
+    beta, pair = 0.7, (slice(None), 0, 1)
     dpo, = torch.autograd.grad(offline.dpo_losses(policy, ref, beta)[pair].sum(), policy)
     unweighted, = torch.autograd.grad(offline.unweighted_losses(policy, beta)[pair].sum(), policy)
     h = (policy - ref)[:, 0] - (policy - ref)[:, 1]
     weight = torch.sigmoid(-beta * h).detach()[:, None]
-    torch.testing.assert_close(dpo, unweighted * weight, rtol=1e-6, atol=1e-7)     # dpo_loss is float32 inside
+    torch.testing.assert_close(dpo, unweighted * weight, rtol=1e-6, atol=1e-7)
 
 
 def test_training_takes_the_gradient_of_the_mean_over_the_pairs_of_a_batch():
     """One step in rows of a few tokens against autograd on all pairs at once: with AdamW's first step, sign by sign."""
-    groups = Sampled(lists(random_groups(6, 3, np.random.default_rng(1))))
+    groups = Sampled(lists(6, 3, 1))
     rewards = np.random.default_rng(2).integers(0, 3, (6, 3))
     better = rewards[:, :, None] > rewards[:, None, :]
     models = small_gpt(3), small_gpt(3)
-    (step, loss, norm), = offline.train(models[0], lambda b: offline.unlikelihood_losses(offline.policy_logps(models[0], b), 0.5),
-                                        groups, better, 1, 6, 1e-3, 1, 0)
-    losses = offline.unlikelihood_losses(offline.policy_logps(models[1], pack(groups, range(6))), 0.5)
+
+    def losses_of(model, batch):
+        return offline.unlikelihood_losses(response_logps(model, batch), 0.5)
+
+    (step, loss, norm), = offline.train(models[0], lambda batch: losses_of(models[0], batch), groups, better, 1, 6, 1e-3, 1, 0)
+    losses = losses_of(models[1], pack(groups, list(range(6))))
     expected = (losses * torch.tensor(better)).sum() / better.sum()
     expected.backward()
     assert loss == pytest.approx(expected.item(), rel=1e-5)
@@ -85,21 +95,18 @@ def test_training_takes_the_gradient_of_the_mean_over_the_pairs_of_a_batch():
     assert sure.sum() > 1000 and (moves.sign() == -gradients.sign())[sure].all()
 
 
-# -----------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # reward_model.py
 
 def test_packed_rewards_equal_one_response_at_a_time():
-    groups = lists(random_groups(6, 3, np.random.default_rng(4)))
+    groups = lists(6, 3, 4)
     model = reward_model.RewardModel.from_policy(small_gpt(2))
     torch.nn.init.normal_(model.reward.weight)
-    found = reward_model.all_rewards(model, Sampled(groups))
+    rewards = reward_model.all_rewards(model, Sampled(groups))
     for i, (prompt, *responses) in enumerate(groups):
         for k, response in enumerate(responses):
-            tokens = torch.tensor([prompt + response])
-            T = tokens.shape[1]
-            with torch.no_grad():
-                state = model(tokens, torch.arange(T)[None], torch.ones(1, 1, T, T, dtype=torch.bool).tril())[0, -1]
-            assert found[i, k] == pytest.approx((state @ model.reward.weight[0]).item(), abs=1e-4)
+            expected = (states_of(model, prompt, response)[-1] @ model.reward.weight[0]).item()
+            assert rewards[i, k] == pytest.approx(expected, abs=1e-4)
 
 
 def test_accuracy_and_calibration_by_hand():
@@ -115,7 +122,7 @@ def test_accuracy_and_calibration_by_hand():
     assert (low, high) == (pytest.approx(0.4038, abs=1e-4), pytest.approx(0.5962, abs=1e-4))       # Wilson's, tabled
 
 
-# -----------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # ppo.py
 
 def test_advantages_are_the_double_sum_of_the_paper():
@@ -150,23 +157,19 @@ def test_clipped_losses_case_by_case():
 
 
 def test_tokens_side_by_side_are_those_of_each_rollout():
-    groups = lists(random_groups(7, 1, np.random.default_rng(5)))
+    groups = lists(7, 1, 5)
     model, mask = small_gpt(1), torch.zeros(7, 21, dtype=torch.bool)
     for row, (_, response) in zip(mask, groups):
         row[:len(response)] = True
-    found = ppo.side_by_side(ppo.action_logps, model, Sampled(groups), mask)
+    logps = ppo.side_by_side(ppo.target_logps, model, Sampled(groups), mask)
     for i, (prompt, response) in enumerate(groups):
-        tokens = torch.tensor([prompt + response])
-        T = tokens.shape[1]
-        with torch.no_grad():
-            states = model(tokens, torch.arange(T)[None], torch.ones(1, 1, T, T, dtype=torch.bool).tril())[0]
-        logps = (states @ model.wte.weight.t()).log_softmax(-1)
-        expected = [logps[len(prompt) - 1 + t, token].item() for t, token in enumerate(response)]
-        np.testing.assert_allclose(found[i, :len(response)], expected, atol=1e-4)
-        assert (found[i, len(response):] == 0).all()
+        alone = (states_of(model, prompt, response) @ model.wte.weight.t()).log_softmax(-1)
+        expected = [alone[len(prompt) - 1 + t, token].item() for t, token in enumerate(response)]
+        np.testing.assert_allclose(logps[i, :len(response)], expected, atol=1e-4)
+        assert (logps[i, len(response):] == 0).all()
 
 
-# -----------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # best_of_n.py and the grammar's frontier
 
 def test_best_of_n_blocks():
@@ -189,18 +192,34 @@ def test_the_grammars_frontier_is_that_of_its_own_samples_reweighted():
         assert kl == pytest.approx(estimate / beta - log_z, abs=5 * error / beta + 5 * weights.std() / math.sqrt(len(rewards)))
 
 
-# -----------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # the scripts
 
-REWARD = 'def reward(prompts, responses):\n    return [sum(c < "a" for c in r) / 4 - len(r) / 8 for r in responses]\n'
+REWARD = '''
+def reward(prompts, responses):
+    return [sum(c < "a" for c in r) / 4 - len(r) / 8 for r in responses]
+
+def metrics(prompts, responses):
+    return {"well_formed": [True] * len(prompts)}
+'''
 
 
-def test_the_pipeline_that_dpo_replaces_runs_and_learns(experiment):
+@pytest.fixture
+def tiny(experiment):
+    """The experiment `tiny` with a reward file, reward.py."""
     (experiment / 'reward.py').write_text(REWARD)
+    return experiment
+
+
+def run_main(script, *flags):
+    importlib.import_module(script).main(['--name=tiny', *flags])
+
+
+def test_the_pipeline_that_dpo_replaces_runs_and_learns(tiny):
     out = run_stage('repro/reward_model.py', '--name=tiny', '--batch_size=8', '--epochs=3', '--learning_rate=3e-3').stdout
     log = read_log('out/tiny/reward_model')
     assert log[-1]['loss'] < 0.6 and '10 validation pairs: accuracy' in out           # ln 2 at the start
-    assert reward_model.RewardModel.from_checkpoint('out/tiny/reward_model')[0].reward.weight.norm() > 0
+    assert reward_model.RewardModel.from_checkpoint('out/tiny/reward_model').reward.weight.norm() > 0
     run_stage('repro/ppo.py', '--name=tiny', '--reward=reward.py', '--steps=16', '--batch_size=48', '--target_kl=20',
               '--learning_rate=3e-3', '--kl_coef=0.05', '--max_new_tokens=12', '--eval_interval=16', '--eval_prompts=10')
     log = read_log('out/tiny/ppo')
@@ -209,50 +228,63 @@ def test_the_pipeline_that_dpo_replaces_runs_and_learns(experiment):
     assert log[0] == {'step': 0, 'eval/score': log[0]['eval/score'], 'eval/kl': 0.0} and log[-1]['eval/kl'] > 0.1
     out = run_stage('sample.py', '--name=tiny', '--after=out/tiny/ppo', '--num_prompts=2', '--max_new_tokens=5').stdout
     assert 'AFTER' in out
-    run_stage('repro/ppo.py', '--name=tiny', '--reward=out/tiny/reward_model', '--steps=1', '--batch_size=8', '--eval_prompts=4')
-    out = run_stage('repro/best_of_n.py', '--name=tiny', '--reward=out/tiny/reward_model', '--true_reward=reward.py', '--n=4',
-                    '--num_prompts=5').stdout
+    run_main('ppo', '--reward=out/tiny/reward_model', '--steps=1', '--batch_size=8', '--eval_prompts=4')
+    out = run_stage('repro/best_of_n.py', '--name=tiny', '--reward=out/tiny/reward_model', '--true_reward=reward.py',
+                    '--n=4', '--num_prompts=5').stdout
     assert len(out.splitlines()) == 5 and 'true reward' in out
-    offline.main(['--name=tiny', '--method=unlikelihood', '--max_steps=2', '--batch_size=8'])
+    run_main('offline', '--method=unlikelihood', '--max_steps=2', '--batch_size=8')
     assert read_log('out/tiny/unlikelihood')[-1]['step'] == 2
 
 
-def test_the_figures_are_drawn_from_what_the_runs_logged(experiment):
-    (experiment / 'reward.py').write_text(REWARD + 'def metrics(prompts, responses):\n    return {"well_formed": [True] * len(prompts)}\n')
-    reward_model.main(['--name=tiny', '--batch_size=16'])
+def test_the_figures_are_drawn_from_what_the_runs_logged(tiny):
+    run_main('reward_model', '--batch_size=16')
     dpo.main(['--name=tiny', '--batch_size=16', '--compile=False'])
-    importlib.import_module('accuracy').main(['--name=tiny', '--out=accuracy'])
-    table = (experiment / 'accuracy.md').read_text()
+    run_main('accuracy', '--out=accuracy')
+    table = (tiny / 'accuracy.md').read_text()
     last = {stage: read_log(f'out/tiny/{stage}')[-1] for stage in ('dpo', 'reward_model')}
-    assert f"| {last['dpo']['eval/rewards/accuracies']:.3f} |" in table and f"| {last['reward_model']['eval/accuracy']:.3f} |" in table
-    importlib.import_module('gradient').main(['--name=tiny', '--reward=reward.py', '--batch_size=24', '--evaluations=2', '--held_out=4', '--out=gradient'])
+    assert f"| {last['dpo']['eval/rewards/accuracies']:.3f} |" in table
+    assert f"| {last['reward_model']['eval/accuracy']:.3f} |" in table
+    run_main('gradient', '--reward=reward.py', '--batch_size=24', '--evaluations=2', '--held_out=4', '--out=gradient')
     runs = json.load(open('gradient.json'))
     assert [p['step'] for p in runs['dpo']] == [p['step'] for p in runs['unweighted']] == [0, 1, 2]
     assert runs['dpo'][0]['chosen'] == runs['unweighted'][0]['chosen'] != runs['dpo'][2]['chosen']
     assert min(os.path.getsize(f) for f in ('accuracy.png', 'gradient.png')) > 10_000
 
 
-def test_a_sweep_goes_on_where_it_stopped(experiment, monkeypatch, capsys):
-    (experiment / 'reward.py').write_text(REWARD)
+def test_a_sweep_goes_on_where_it_stopped(tiny, monkeypatch, capsys):
     few = {'ppo': [{'target_kl': 6.0}], 'ppo_gt': [{'target_kl': 6.0}], 'preferred_ft': [{}], 'best_of_n': [{}]}
     monkeypatch.setattr(frontier, 'GRID', {'dpo': [{'beta': 1.0, 'learning_rate': 6e-4}], **few})
     monkeypatch.setattr(frontier, 'NS', (1, 2, 4))
-    args = ['--name=tiny', '--reward=reward.py', '--seeds=1', '--prefixes=16', '--rounds=1', '--held_out=4', '--evaluations=2',
-            '--workers=2', '--out=sweep']
-    frontier.main(args)
-    assert '7 runs, 0 of them done before' in capsys.readouterr().out
-    results = json.load(open('sweep.json'))
-    assert [r['job']['method'] for r in results] == ['data', 'reward_model', 'dpo', 'ppo', 'ppo_gt', 'preferred_ft', 'best_of_n']
+
+    def run_sweep():
+        run_main('frontier', '--reward=reward.py', '--seeds=1', '--prefixes=16', '--rounds=1', '--held_out=4',
+                 '--evaluations=2', '--workers=2', '--out=sweep')
+        return json.load(open('sweep.json')), capsys.readouterr().out
+
+    results, out = run_sweep()
+    assert '7 runs, 0 of them done before' in out
+    methods = ['data', 'reward_model', 'dpo', 'ppo', 'ppo_gt', 'preferred_ft', 'best_of_n']
+    assert [r['job']['method'] for r in results] == methods
     assert all(math.isfinite(p['kl']) for r in results[2:] for p in r['points']) and os.path.getsize('sweep.png') > 10_000
-    os.remove(next(f'out/tiny/frontier/seed-1/{f}' for f in os.listdir('out/tiny/frontier/seed-1') if f.startswith('dpo') and f.endswith('.json')))
-    frontier.main(args)
-    assert '7 runs, 6 of them done before' in capsys.readouterr().out
-    again = json.load(open('sweep.json'))
+    done, = (tiny / 'out/tiny/frontier/seed-1').glob('dpo*.json')
+    done.unlink()
+    again, out = run_sweep()
+    assert '7 runs, 6 of them done before' in out
     assert again[2]['points'] == results[2]['points']       # the same numbers, run again
-    importlib.import_module('temperature').main(['--name=tiny', '--reward=reward.py', '--held_out=2', '--samples=1', '--workers=2', '--out=heat'])
+    run_main('temperature', '--reward=reward.py', '--held_out=2', '--samples=1', '--workers=2', '--out=heat')
     curves = json.load(open('heat.json'))['curves']
-    assert set(curves) >= {'SFT', 'best of 128', 'DPO, beta 1'} and all(0 <= mean <= 1 for points in curves.values() for mean, _ in points)
+    assert set(curves) >= {'SFT', 'best of 128', 'DPO, beta 1'}
+    assert all(0 <= mean <= 1 for points in curves.values() for mean, _ in points)
     assert curves['best of 1'][0] == curves['SFT'][0]       # both greedy
+
+
+@pytest.mark.parametrize('value, lines', [
+    ([{'a': 1, 'b': [1, 2]}, {'a': 2}], 4), ([], 1), ({'seed': 1, 'rows': [{'x': 0.1}, {'x': None}], 'name': 'é'}, 8),
+    ({0: [{'a': 1}], 'curves': {'a': [[1, 2]]}}, 6)])
+def test_results_are_json_with_a_record_a_line(tmp_path, value, lines):
+    sweep.write_json(tmp_path / 'a.json', value)
+    text = (tmp_path / 'a.json').read_text()
+    assert json.loads(text) == json.loads(json.dumps(value)) and len(text.splitlines()) == lines
 
 
 @pytest.mark.parametrize('script, args, message', [

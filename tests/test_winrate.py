@@ -16,8 +16,8 @@ import pytest
 import config
 import sample
 from conftest import ROOT, small_gpt
-from model import fingerprint, save_checkpoint
-from prepare_prefs import Groups
+from nanodpo import checkpoint
+from nanodpo.data import Groups
 
 sys.path.insert(0, str(ROOT / 'repro'))
 import winrate                  # noqa: E402
@@ -238,8 +238,8 @@ def test_after_and_before_of_one_file_are_compared(stub):
 def test_the_real_samples_of_an_experiment_against_its_chosen_responses(experiment, stub, capsys):
     val = Groups('data/tiny', 'val')
     (experiment / 'out/tiny/dpo').mkdir()
-    save_checkpoint('out/tiny/dpo', 1, small_gpt(1), dict(config={}, stage='dpo', init_fingerprint=fingerprint(small_gpt()),
-                                                          vocabulary=val.vocabulary))
+    origin = dict(init=checkpoint.fingerprint(small_gpt()))
+    checkpoint.save('out/tiny/dpo', 1, small_gpt(1), dict(config={}, stage='dpo', origin=origin, vocabulary=val.vocabulary))
     sample.main(['--name=tiny', '--num_prompts=10', '--num_samples=2', '--max_new_tokens=12', '--json', '--device=cpu'])
     lines = capsys.readouterr().out
     (experiment / 'a.jsonl').write_text(lines)
