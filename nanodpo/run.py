@@ -220,11 +220,11 @@ class Run(Worker):
             need(then == now, f'cannot resume {path}: {ORIGIN.get(key, key)} changed since ({then} then, {now} now)')
         try:
             self.policy.load_state_dict(state['model'])
-        except (RuntimeError, TypeError):
+        except (RuntimeError, TypeError, AttributeError):
             raise UserError(f'cannot resume {path}: its weights do not fit the model of this run') from None
         try:
             self.optimizer.load_state_dict(state['optimizer'])
-        except (LookupError, TypeError, ValueError):
+        except (LookupError, TypeError, ValueError, AttributeError):
             raise UserError(f'cannot resume {path}: it holds no state of the optimizer') from None
         self.optimizer.param_groups[0]['weight_decay'] = self.cfg.weight_decay      # the knob's, not the saved one
         then = state.get('config', {})

@@ -1,4 +1,4 @@
-"""What a run leaves to look at: eval/kl in the log, the same numbers in W&B and TensorBoard, and the curves of several runs."""
+"""What a run leaves to look at: eval/kl in the log, the same numbers in W&B, and the curves of several runs."""
 import json
 import os
 import struct
@@ -13,10 +13,16 @@ import torch
 import dpo
 import sft
 from conftest import random_groups, read_log, run_ranks, small_gpt, write_data
-from model import GPT, find_checkpoints, read_checkpoint, save_checkpoint
-from prepare_prefs import Groups
+from model import GPT
+from nanodpo import checkpoint
+from nanodpo.data import Groups
 
 DPO = ['--name=tiny', '--batch_size=8', '--learning_rate=1e-3', '--warmup_steps=0', '--device=cpu']
+
+
+def save_model(folder, step, model):
+    os.makedirs(f'out/tiny/{folder}', exist_ok=True)
+    checkpoint.save(f'out/tiny/{folder}', step, model, dict(config={}, vocabulary=Groups('data/tiny', 'val').vocabulary))
 
 
 @pytest.fixture
@@ -26,12 +32,11 @@ def two_models(experiment):
     val = random_groups(40, 2, rng)
     val[7][0] = val[8][0]
     write_data('data/tiny', {'train': random_groups(48, 2, rng), 'val': val})
-    os.makedirs('out/tiny/other')
-    save_checkpoint('out/tiny/other', 1, small_gpt(5), dict(config={}, vocabulary=Groups('data/tiny', 'val').vocabulary))
+    save_model('other', 1, small_gpt(5))
 
 
 def weights(folder='out/tiny/dpo'):
-    return read_checkpoint(find_checkpoints(folder)[-1])['model']
+    return checkpoint.read(checkpoint.find(folder)[-1])['model']
 
 
 # -----------------------------------------------------------------------------
@@ -74,8 +79,7 @@ def test_kl_estimates_the_exact_kl_of_a_bigram(experiment):
     models = []
     for folder, seed in (('sft', 0), ('other', 3)):
         models.append(bigram(seed))
-        os.makedirs(f'out/tiny/{folder}', exist_ok=True)
-        save_checkpoint(f'out/tiny/{folder}', 2, models[-1], dict(config={}, vocabulary=Groups('data/tiny', 'val').vocabulary))
+        save_model(folder, 2, models[-1])
     dpo.main([*DPO, '--max_steps=1', '--ref_from=out/tiny/other', '--kl_prompts=400', '--eval_interval=0'])
     first = read_log('out/tiny/dpo')[0]
     tokens = torch.arange(257)[:, None]
@@ -118,7 +122,7 @@ def test_kl_does_not_depend_on_the_number_of_processes(two_models):
 
 
 # -----------------------------------------------------------------------------
-# W&B and TensorBoard
+# W&B
 
 def wandb_history(path):
     """The history of a .wandb file: a file header, then 32 KiB blocks of records (checksum, length, kind, data), as LevelDB's
@@ -161,37 +165,16 @@ def test_wandb_offline_holds_the_numbers_of_the_log_and_stays_in_out(experiment,
     assert set(os.listdir()) == before
 
 
-def test_tensorboard_holds_the_numbers_of_the_log_after_a_resume_too(experiment):
-    pytest.importorskip('tensorboard', reason='tensorboard is not installed')
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    flags = [*DPO, '--log_interval=1', '--eval_interval=2', '--save_interval=3', '--track=tensorboard']
-    dpo.main([*flags, '--max_steps=5'])
-    for file in Path('out/tiny/dpo').glob('step-000005*'):          # as if killed in step 5: it goes on from 3
-        file.unlink()
-    dpo.main([*flags, '--max_steps=7', '--resume'])
-    events = EventAccumulator('out/tiny/dpo', size_guidance={'scalars': 0}).Reload()
-    steps = merged(read_log('out/tiny/dpo'))
-    found = {}
-    for key in events.Tags()['scalars']:
-        for event in events.Scalars(key):
-            found.setdefault(event.step, {})[key] = event.value
-        assert len({event.step for event in events.Scalars(key)}) == len(events.Scalars(key)), 'a step twice'
-    assert found == {step: {key: float(np.float32(value)) for key, value in record.items()} for step, record in steps.items()}
-    assert sorted(found) == list(range(8))
-
-
-@pytest.mark.parametrize('package', ['wandb', 'tensorboard'])
-def test_a_missing_package_is_one_line_before_training_and_moves_no_old_run(experiment, package, monkeypatch):
+def test_a_missing_package_is_one_line_before_training_and_moves_no_old_run(experiment, monkeypatch):
     dpo.main([*DPO, '--max_steps=1'])
     old = {path: path.read_bytes() for path in Path('out/tiny').rglob('*') if path.is_file()}
-    for name in (package, 'torch.utils.tensorboard') if package == 'tensorboard' else (package,):
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    Path(f'{package}.py').write_text(f"raise ModuleNotFoundError('none here', name='{package}')")
+    monkeypatch.delitem(sys.modules, 'wandb', raising=False)
+    Path('wandb.py').write_text("raise ModuleNotFoundError('none here', name='wandb')")
     monkeypatch.syspath_prepend(os.getcwd())
     for stage, flags in ((dpo, DPO), (sft, [*DPO[:2], '--device=cpu', '--init_from=out/tiny/sft', '--train_on=chosen'])):
         with pytest.raises(SystemExit) as stop:
-            stage.main([*flags, '--max_steps=1', f'--track={package}'])
-        assert stop.value.code == f'error: track={package} needs {package}: pip install {package}'
+            stage.main([*flags, '--max_steps=1', '--track=wandb'])
+        assert stop.value.code == 'error: track=wandb needs wandb: pip install wandb'
     assert {path: path.read_bytes() for path in Path('out/tiny').rglob('*') if path.is_file()} == old
 
 
