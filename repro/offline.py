@@ -132,15 +132,17 @@ def main(argv=None):
     print(f'{cfg.method} on {task.device}, {steps:,} steps:\n{config.show(cfg)}')
     out_dir = os.path.join('out', cfg.name, cfg.method)
     with checkpoint.open_run(out_dir, 0) as log:
-        for step, loss, norm in tqdm(train(policy, losses_of, task.train, better, steps, cfg.batch_size, cfg.learning_rate,
-                                           cfg.warmup_steps, cfg.seed), total=steps, desc=cfg.method, disable=None):
+        run = train(policy, losses_of, task.train, better, steps, cfg.batch_size, cfg.learning_rate, cfg.warmup_steps,
+                    cfg.seed)
+        for step, loss, norm in tqdm(run, cfg.method, steps, disable=None):
             if step % cfg.eval_interval == 0 or step == steps:
                 chosen, rejected = mean_logps(policy, task.val)
                 tqdm.write(f'step {step:>6,}/{steps:,} | loss {loss:9.3f} | grad {norm:8.2f} | '
                            f'eval/logps chosen {chosen:8.2f} rejected {rejected:8.2f}')
                 log.write(json.dumps({'step': step, 'loss': loss, 'grad_norm': norm, 'eval/logps/chosen': chosen,
                                       'eval/logps/rejected': rejected}) + '\n')
-    checkpoint.save(out_dir, steps, policy, dict(stage=cfg.method, config=asdict(cfg), vocabulary=task.train.vocabulary))
+    record = dict(stage=cfg.method, config=asdict(cfg), vocabulary=task.train.vocabulary)
+    checkpoint.save(out_dir, steps, policy, record)
     print(f'done: {out_dir}')
 
 

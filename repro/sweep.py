@@ -1,7 +1,7 @@
 """Many runs on one machine: what frontier.py, family.py and iterative.py share.
 
-A job is a dict of settings: `method`, `seed`, `common` (what all jobs of the sweep share, its `folder` among them) and its own
-knobs. A worker process does it and writes what it found to a file of its own, so a sweep that was stopped goes on where it
+A job is a dict of settings: `method`, `seed`, `common` (what all jobs of the sweep share, its `folder` among them) and
+its own knobs. A worker process does it and writes its results to a file. So a sweep that was stopped goes on where it
 stopped, and a job whose settings changed is done again.
 """
 import json
@@ -54,7 +54,7 @@ def be_a_worker():
 
 
 def do(work, job, needed):
-    """A job in its worker: work(job, needed) -> dict of what was found, written beside the job and its seconds."""
+    """Do a job in its worker: work(job, needed) -> dict. It is written with the job and its seconds."""
     began = time.perf_counter()
     os.makedirs(path_of(job), exist_ok=True)
     result = {'job': job, **work(job, needed), 'seconds': time.perf_counter() - began}
@@ -65,11 +65,12 @@ def do(work, job, needed):
 
 
 def sweep(jobs, workers, work, needs, summary):
-    """Do the jobs that are not done yet, each after those it needs, `workers` at a time. -> all results, lists of dicts
+    """Do the jobs that are not done yet, each after those it needs, `workers` at a time. -> all results, list of dict
 
-    work(job, needed): a function of a module, run in a worker. needs(job, jobs): the jobs whose files this one reads, which
-    it gets as `needed`. summary(result): a line on a finished one. A UserError of a worker ends the sweep.
+    work(job, needed): a function of a module, run in a worker. needs(job, jobs): the jobs whose files this one reads;
+    it gets them as `needed`. summary(result): a line on a finished one. A UserError of a worker ends the sweep.
     """
+    signal.signal(signal.SIGINT, signal.default_int_handler)        # to say how far it came
     results = {path_of(job): result_of(job) for job in jobs}
     for job in jobs:            # what was made from something that is made again is made again
         if any(results[path_of(other)] is None for other in needs(job, jobs)):

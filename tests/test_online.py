@@ -7,45 +7,57 @@ import numpy as np
 import pytest
 import torch
 
-import prepare_prefs
 from config import UserError
 from conftest import ROOT, random_groups, run_ranks, run_stage, small_gpt
-from model import fingerprint, load_model, save_checkpoint
-from prepare_prefs import Groups, Sampled, load_tokenizer, open_reward, pair_up, read_meta, write_groups
+from nanodpo import checkpoint
+from nanodpo.data import Groups, Sampled, read_meta
+from nanodpo.text import load_tokenizer
 
 sys.path.insert(0, str(ROOT / 'repro'))
+import draw_prefs                                           # noqa: E402
 import iterative                                            # noqa: E402
+from draw_prefs import open_reward, pair_up, write_set      # noqa: E402
 from reward_model import RewardModel, all_rewards           # noqa: E402
 from sweep import path_of                                   # noqa: E402
 
 
-def save(folder, model, **record):
-    os.makedirs(folder)
-    save_checkpoint(folder, 1, model, record)
+
+def save(folder, model, step=1, **record):
+    os.makedirs(folder, exist_ok=True)
+    checkpoint.save(folder, step, model, record)
+
+
+def fingerprint(path):
+    return checkpoint.fingerprint(checkpoint.load_model(path))
 
 
 def as_lists(groups):
     return [[piece.tolist() for piece in group] for group in groups]
 
 
+def content(folder):
+    return {name: open(os.path.join(folder, name), 'rb').read() for name in os.listdir(folder)}
+
+
 def test_written_groups_are_read_back_and_replace_a_set_whole_or_not_at_all(experiment):
     rng = np.random.default_rng(1)
     splits = {'train': random_groups(30, 3, rng), 'val': random_groups(5, 3, rng, ends=False)}
-    meta = write_groups('data/three', 'data/tiny', splits, {'train': {'tied': 4}}, who='me')
+    meta = write_set('data/three', 'data/tiny', splits, {'train': {'tied': 4}}, who='me')
     for split, groups in splits.items():
         assert as_lists(Groups('data/three', split)) == groups
     assert Groups('data/three', 'train').vocabulary == Groups('data/tiny', 'train').vocabulary
     assert meta == read_meta('data/three') and meta['who'] == 'me' and meta['max_length'] == 64
     assert meta['splits']['train']['read'] == 34 and meta['splits']['val']['dropped'] == {}
     cut = sum(piece[-1] != 256 for group in splits['val'] for piece in group[1:])
-    assert meta['splits']['val']['truncated']['responses'] == cut > 0 == meta['splits']['train']['truncated']['responses']
-    before = {path.name: path.read_bytes() for path in (experiment / 'data/three').iterdir()}
+    assert meta['splits']['val']['truncated']['responses'] == cut > 0
+    assert meta['splits']['train']['truncated']['responses'] == 0
+    before = content('data/three')
     with pytest.raises(AssertionError, match='max_length'):
-        write_groups('data/three', 'data/tiny', splits | {'val': [[[1] * 60, [2] * 5, [3], [4]]]})
-    assert before == {path.name: path.read_bytes() for path in (experiment / 'data/three').iterdir()}
+        write_set('data/three', 'data/tiny', splits | {'val': [[[1] * 60, [2] * 5, [3], [4]]]})
+    assert before == content('data/three')
 
 
-# -----------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # pairs
 
 def test_pairs_equal_a_brute_force_over_rewards_with_ties():
@@ -73,10 +85,6 @@ def drawn(experiment):
             '--batch_size=15']
 
 
-def content(folder):
-    return {name: open(os.path.join(folder, name), 'rb').read() for name in os.listdir(folder)}
-
-
 def read_drawn(split='train'):
     """{prompt: [(chosen, rejected), ...]} of data/drawn, tuples of ids."""
     found = {}
@@ -86,7 +94,7 @@ def read_drawn(split='train'):
 
 
 def test_drawn_pairs_are_ranked_by_the_reward_and_best_worst_are_the_ends_of_all(drawn, capsys):
-    prepare_prefs.main([*drawn, '--pairing=all'])
+    draw_prefs.main([*drawn, '--pairing=all'])
     everything, meta = read_drawn(), read_meta('data/drawn')
     tokenizer = load_tokenizer('data/drawn', 'tokenizer.json')
     source = {tuple(group[0]) for group in as_lists(Groups('data/tiny', 'train'))}
@@ -102,8 +110,8 @@ def test_drawn_pairs_are_ranked_by_the_reward_and_best_worst_are_the_ends_of_all
         assert 256 not in ids[:-1] and (ids[-1] == 256 and len(ids) <= 12 or len(ids) == min(12, 64 - len(prompt)))
     assert info['truncated']['responses'] == sum(ids[-1] != 256 for _, ids in pieces) > 0
     assert meta['rewards']['train']['chosen'] == pytest.approx(np.mean([reward(w) for pairs in everything.values() for w, _ in pairs]))
-    assert meta['policy_fingerprint'] == fingerprint(load_model('out/tiny/sft')[0]) and meta['pairing'] == 'all'
-    prepare_prefs.main(drawn)
+    assert meta['policy_fingerprint'] == fingerprint('out/tiny/sft') and meta['pairing'] == 'all'
+    draw_prefs.main(drawn)
     ends = read_drawn()
     assert set(ends) == set(everything) and all(len(pairs) == 1 for pairs in ends.values())
     for prompt, [(best, worst)] in ends.items():
@@ -114,22 +122,22 @@ def test_drawn_pairs_are_ranked_by_the_reward_and_best_worst_are_the_ends_of_all
 
 
 def test_two_processes_draw_what_one_does_and_only_a_change_draws_again(drawn, experiment, capsys):
-    prepare_prefs.main(drawn)
+    draw_prefs.main(drawn)
     one, before = capsys.readouterr().out, content('data/drawn')
     shutil.rmtree('data/drawn')
-    two = run_stage('prepare_prefs.py', *drawn, cwd=experiment, processes=2)
+    two = run_stage('repro/draw_prefs.py', *drawn, cwd=experiment, processes=2)
     assert content('data/drawn') == before and 'Traceback' not in two.stderr
     assert one.splitlines()[:-1] == two.stdout.splitlines()[:-1]                        # but for the seconds
 
     def last_line(*flags):
-        prepare_prefs.main([*drawn, *flags])
+        draw_prefs.main([*drawn, *flags])
         return capsys.readouterr().out.splitlines()[-1]
 
     assert 'is reused' in last_line() and content('data/drawn') == before
     (experiment / 'reward.py').write_text(REWARD.replace('1000', '900'))
     assert 'is ready' in last_line() and content('data/drawn') != before
     before = content('data/drawn')
-    save_checkpoint('out/tiny/sft', 2, small_gpt(7), {})
+    save('out/tiny/sft', small_gpt(7), 2)
     assert 'is ready' in last_line() and content('data/drawn')['train.bin'] != before['train.bin']
     assert 'is ready' in last_line('--seed=2') and 'is ready' in last_line('--seed=2', '--temperature=0.9')
 
@@ -137,7 +145,7 @@ def test_two_processes_draw_what_one_does_and_only_a_change_draws_again(drawn, e
 def test_copies_of_a_response_are_tied_whatever_a_noisy_judge_says(drawn, experiment):
     """A reward of its own for every call, and a policy so sharp that its samples are often the same."""
     (experiment / 'reward.py').write_text('def reward(prompts, responses):\n    return list(range(len(responses)))\n')
-    prepare_prefs.main([*drawn, '--temperature=0.2', '--pairing=all'])
+    draw_prefs.main([*drawn, '--temperature=0.2', '--pairing=all'])
     assert read_meta('data/drawn')['splits']['train']['dropped']['tied'] > 0
     assert all(w != l for pairs in read_drawn().values() for w, l in pairs)
 
@@ -145,7 +153,7 @@ def test_copies_of_a_response_are_tied_whatever_a_noisy_judge_says(drawn, experi
 def test_num_prompts_limits_both_splits_and_the_seed_chooses(drawn):
     prompts = []
     for seed in (1, 2):
-        prepare_prefs.main([*drawn, '--num_prompts=12', f'--seed={seed}'])
+        draw_prefs.main([*drawn, '--num_prompts=12', f'--seed={seed}'])
         assert [i['read'] for i in read_meta('data/drawn')['splits'].values()] == [12, 10]
         prompts.append(set(read_drawn()))
     assert prompts[0] != prompts[1]
@@ -167,14 +175,13 @@ def test_a_reward_models_rewards_equal_one_response_at_a_time(experiment):
             assert found[i, k] == pytest.approx((states[0, -1] @ model.reward.weight[0]).item(), abs=1e-4)
 
 
-# -----------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # mistakes
 
 @pytest.mark.parametrize('flags, message', [
-    (['--documents=x.txt'], 'documents=x.txt is of no use with policy'),
-    (['--max_length=32'], 'max_length=32 is of no use with policy'),
-    (['--policy='], 'reward=reward.py is of no use without policy'),
-    (['--reward='], 'policy is set, reward is not'),
+    (['--source='], 'source, policy and reward must be set'),
+    (['--reward='], 'source, policy and reward must be set'),
+    (['--policy='], 'source, policy and reward must be set'),
     (['--reward=nowhere.py'], 'reward nowhere.py is neither'),
     (['--reward=empty.py'], 'defines no function reward(prompts, responses)'),
     (['--reward=short.py'], 'true_reward has 1 results for 144 responses'),
@@ -189,11 +196,11 @@ def test_a_reward_models_rewards_equal_one_response_at_a_time(experiment):
     (['--source=out'], 'out/meta.json does not exist'),
     (['--name=tiny'], 'data/tiny would be replaced'),
     (['--num_samples=1'], 'num_samples=1 is out of range'),
-    (['--temperature=0'], 'temperature=0.0 is out of range'),
+    (['--temperature=0'], 'temperature=0 is out of range'),
     (['--pairing=some'], "pairing='some' must be one of"),
 ])
 def test_a_mistake_ends_in_one_line_and_leaves_the_set(drawn, experiment, flags, message):
-    write_groups('data/drawn', 'data/tiny', {'train': [[[1], [2], [3]]], 'val': [[[1], [2], [3]]]})
+    write_set('data/drawn', 'data/tiny', {'train': [[[1], [2], [3]]], 'val': [[[1], [2], [3]]]})
     before = content('data/drawn')
     for name, text in (('empty', ''), ('short', 'def reward(p, r):\n    return [0.0]'), ('flat', 'def reward(p, r):\n    return [0] * len(r)'),
                        ('nan', 'def reward(p, r):\n    return [float("nan")] * len(r)')):
@@ -201,59 +208,56 @@ def test_a_mistake_ends_in_one_line_and_leaves_the_set(drawn, experiment, flags,
     save('out/foreign', RewardModel.from_policy(small_gpt(2)), vocabulary='gpt2')
     save('out/other', small_gpt(2), vocabulary='gpt2')
     with pytest.raises(UserError) as error:
-        prepare_prefs.main([*drawn, *flags])
+        draw_prefs.main([*drawn, *flags])
     assert message in error.value.message and '\n' not in error.value.code
     assert content('data/drawn') == before and not [f for f in os.listdir('data') if f not in ('tiny', 'drawn')]
 
 
-def test_several_processes_are_for_drawing_alone(monkeypatch):
-    monkeypatch.setenv('WORLD_SIZE', '2')
-    with pytest.raises(UserError, match='run without torchrun'):
-        prepare_prefs.main(['--name=mine', '--source=pairs.jsonl'])
-
-
 @pytest.mark.parametrize('flags, line', [
     ('--reward=out/tiny/sft', 'error: out/tiny/sft/step-000001.pt is no reward model: run repro/reward_model.py'),
-    ('--seed=2', 'error: rank 1 has another command, data/tiny, out/tiny/sft or reward.py than rank 0: all nodes need the same')])
+    ('--seed=2', 'error: rank 1 has another seed than rank 0 (2, not 1337): all nodes need the same command')])
 def test_an_error_of_one_rank_ends_all_and_draws_nothing(drawn, flags, line):
-    first, second = ([*drawn, flags], drawn) if 'reward' in flags else (drawn, [*drawn, flags])
-    said = run_ranks('prepare_prefs', [first, second])
+    first, second = [*drawn, flags] if 'reward' in flags else drawn, [*drawn, flags]
+    said = run_ranks('draw_prefs', [first, second])
     assert said[0].startswith(line) and line[7:] in said[1] and not os.path.exists('data/drawn')
 
 
-def test_a_rank_that_is_killed_is_named_in_one_line(drawn, experiment):
-    (experiment / 'reward.py').write_text('import os\nos.kill(os.getpid(), 9)\n')         # on rank 0 alone, as a judge without memory
-    done = run_stage('prepare_prefs.py', *drawn, cwd=experiment, processes=2, check=False)
-    assert done.returncode != 0 and 'error: no answer from rank 0 (' in done.stderr and '[rank1]: Traceback' not in done.stderr
-    assert not os.path.exists('data/drawn')
+def test_a_rank_that_is_killed_ends_all_and_draws_nothing(drawn, experiment):
+    (experiment / 'reward.py').write_text('import os\nos.kill(os.getpid(), 9)\n')         # on rank 0, as a judge without memory
+    done = run_stage('repro/draw_prefs.py', *drawn, cwd=experiment, processes=2, check=False)
+    assert done.returncode != 0 and not os.path.exists('data/drawn')
 
 
-# -----------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # repro/iterative.py
 
 def test_rounds_draw_new_prompts_from_the_last_policy_at_equal_pairs_and_steps(drawn, experiment):
-    common = {'name': 'tiny', 'reward': str(experiment / 'reward.py'), 'folder': 'runs', 'rounds': 2, 'prompts': 16, 'num_samples': 3,
-              'beta': 0.1, 'learning_rate': 1e-3, 'epochs': 1, 'batch_size': 8, 'held_out': 4}
-    found, jobs = {}, {way: {'method': way, 'seed': 1, 'common': common} for way in iterative.LABELS}
+    common = {'name': 'tiny', 'reward': str(experiment / 'reward.py'), 'folder': 'runs', 'rounds': 2, 'prompts': 16,
+              'num_samples': 3, 'beta': 0.1, 'learning_rate': 1e-3, 'epochs': 1, 'batch_size': 8, 'held_out': 4}
+    jobs = {way: {'method': way, 'seed': 1, 'common': common} for way in iterative.LABELS}
+    points = {}
     for way, job in jobs.items():
         os.makedirs(path_of(job))
-        found[way] = iterative.work(job, [])['points']
+        points[way] = iterative.work(job, [])['points']
         assert os.getcwd() == str(experiment)
-        assert [p['steps'] for p in found[way]] == [0, 2, 4] and found[way][0]['kl'] == 0 and found[way][2]['kl'] != 0
-        folder = lambda r: os.path.join(path_of(job), 'data', f'round-{r}')
-        first, second = ({tuple(group[0].tolist()) for group in Groups(folder(r), 'train')} for r in (1, 2))
+        assert [p['steps'] for p in points[way]] == [0, 2, 4] and points[way][0]['kl'] == 0 != points[way][2]['kl']
+        first, second = ({tuple(group[0]) for group in as_lists(Groups(f'{path_of(job)}/data/round-{r}', 'train'))}
+                         for r in (1, 2))
         assert not first & second                   # other prompts in every round
-    sft, start = (fingerprint(load_model(path)[0]) for path in ('out/tiny/sft', path_of(jobs['moved']) + '/out/round-1/dpo'))
+    sft, start = fingerprint('out/tiny/sft'), fingerprint(path_of(jobs['moved']) + '/out/round-1/dpo')
     assert sft != start
     for way, sampler, reference in (('fixed', start, sft), ('moved', start, start), ('offline', sft, sft)):
         run = path_of(jobs[way])
-        record = load_model(f'{run}/out/{"rounds-1-to-2" if way == "offline" else "round-2"}/dpo')[1]
-        assert read_meta(f'{run}/data/round-2')['policy_fingerprint'] == sampler and record['init_fingerprint'].endswith(reference)
-    assert found['fixed'][1] == found['moved'][1] == found['offline'][1]        # until then they are the same
+        name = 'rounds-1-to-2' if way == 'offline' else 'round-2'
+        record = checkpoint.load_model(f'{run}/out/{name}/dpo').record
+        assert read_meta(f'{run}/data/round-2')['policy_fingerprint'] == sampler
+        assert record['origin']['reference'] == reference
+    assert points['fixed'][1] == points['moved'][1] == points['offline'][1]     # until then they are the same
     run = path_of(jobs['offline'])
-    assert as_lists(Groups(f'{run}/data/rounds-1-to-2', 'train')) == sum((as_lists(Groups(f'{run}/data/round-{r}', 'train')) for r in (1, 2)), [])
-    results = [{'job': jobs[way], 'points': points} for way, points in found.items()]
-    gap = found['fixed'][2]['true_reward'] - found['offline'][2]['true_reward']
+    both, rounds = as_lists(Groups(f'{run}/data/rounds-1-to-2', 'train')), (Groups(f'{run}/data/round-{r}', 'train') for r in (1, 2))
+    assert both == [group for groups in rounds for group in as_lists(groups)]
+    results = [{'job': jobs[way], 'points': points[way]} for way in points]
+    gap = points['fixed'][2]['true_reward'] - points['offline'][2]['true_reward']
     assert f'{gap:+.2f} and ' in iterative.table(results).splitlines()[-2]
     iterative.figure(results, np.zeros((2, 2)), 'figure.png')
     assert os.path.getsize('figure.png') > 10_000
