@@ -1,5 +1,4 @@
-"""Data as people have it: every sort of file and every kind of row becomes the groups that its texts, put together by hand, make."""
-import csv
+"""Data as people have it: every sort of file and kind of row becomes the groups that its texts, put together by hand, make."""
 import gzip
 import json
 import os
@@ -12,12 +11,10 @@ from pathlib import Path
 
 import pytest
 
-import dpo
-import prepare_prefs
-import sample
-import sft
-from conftest import ROOT
-from prepare_prefs import EOT, Groups, load_tokenizer, prompt_ids, read_meta, render, text_of
+from conftest import ROOT, error_of, prepare, prepare_all, write_rows
+from nanodpo import rollout, sources
+from nanodpo.data import Groups
+from nanodpo.text import EOT, load_tokenizer, prompt_ids, render, text_of
 
 HUMAN = '\n\nHuman: {prompt}\n\nAssistant:'
 
@@ -37,67 +34,13 @@ def answer(text):
     return [dict(role='assistant', content=text)]
 
 
-def write(path, rows):
-    """Rows as a file of the sort that its name says; bytes as they are."""
-    import pyarrow
-    import pyarrow.parquet
-    os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
-    if isinstance(rows, bytes):
-        Path(path).write_bytes(rows)
-    elif path.endswith('.parquet'):
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-    elif path.endswith('.gz'):
-        write(path[:-3], rows)
-        Path(path).write_bytes(gzip.compress(Path(path[:-3]).read_bytes()))
-        os.remove(path[:-3])
-    elif path.endswith('.csv'):
-        with open(path, 'w', newline='', encoding='utf-8') as f:
-            table = csv.DictWriter(f, list(rows[0]))
-            table.writeheader()
-            table.writerows({key: text if isinstance(text, str) else json.dumps(text) for key, text in row.items()} for row in rows)
-    else:
-        lines = ''.join(json.dumps(row) + '\n' for row in rows)
-        Path(path).write_text(json.dumps(rows) if path.endswith('.json') else lines)
-
-
-def prepare(*flags, name='made', tokenizer='bytes'):
-    """Run the stage. -> {split: groups as strings, labels after them}, meta.json"""
-    prepare_prefs.main([f'--name={name}', f'--tokenizer={tokenizer}', *flags])
-    folder, found = f'data/{name}', {}
-    meta = read_meta(folder)
-    tokens = load_tokenizer(folder, meta['tokenizer'])
-    for split in meta['splits']:
-        groups = Groups(folder, split)
-        labels = [[]] * len(groups) if groups.labels is None else [[bool(label)] for label in groups.labels]
-        found[split] = [[tokens.decode(list(part)) for part in group] + label for group, label in zip(groups, labels)]
-    return found, meta
-
-
-def both(*flags, **options):
-    """The groups of train and val together, sorted, and meta.json."""
-    found, meta = prepare(*flags, **options)
-    return sorted(found['train'] + found['val']), meta
-
-
-def error_of(*flags, **options):
-    """The line with which the stage ends, having changed nothing."""
-    before = {path: path.stat().st_mtime_ns for path in Path().glob('data/**/*')}
-    with pytest.raises(SystemExit) as stop:
-        prepare(*flags, **options)
-    assert isinstance(stop.value.code, str) and '\n' not in stop.value.code
-    assert {path: path.stat().st_mtime_ns for path in Path().glob('data/**/*') if path.is_file()} == {
-        path: time for path, time in before.items() if path.is_file()}
-    return stop.value.code
-
-
 # -----------------------------------------------------------------------------
 # sorts of files
 
-PAIRS = [dict(prompt=f'{i}, "why"?\n', chosen=['None', ' naïve 👍', '007'][i % 3], rejected=f'NA {i}') for i in range(12)]
+PAIRS = [dict(prompt=f'{i}, "why"?\n', chosen=['None', ' naïve 👍', '007'][i % 3], rejected=f'[{i}, NA]') for i in range(12)]
 TALKS = [dict(chosen=turns(f'q{i}', 'a', 'b?', f'yes {i}'), rejected=turns(f'q{i}', 'a', 'b?', 'no')) for i in range(12)]
-OTHERS = [[dict(prompt=f'{i}', completion='c', label=i % 3 == 0) for i in range(12)],
-          [dict(prompt=f'{i}', responses=['x', 'y', 'z'], scores=[1, 3.5, -2]) for i in range(12)],
-          [dict(prompt=f'{i}', chosen='c', rejected='r', score_chosen=5.0, score_rejected=i) for i in range(12)]]
+UNPAIRED = [dict(prompt=f'{i}', completion='c', label=i % 3 == 0) for i in range(12)]
+RANKINGS = [dict(prompt=f'{i}', responses=['x', 'y', 'z'], scores=[1, 3.5, -2]) for i in range(12)]
 
 
 def by_hand(row):
@@ -113,24 +56,29 @@ def by_hand(row):
 
 
 @pytest.mark.parametrize('sort', ['.jsonl', '.json', '.csv', '.parquet', '.jsonl.gz', '.json.gz', '.csv.gz', '/.json', '/.csv',
-                                  '/.parquet', 'datasets'])
-def test_every_sort_of_file_gives_the_same_groups(sort):
-    for rows in (PAIRS, TALKS, *OTHERS):
+                                  '/.parquet', '/.jsonl', '.py', 'datasets'])
+def test_every_sort_of_source_gives_the_same_groups(sort):
+    for rows in (PAIRS, TALKS, UNPAIRED, RANKINGS):
+        source = f'rows{sort}' if sort.startswith('.') else 'rows'
         if sort == 'datasets':
-            write('rows/data/train-00000-of-00001.parquet', rows[3:])
-            write('rows/data/test-00000-of-00001.parquet', rows[:3])
+            write_rows('rows/data/train-00000-of-00001.parquet', rows[3:])
+            write_rows('rows/data/test-00000-of-00001.parquet', rows[:3])
         elif sort.startswith('/'):
-            write(f'rows/train{sort[1:]}', rows[3:])
-            write(f'rows/val{sort[1:]}', rows[:3])
+            write_rows(f'rows/train{sort[1:]}', rows[3:])
+            write_rows(f'rows/val{sort[1:]}', rows[:3])
+        elif sort == '.py':
+            part = '[slice(3) if split == "val" else slice(3, None)]'
+            Path(source).write_text(f'def pairs(split, seed):\n    return {rows!r}{part}')
         else:
-            write(f'rows{sort}', rows)
-        found, meta = prepare(f'--source=rows{sort if sort.startswith(".") else ""}')
-        kept = [row for row in rows if row.get('score_rejected', 0) <= 5]
-        assert sorted(found['train'] + found['val']) == sorted(map(by_hand, kept))
-        assert sum(sum(info['dropped'].values()) for info in meta['splits'].values()) == len(rows) - len(kept)
-        if not sort.startswith('.'):
-            assert len(found['val']) == 3
+            write_rows(source, rows)
+        texts, meta = prepare(f'--source={source}')
+        assert sorted(texts['train'] + texts['val']) == sorted(map(by_hand, rows))
+        assert sum(sum(info['dropped'].values()) for info in meta['splits'].values()) == 0
+        if sort in ('datasets', '.py') or sort.startswith('/'):
+            assert len(texts['val']) == 3
         assert meta['template'] == (HUMAN if rows is TALKS else '{prompt}')
+        assert [meta['splits'][split]['K'] for split in ('train', 'val')] == [len(by_hand(rows[0])) - 1 - ('label' in rows[0])] * 2
+        assert sum(info.get('desirable', 0) for info in meta['splits'].values()) == (4 if rows is UNPAIRED else 0)
         shutil.rmtree('rows', ignore_errors=True)
 
 
@@ -138,144 +86,109 @@ def test_every_sort_of_file_gives_the_same_groups(sort):
                                          ('rows.jsonl', 'line 3'), ('rows.jsonl.gz', 'line 3')])
 def test_a_bad_row_of_one_s_own_is_named_by_file_and_number_and_can_be_skipped(path, where, capfd):
     rows = [dict(prompt=f'{i}', chosen='c', rejected='r' if i != 2 else 'c') for i in range(6)]
-    write(path, rows)
+    write_rows(path, rows)
     assert error_of(f'--source={path}').startswith(f"error: {path} {where}: 'chosen' and 'rejected' are the same (")
-    found, meta = both(f'--source={path}', '--max_bad_lines=1')
-    assert len(found) == 5 and meta['splits']['train']['dropped'] == {'identical': 1}
+    groups, meta = prepare_all(f'--source={path}', '--max_bad_lines=1')
+    assert len(groups) == 5 and meta['splits']['train']['dropped'] == {'identical': 1}
     assert f'skipped {path} {where}' in capfd.readouterr().err
 
 
+HEADER = b'prompt,chosen,rejected\n'
+
+
 @pytest.mark.parametrize('path, data, expected', [
-    ('x.json', b'', 'of 0 rows'),
-    ('x.json', b'[]', 'of 0 rows'),
+    ('x.jsonl', b'', 'x.jsonl: no row of train can be used, of 0 read'),
+    ('x.json', b'', 'x.json: no row of train can be used, of 0 read'),
+    ('x.json', b'[]', 'of 0 read'),
     ('x.json', b'[{"prompt": "a", "chosen": "b", "rejected": "c"}\n', 'x.json: not JSON'),
-    ('x.json', b'[1]', 'x.json item 1: not an object with prompt, chosen, rejected, but int'),
+    ('x.json', b'{"prompt": "a",\n "chosen": "b",\n "rejected": "c"}\n', 'x.json line 1: not JSON'),
+    ('x.jsonl', b'[{"prompt": "a", "chosen": "b", "rejected": "c"}]\n', 'x.jsonl line 1: not an object, but list'),
+    ('x.json', b'[1]', 'x.json item 1: not an object, but int'),
     ('x.json', b'["\xff"]', 'x.json: not UTF-8 at byte 3'),
     ('x.json', b'[' * 100_000, 'x.json: not JSON'),
-    ('x.csv', b'', 'x.csv has no line of column names'),
-    ('x.csv', b'prompt,prompt\na,b', 'x.csv has no line of column names, in UTF-8 and all different'),
-    ('x.csv', 'prompt,chosen\na,b'.encode('utf-16'), 'x.csv has no line of column names, in UTF-8'),
-    ('x.csv', b'why?,good,bad\nhow?,fine,worse\n', 'x.csv has columns why?, good, bad; it needs chosen and rejected'),
-    ('x.csv', b'prompt;chosen;rejected\na;b;c\n', 'Are its cells separated by commas?'),
-    ('x.csv', b'prompt\tchosen\trejected\na\tb\tc\n', 'Are its cells separated by commas?'),
-    ('x.jsonl', b'{"question": "a", "good\\n": "b"}\n', "x.jsonl line 1: missing key 'prompt', it has 'question', 'good\\n'"),
-    ('x.csv', b'prompt,chosen,rejected\n', 'of 0 rows'),
-    ('x.csv', b'prompt,chosen,rejected\na,b,c\nd,"e\n\ne",f\ng,h\n', 'x.csv line 6: 2 cells, the first line names 3 columns'),
-    ('x.csv', b'prompt,chosen,rejected\na,b,c\nd,\xff,f\n', 'x.csv line 3: not UTF-8'),
-    ('x.csv', b'prompt,chosen,rejected\na,b,c\n"open,b,c\nd,e,f\n', 'x.csv line 3: not CSV'),
+    ('x.jsonl', b'{"prompt": "a\0", "chosen": "b", "rejected": "c"}', 'x.jsonl line 1: not JSON'),
+    ('x.csv', b'', 'of 0 read'),
+    ('x.csv', b'\n\n', 'of 0 read'),
+    ('x.csv', b'prompt,prompt\na,b', 'x.csv has no line of column names at its top: in UTF-8, all different'),
+    ('x.csv', 'prompt,chosen\na,b'.encode('utf-16'), 'x.csv has no line of column names at its top: in UTF-8'),
+    ('x.csv', b'why?,good,bad\nhow?,fine,worse\n', "x.csv line 2: it has 'why?', 'good', 'bad'; it needs chosen and rejected"),
+    ('x.csv', HEADER.replace(b',', b';') + b'a;b;c\n', 'separated by commas'),
+    ('x.csv', HEADER.replace(b',', b'\t') + b'a\tb\tc\n', 'separated by commas'),
+    ('x.jsonl', b'{"question": "a", "good\\n": "b"}\n', "x.jsonl line 1: it has 'question', 'good\\n'; it needs chosen and rejected"),
+    ('x.csv', HEADER, 'of 0 read'),
+    ('x.csv', HEADER + b'a,b,c\nd,"e\n\ne",f\ng,h\n', 'x.csv line 6: 2 cells, the first line names 3 columns'),
+    ('x.csv', HEADER + b'a,b,c\nd,\xff,f\n', 'x.csv line 3: not UTF-8'),
+    ('x.csv', HEADER + b'a,b,c\n"open,b,c\nd,e,f\n', 'x.csv line 3: not CSV'),
     ('x.csv', b'chosen,rejected\n"[{\'role\': \'user\', \'content\': \'a\'}]",b\n', "line 2: 'chosen' begins as messages do, but is"),
     ('x.csv.gz', b'prompt', 'x.csv.gz is damaged'),
     ('x.jsonl.gz', gzip.compress(b'{}' * 1000, mtime=0)[:-9], 'x.jsonl.gz is damaged'),
     ('x.parquet', b'', 'x.parquet cannot be read as Parquet'),
     ('x.parquet', None, 'x.parquet cannot be read as Parquet'),
     ('x.xlsx', b'PK', 'source x.xlsx must be a .jsonl, .json, .csv, .parquet or .py file'),
+    ('x.parquet.gz', b'PK', 'source x.parquet.gz must be a .jsonl, .json, .csv, .parquet or .py file'),
 ])
 def test_a_broken_file_is_one_line(path, data, expected):
     if data is None:
-        write(path, PAIRS)
+        write_rows(path, PAIRS)
         data = Path(path).read_bytes()[:-5]
-    write(path, data)
+    Path(path).write_bytes(data)
     assert expected in error_of(f'--source={path}')
 
 
-def test_a_folder_of_two_sorts_and_a_data_dir_of_a_file_are_refused():
-    write('own/train.jsonl', PAIRS)
-    write('own/train.csv', PAIRS)
-    assert 'own holds train.jsonl and train.csv: which one?' in error_of('--source=own')
-    assert 'data_dir=a is of no use' in error_of('--source=own/train.csv', '--data_dir=a')
-
-
-def test_a_prompt_is_cut_to_half_of_max_length_where_nothing_else_is_said():
-    write('rows.jsonl', [dict(prompt=c * 30, chosen='b' * 30, rejected='d') for c in 'xyz'])
-    found, meta = prepare('--source=rows.jsonl', '--max_length=20')
-    assert meta['max_prompt_length'] == 10 and [len(group[0]) for group in found['train']] == [10, 10]
+def test_a_source_that_is_not_to_be_had_is_one_line(monkeypatch):
+    monkeypatch.setattr(sources, 'hub_answers', lambda: False)
+    write_rows('own/train.jsonl', PAIRS)
+    write_rows('own/train.csv', PAIRS)
+    write_rows('odd/left-00000-of-00001.parquet', PAIRS)
+    os.mkdir('empty')
+    for flags, expected in (
+            (['--source=own'], 'own holds train.jsonl and train.csv: which one?'),
+            (['--source=own/train.csv', '--data_dir=a'], 'data_dir=a is of no use with a file'),
+            (['--source=own', '--data_dir=nowhere'], "source 'own' with data_dir 'nowhere' could not be loaded: "),
+            (['--source=empty'], "source 'empty' could not be loaded: "),
+            (['--source=someone/nothing'], "'someone/nothing' could not be loaded from the hub, and is no local directory (the hub does"),
+            (['--source=absent.jsonl'], 'source absent.jsonl does not exist')):
+        assert expected in error_of(*flags)
+    with pytest.raises(SystemExit, match="source 'x' has no split 'train', only test, left"):
+        sources.train_and_val(dict(test=[], left=[]), 'x')
+    assert len(prepare_all('--source=odd')[0]) == len(PAIRS)        # a lone split is train
 
 
 def test_max_val_leaves_out_validation_rows_and_says_so():
-    write('own/train.json', PAIRS[:6])
-    write('own/val.json', PAIRS[6:])
-    found, meta = prepare('--source=own', '--max_val=2')
-    assert len(found['val']) == 2 and meta['splits']['val']['dropped'] == {'over_max_val': 4} and meta['splits']['val']['read'] == 6
-    assert all(group in map(by_hand, PAIRS[6:]) for group in found['val']) and len(found['train']) == 6
+    write_rows('own/train.json', PAIRS[:6])
+    write_rows('own/val.json', PAIRS[6:])
+    texts, meta = prepare('--source=own', '--max_val=2')
+    assert len(texts['val']) == 2 and meta['splits']['val']['dropped'] == {'over_max_val': 4}
+    assert meta['splits']['val']['read'] == 6
+    assert all(group in map(by_hand, PAIRS[6:]) for group in texts['val']) and len(texts['train']) == 6
     assert prepare('--source=own', '--max_val=9')[1]['splits']['val']['dropped'] == {}
 
 
-# -----------------------------------------------------------------------------
-# messages and the template
-
-SYSTEM = turns('Hi 👍', 'Hello.', 'E\u0301? שלום', system='Be <kind>.')
-TEMPLATES = [('', '\n\nHuman: {}\n\nAssistant:', ' '), ('Q: {prompt}\nA: ', 'Q: {}\nA: ', ''), (EOT + 'U {prompt}\n', 'U {}\n', ''),
-             ('{prompt}', '{}', ' ')]
-
-
-@pytest.mark.parametrize('template, user, space', TEMPLATES)
-def test_messages_have_the_same_ids_in_training_and_in_sampling(template, user, space):
-    write('rows.jsonl', [dict(prompt=SYSTEM, chosen=answer('Yes'), rejected='No'),
-                         dict(chosen=turns('a', 'Yes'), rejected=turns('a', 'No'), prompt='a')])
-    found, meta = both('--source=rows.jsonl', f'--template={template}')
-    new = '' if user.startswith('\n') else '\n'
-    first = f'Be <kind>.{new}' + user.format('Hi 👍') + f'{space}Hello.{new}' + user.format('E\u0301? שלום')
-    bos = EOT * template.startswith(EOT)
-    assert found == sorted([bos + prompt, f'{space}Yes{EOT}', f'{space}No{EOT}'] for prompt in (first, user.format('a')))
-    write('asked.jsonl', [dict(prompt=SYSTEM), dict(prompt=turns('a')), dict(prompt='a')])
-    folder = 'data/made'
-    tokens = load_tokenizer(folder, meta['tokenizer'])
-    asked = [prompt_ids(tokens, prompt, meta['template']) for prompt in sample.read_prompts('asked.jsonl')]
-    trained = {tuple(group[0]) for split in ('train', 'val') for group in Groups(folder, split)}
-    assert set(map(tuple, asked)) == trained and len(trained) == 2
-    assert [text_of(tokens, ids) for ids in asked] == [first, user.format('a'), user.format('a')]
+def test_a_directory_that_datasets_reads_has_its_bad_rows_counted():
+    for split in ('train', 'validation', 'test'):
+        rows = [dict(row, prompt=f'{split} {row["prompt"]}', extra=1) for row in PAIRS[:5]]
+        write_rows(f'columns/{split}.jsonl.gz', [*rows, dict(prompt='p', chosen=' ', rejected='x', extra=2)])
+    texts, meta = prepare('--source=columns')
+    assert texts['val'][0] == ['validation 0, "why"?\n', f'None{EOT}', f'[0, NA]{EOT}']
+    assert meta['splits']['train']['dropped'] == {'empty_response': 1} and set(meta['splits']) == {'train', 'val'}
+    for row in (dict(prompt='a', chosen='b'), dict(question='?')):
+        write_rows('wrong/data.jsonl', [row])
+        assert f"it has {', '.join(map(repr, row))}; it needs chosen and rejected" in error_of('--source=wrong')
+    write_rows('wrong/data.jsonl', [dict(row, label=int(row['label'])) for row in UNPAIRED])
+    assert "no row of train can be used, of 12 read; dropped: {'no_label': 12}; " in error_of('--source=wrong')
 
 
-def test_a_template_is_the_same_whether_the_shell_left_its_line_breaks_or_not():
-    write('rows.jsonl', PAIRS)
-    found, meta = both('--source=rows.jsonl', '--template=' + HUMAN)
-    again, other = both('--source=rows.jsonl', '--template=' + HUMAN.replace('\n', '\\n'))
-    assert found == again and meta['template'] == other['template'] == HUMAN
-
-
-def test_the_default_template_writes_conversations_as_hh_does():
-    assert render(turns('a', 'b', 'c'), HUMAN) == '\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:'
-    assert render(turns('a', ' b\n'), HUMAN) == '\n\nHuman: a\n\nAssistant: b\n'
-    assert render('\n\nHuman: a\n\nAssistant:', HUMAN) == '\n\nHuman: a\n\nAssistant:' == render('a', HUMAN)
-
-
-@pytest.mark.parametrize('line, message', [
-    ('{"prompt": []}', "'prompt' is not a string, but list"),
-    ('{"prompt": [{"role": "user"}]}', "message 1 of 'prompt' is not an object with role and content"),
-    (json.dumps(dict(prompt=turns('a', 'b'))), "'prompt' does not end with a turn of the user"),
-    (json.dumps(dict(prompt=answer('a'))), "the assistant speaks where it is the user's turn"),
-    ('{"messages": []}', "missing key 'prompt'"), ('[' * 100_000, 'not JSON')])
-def test_a_bad_prompt_of_messages_is_one_line_in_sampling(line, message):
-    Path('asked.jsonl').write_text('{"prompt": "a"}\n' + line)
-    with pytest.raises(SystemExit) as stop:
-        sample.read_prompts('asked.jsonl')
-    assert 'asked.jsonl line 2' in stop.value.code and message in stop.value.code and '\n' not in stop.value.code
-
-
-@pytest.mark.parametrize('row, reason, message', [
-    (dict(chosen=turns('a', 'b'), rejected=turns('c', 'd')), 'prompts_differ', 'the two sides have different prompts'),
-    (dict(chosen=turns('a', 'b', system='s'), rejected=turns('a', 'c')), 'prompts_differ', 'the two sides have different prompts'),
-    (dict(prompt=turns('z'), chosen=turns('a', 'b'), rejected=turns('a', 'c')), 'prompts_differ', "'chosen' does not begin as 'prompt'"),
-    (dict(chosen=turns('a'), rejected=turns('a')), 'no_assistant_turn', "'chosen' does not end with a turn of the assistant"),
-    (dict(chosen=turns('a', 'b', system='s')[::-1], rejected=turns('a', 'b')), 'missing_key', "missing key 'prompt'"),
-    (dict(chosen=turns('a', 'b') + turns(system='s'), rejected=turns('a', 'b')), 'not_in_turn', "'chosen': the system speaks"),
-    (dict(chosen=turns('a') + turns('b', 'c'), rejected=turns('a', 'b')), 'not_in_turn', "the user speaks where it is the assistant's"),
-    (dict(chosen=answer('b'), rejected=answer('c')), 'missing_key', "missing key 'prompt'"),
-    (dict(chosen=[dict(role='tool', content='x')], rejected=answer('c')), 'unknown_role', "has the role 'tool', not system, user or"),
-    (dict(chosen=[dict(role='user')], rejected=answer('c')), 'not_a_message', 'not an object with role and content'),
-    (dict(chosen=turns('a') + ['b'], rejected=answer('c')), 'not_a_message', "message 2 of 'chosen' is not an object"),
-    (dict(chosen=turns('a', None), rejected=turns('a', 'c')), 'not_a_string', "content of message 2 of 'chosen' is not a string, but No"),
-    (dict(chosen=turns('a', '\ud800'), rejected=turns('a', 'c')), 'not_unicode', 'holds half a character'),
-    (dict(chosen=turns('a', ' \n'), rejected=turns('a', 'c')), 'empty_response', "empty 'chosen'"),
-    (dict(chosen=turns('a', 'c'), rejected=turns('a', 'c')), 'identical', 'are the same'),
-    (dict(chosen=turns('a', 'c')), 'missing_key', "missing key 'rejected'"),
-])
-def test_a_bad_conversation_is_one_line_and_its_reason_has_a_name(row, reason, message):
-    good = [dict(chosen=turns(f'{i}', 'b'), rejected=turns(f'{i}', 'd')) for i in range(3)]
-    write('rows.jsonl', [*good, row])
-    error = error_of('--source=rows.jsonl')
-    assert error.startswith('error: rows.jsonl line 4: ') and message in error
-    assert prepare('--source=rows.jsonl', '--max_bad_lines=1')[1]['splits']['train']['dropped'] == {reason: 1}
+def test_a_hub_data_set_is_read_like_a_directory_and_known_by_its_fingerprint(monkeypatch, capfd):
+    import datasets
+    write_rows('columns/data.jsonl', PAIRS)
+    table = datasets.load_dataset('columns', cache_dir='cache')
+    monkeypatch.setattr(sources, 'hub_tables', lambda source, data_dir: table)
+    texts, meta = prepare('--source=someone/pairs')
+    assert len(texts['val']) == 1 and sorted(texts['train'] + texts['val']) == sorted(map(by_hand, PAIRS))
+    prepare('--source=someone/pairs')
+    assert 'data/made is reused' in capfd.readouterr().out
+    table = datasets.DatasetDict(train=table['train'].select(range(6)))
+    assert len(prepare_all('--source=someone/pairs')[0]) == 6
 
 
 def test_what_datasets_saves_with_save_to_disk_is_read_with_splits_or_alone():
@@ -288,148 +201,300 @@ def test_what_datasets_saves_with_save_to_disk_is_read_with_splits_or_alone():
     assert [splits['several'][split]['kept'] for split in ('train', 'val')] == [len(PAIRS), 1]
 
 
+# -----------------------------------------------------------------------------
+# kinds of rows, and what is wrong with a row
+
+RANKING, EXAMPLE, PAIR = RANKINGS[0], UNPAIRED[0], dict(prompt='a', chosen='b', rejected='c')
+DEMONSTRATIONS = [dict(prompt=f'{i}', completion='a') for i in range(6)]
+BAD = [(PAIRS, *bad) for bad in [
+    (b'{"prompt": "a", "chosen": "b"', 'not_json', 'not JSON'),
+    (b'[' * 100_000, 'not_json', 'not JSON'),
+    (b'[1, 2]', 'not_an_object', 'not an object, but list'),
+    (b'"text"', 'not_an_object', 'not an object, but str'),
+    (dict(prompt='a', chosen='b'), 'missing_key', "missing key 'rejected', it has 'prompt', 'chosen'"),
+    (dict(chosen='b', rejected='c'), 'missing_key', "missing key 'prompt'"),
+    (dict(PAIR, rejected=['c']), 'not_a_string', "'rejected' is not a string, but list"),
+    (dict(PAIR, prompt=None), 'not_a_string', "'prompt' is not a string, but NoneType"),
+    (dict(PAIR, chosen=' \n'), 'empty_response', "empty 'chosen'"),
+    (dict(PAIR, rejected=''), 'empty_response', "empty 'rejected'"),
+    (dict(PAIR, rejected='b'), 'identical', "'chosen' and 'rejected' are the same"),
+    (b'{"prompt": "a", "chosen": "\xff", "rejected": "c"}', 'not_utf8', 'not UTF-8 at byte 28'),
+    (b'{"prompt": "a", "chosen": "\\ud800", "rejected": "c"}', 'not_unicode', "'chosen' holds half a character, a lone"),
+    (RANKING, 'missing_key', "missing key 'chosen'"),
+    (EXAMPLE, 'missing_key', "missing key 'chosen'")]]
+BAD += [(RANKINGS, *bad) for bad in [
+    (dict(prompt='a'), 'missing_key', "missing key 'responses'"),
+    (dict(responses=['b', 'c', 'd']), 'missing_key', "missing key 'prompt'"),
+    (PAIR, 'missing_key', "missing key 'responses'"),
+    (b'["a", ["b", "c", "d"]]', 'not_an_object', 'not an object, but list'),
+    (dict(RANKING, prompt=3), 'not_a_string', "'prompt' is not a string, but int"),
+    (dict(RANKING, responses='bcd'), 'no_ranking', "'responses' is not a list of two or more, but 'bcd'"),
+    (dict(RANKING, responses=[]), 'no_ranking', "'responses' is not a list of two or more, but []"),
+    (dict(RANKING, responses=['b']), 'no_ranking', "'responses' is not a list of two or more, but ['b']"),
+    (dict(RANKING, responses=['b', 3, 'd']), 'not_a_string', "'response 2' is not a string, but int"),
+    (dict(RANKING, responses=['b', 'c', ' \n']), 'empty_response', "empty 'response 3'"),
+    (dict(RANKING, responses=['b', '\ud800', 'd']), 'not_unicode', "'response 2' holds half a character"),
+    (dict(RANKING, responses=['b', 'c', 'b']), 'identical', "two of the 'responses' are the same"),
+    (dict(prompt='a', responses=['b', 'c', 'd', 'e']), 'another_count', '4 responses, the first row has 3'),
+    (dict(prompt='a', responses=['b', 'c']), 'another_count', '2 responses, the first row has 3')]]
+BAD += [(RANKINGS, dict(RANKING, scores=scores), 'no_order', "'scores' must be 3 finite numbers, all different, not ")
+        for scores in (None, dict(b=1), [1, True, 3], [1, '2', 3], [1, 2, float('nan')], [1, 2, float('inf')], [1, 2], [1, 2, 1.0])]
+BAD += [(UNPAIRED, *bad) for bad in [
+    (dict(prompt='a', completion='b'), 'missing_key', "missing key 'label'"),
+    (dict(prompt='a', label=True), 'missing_key', "missing key 'completion'"),
+    (PAIR, 'missing_key', "missing key 'completion'"),
+    (b'[]', 'not_an_object', 'not an object, but list'),
+    (dict(EXAMPLE, label=1), 'no_label', "'label' is not true or false, but 1"),
+    (dict(EXAMPLE, label='true'), 'no_label', "'label' is not true or false, but 'true'"),
+    (dict(EXAMPLE, label=None), 'no_label', "'label' is not true or false, but None"),
+    (dict(EXAMPLE, completion=' '), 'empty_response', "empty 'completion'"),
+    (dict(EXAMPLE, completion=None), 'not_a_string', "'completion' is not a string, but NoneType")]]
+BAD += [(TALKS, *bad) for bad in [
+    (dict(chosen=turns('a', 'b'), rejected=turns('c', 'd')), 'prompts_differ', 'the two sides have different prompts'),
+    (dict(chosen=turns('a', 'b', system='s'), rejected=turns('a', 'c')), 'prompts_differ', 'the two sides have different'),
+    (dict(prompt=turns('z'), chosen=turns('a', 'b'), rejected=turns('a', 'c')), 'prompts_differ', "'chosen' does not begin as 'prompt'"),
+    (dict(chosen=turns('a'), rejected=turns('a')), 'not_in_turn', "'chosen' is not user and assistant in turn up to the assistant, but user"),
+    (dict(chosen=turns('a', 'b', system='s')[::-1], rejected=turns('a', 'b')), 'missing_key', "missing key 'prompt'"),
+    (dict(chosen=turns('a', 'b') + turns(system='s'), rejected=turns('a', 'b')), 'not_in_turn', 'but user, assistant, system'),
+    (dict(chosen=turns('a') + turns('b', 'c'), rejected=turns('a', 'b')), 'not_in_turn', 'but user, user, assistant'),
+    (dict(chosen=answer('b'), rejected=answer('c')), 'missing_key', "missing key 'prompt'"),
+    (dict(chosen=[dict(role='tool', content='x')], rejected=answer('c')), 'not_in_turn', "'chosen' is not user and assistant in turn"),
+    (dict(chosen=[dict(role='user')], rejected=answer('c')), 'not_a_message', 'not an object with role and content'),
+    (dict(chosen=turns('a') + ['b'], rejected=answer('c')), 'not_a_message', "message 2 of 'chosen' is not an object"),
+    (dict(chosen=turns('a', None), rejected=turns('a', 'c')), 'not_a_string', "'chosen, message 2' is not a string, but None"),
+    (dict(chosen=turns('a', '\ud800'), rejected=turns('a', 'c')), 'not_unicode', 'holds half a character'),
+    (dict(chosen=turns('a', ' \n'), rejected=turns('a', 'c')), 'empty_response', "empty 'chosen'"),
+    (dict(chosen=turns('a', 'c'), rejected=turns('a', 'c')), 'identical', 'are the same'),
+    (dict(chosen=turns('a', 'c')), 'missing_key', "missing key 'rejected'")]]
+BAD += [(DEMONSTRATIONS, dict(DEMONSTRATIONS[0], label=True), 'another_kind', "has 'label', the first row has none"),
+        (DEMONSTRATIONS, dict(messages='a'), 'missing_key', "missing key 'prompt'")]
+
+
+@pytest.mark.parametrize('good, line, reason, message', BAD, ids=[f'{message} {i}' for i, (*_, message) in enumerate(BAD)])
+def test_one_bad_row_is_one_line_with_its_number_and_can_be_skipped(good, line, reason, message, capfd):
+    write_rows('rows.jsonl', [*good[:3], b'', b' \r', line, *good[3:6]])
+    error = error_of('--source=rows.jsonl')
+    assert error.startswith('error: rows.jsonl line 6: ') and message in error
+    assert error.endswith('(allow and skip bad lines with --max_bad_lines=N)')
+    assert capfd.readouterr().err == '' and not os.path.exists('data')
+    groups, meta = prepare_all('--source=rows.jsonl', '--max_bad_lines=1')
+    skipped = capfd.readouterr().err
+    assert skipped.startswith('skipped rows.jsonl line 6: ') and message in skipped and len(groups) == 6
+    assert meta['splits']['train']['dropped'] == {reason: 1}
+    assert meta['splits']['train']['read'] + meta['splits']['val']['read'] == 7
+
+
+def test_the_first_object_tells_the_kind_of_all_rows():
+    good, line = RANKINGS, dict(RANKING, scores=[1, 2])
+    write_rows('rows.jsonl', [b'nonsense', b'[1]', {}, *good[:3], line, *good[3:6]])
+    assert error_of('--source=rows.jsonl', '--max_bad_lines=3').startswith('error: 4 bad lines, 3 allowed')
+    groups, meta = prepare_all('--source=rows.jsonl', '--max_bad_lines=4')
+    assert groups == sorted(map(by_hand, good[:6])) and sum(meta['splits']['train']['dropped'].values()) == 4
+
+
+def test_ten_bad_lines_are_shown_and_all_are_counted(capfd):
+    bad = [line for good, line, *_ in BAD if good is PAIRS]
+    write_rows('own/train.jsonl', [*PAIRS, *bad])
+    write_rows('own/val.jsonl', [*PAIRS[:3], b'{}'])
+    assert error_of('--source=own', '--max_bad_lines=15') == (
+        'error: 16 bad lines, 15 allowed (allow and skip bad lines with --max_bad_lines=N)')
+    shown = capfd.readouterr().err.splitlines()
+    assert [line.split(': ')[0] for line in shown] == [f'own/train.jsonl line {i}' for i in range(13, 23)] + ['and 6 more']
+    assert not os.path.exists('data')
+    splits = prepare('--source=own', '--max_bad_lines=16')[1]['splits']
+    assert splits['train']['dropped'] == dict(empty_response=2, identical=1, missing_key=4, not_a_string=2,
+                                              not_an_object=2, not_json=2, not_unicode=1, not_utf8=1)
+    assert splits['val']['dropped'] == dict(missing_key=1)
+
+
+def test_line_ends_and_a_byte_order_mark_do_no_harm():
+    Path('pairs.jsonl').write_bytes(b'\xef\xbb\xbf' + '\r\n'.join(map(json.dumps, PAIRS)).encode())
+    assert prepare_all('--source=pairs.jsonl')[0] == sorted(map(by_hand, PAIRS))
+
+
+def test_a_pair_is_a_pair_whatever_else_its_row_holds():
+    write_rows('pairs.jsonl', [dict(pair, label=3, responses='x', completion=None) for pair in PAIRS])
+    groups, meta = prepare_all('--source=pairs.jsonl')
+    assert groups == sorted(map(by_hand, PAIRS)) and meta['splits']['train']['dropped'] == {}
+
+
+@pytest.mark.parametrize('train, val, expected', [
+    (PAIRS, UNPAIRED, "no row of val can be used, of 12 read; dropped: {'missing_key': 12}; own/val.jsonl line 1: missing key 'chosen'"),
+    (PAIRS, RANKINGS, "own/val.jsonl line 1: missing key 'chosen'"),
+    (RANKINGS, [dict(prompt='a', responses=['b', 'c'])], 'own/val.jsonl line 1: 2 responses, the first row has 3')])
+def test_train_and_val_of_two_kinds_are_refused_in_one_line(train, val, expected):
+    write_rows('own/train.jsonl', train)
+    write_rows('own/val.jsonl', val)
+    assert expected in error_of('--source=own') and not os.path.exists('data')
+
+
+def test_scores_may_be_numbers_beyond_any_float():
+    write_rows('rows.jsonl', [dict(prompt=f'{i}', responses=['b', 'c', 'a'], scores=[0.5, -10 ** 400, 2]) for i in range(2)])
+    assert prepare_all('--source=rows.jsonl')[0] == [[f'{i}', f'a{EOT}', f'b{EOT}', f'c{EOT}'] for i in range(2)]
+
+
+def test_a_ranking_of_two_is_a_pair_byte_for_byte():
+    sides = [(row['prompt'], row['chosen'], row['rejected']) for row in PAIRS]
+    write_rows('pairs.jsonl', PAIRS)
+    write_rows('rankings.jsonl', [dict(prompt=prompt, responses=[c, r]) for prompt, c, r in sides])
+    write_rows('scored.jsonl', [dict(prompt=prompt, responses=[r, c], scores=[-1, 1e3]) for prompt, c, r in sides])
+    sets = []
+    for name in ('pairs', 'rankings', 'scored'):
+        prepare(f'--source={name}.jsonl', '--documents=chosen', name=name, tokenizer='bpe:300')
+        sets.append({path.name: path.read_bytes() for path in Path('data', name).iterdir() if path.name != 'meta.json'})
+    assert len(sets[0]) == 9 and sets[1] == sets[2] == sets[0]
+    assert Groups('data/pairs', 'train').fingerprint == Groups('data/rankings', 'train').fingerprint
+
+
+# -----------------------------------------------------------------------------
+# messages and the template
+
+SYSTEM = turns('Hi 👍', 'Hello.', 'E\u0301? שלום', system='Be <kind>.')
+TEMPLATES = [('', '\n\nHuman: {}\n\nAssistant:', ' '), ('Q: {prompt}\nA: ', 'Q: {}\nA: ', ''), (EOT + 'U {prompt}\n', 'U {}\n', ''),
+             ('{prompt}', '{}', ' ')]
+
+
+@pytest.mark.parametrize('template, user, space', TEMPLATES)
+def test_messages_have_the_same_ids_in_training_and_in_sampling(template, user, space):
+    write_rows('rows.jsonl', [dict(prompt=SYSTEM, chosen=answer('Yes'), rejected='No'),
+                              dict(chosen=turns('a', 'Yes'), rejected=turns('a', 'No'), prompt='a')])
+    groups, meta = prepare_all('--source=rows.jsonl', f'--template={template}')
+    new = '' if user.startswith('\n') else '\n'
+    first = f'Be <kind>.{new}' + user.format('Hi 👍') + f'{space}Hello.{new}' + user.format('E\u0301? שלום')
+    bos = EOT * template.startswith(EOT)
+    assert groups == sorted([bos + prompt, f'{space}Yes{EOT}', f'{space}No{EOT}'] for prompt in (first, user.format('a')))
+    tokens = load_tokenizer('data/made', meta['tokenizer'])
+    asked = [prompt_ids(tokens, sources.read_prompt(dict(prompt=prompt)), meta['template']) for prompt in (SYSTEM, turns('a'), 'a')]
+    trained = {tuple(group[0]) for split in ('train', 'val') for group in Groups('data/made', split)}
+    assert set(map(tuple, asked)) == trained and len(trained) == 2
+    assert [text_of(tokens, ids) for ids in asked] == [first, user.format('a'), user.format('a')]
+
+
+def test_a_template_is_the_same_whether_the_shell_left_its_line_breaks_or_not():
+    write_rows('rows.jsonl', PAIRS)
+    groups, meta = prepare_all('--source=rows.jsonl', '--template=' + HUMAN)
+    again, other = prepare_all('--source=rows.jsonl', '--template=' + HUMAN.replace('\n', '\\n'))
+    assert groups == again and meta['template'] == other['template'] == HUMAN
+
+
+def test_the_default_template_writes_conversations_as_hh_does():
+    assert render(turns('a', 'b', 'c'), HUMAN) == '\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:'
+    assert render(turns('a', ' b\n'), HUMAN) == '\n\nHuman: a\n\nAssistant: b\n'
+    assert render('\n\nHuman: a\n\nAssistant:', HUMAN) == '\n\nHuman: a\n\nAssistant:' == render('a', HUMAN)
+
+
+@pytest.mark.parametrize('row, message', [
+    ([], 'not an object, but list'), (dict(messages=[]), "missing key 'prompt'"), (dict(prompt=[]), "'prompt' is not a string, but list"),
+    (dict(prompt=[dict(role='user')]), "message 1 of 'prompt' is not an object with role and content"),
+    (dict(prompt=turns('a', 'b')), "'prompt' is not user and assistant in turn up to the user, but user, assistant"),
+    (dict(prompt=answer('a')), "'prompt' is not user and assistant in turn up to the user, but assistant")])
+def test_a_bad_prompt_of_messages_is_a_bad_row(row, message):
+    with pytest.raises(sources.BadRow, match=re.escape(message)):
+        sources.read_prompt(row)
+
+
 def test_rankings_examples_and_demonstrations_take_messages_too():
-    write('rows.jsonl', [dict(prompt=turns(f'{i}'), responses=[answer('a'), 'b', turns(f'{i}', 'c')]) for i in range(4)])
+    write_rows('rows.jsonl', [dict(prompt=turns(f'{i}'), responses=[answer('a'), 'b', turns(f'{i}', 'c')]) for i in range(4)])
     asked = [HUMAN.format(prompt=i) for i in range(4)]
-    assert both('--source=rows.jsonl')[0] == [[prompt, f' a{EOT}', f' b{EOT}', f' c{EOT}'] for prompt in asked]
-    write('rows.jsonl', [dict(prompt=turns(f'{i}'), completion=answer('a'), label=i > 1) for i in range(4)])
-    assert both('--source=rows.jsonl')[0] == [[prompt, f' a{EOT}', i > 1] for i, prompt in enumerate(asked)]
-    write('rows.jsonl', [dict(messages=turns(f'{i}', 'a')) for i in range(4)])
-    assert both('--source=rows.jsonl')[0] == [[prompt, f' a{EOT}'] for prompt in asked]
-    write('rows.jsonl', [dict(prompt=f'{i}', completion='a') for i in range(4)])
-    found, meta = both('--source=rows.jsonl')
-    assert found == [[f'{i}', f'a{EOT}'] for i in range(4)] and meta['template'] == '{prompt}'
+    assert prepare_all('--source=rows.jsonl')[0] == [[prompt, f' a{EOT}', f' b{EOT}', f' c{EOT}'] for prompt in asked]
+    write_rows('rows.jsonl', [dict(prompt=turns(f'{i}'), completion=answer('a'), label=i > 1) for i in range(4)])
+    assert prepare_all('--source=rows.jsonl')[0] == [[prompt, f' a{EOT}', i > 1] for i, prompt in enumerate(asked)]
+    write_rows('rows.jsonl', [dict(messages=turns(f'{i}', 'a')) for i in range(4)])
+    assert prepare_all('--source=rows.jsonl')[0] == [[prompt, f' a{EOT}'] for prompt in asked]
+    write_rows('rows.jsonl', DEMONSTRATIONS[:4])
+    groups, meta = prepare_all('--source=rows.jsonl')
+    assert groups == [[f'{i}', f'a{EOT}'] for i in range(4)] and meta['template'] == '{prompt}'
     assert Groups('data/made', 'train').labels is None and Groups('data/made', 'train', k=1).K == 1
 
 
-@pytest.mark.parametrize('first, other, message', [
-    (PAIRS[0], TALKS[0], 'holds messages, the first row has none'),
-    (dict(chosen='Q: a', rejected='Q: b'), PAIRS[0], "has 'prompt', the first row has none"),
-    (dict(prompt='a', completion='b'), dict(prompt='a', completion='b', label=True), "has 'label', the first row has none")])
-def test_a_row_of_another_kind_than_the_first_is_not_read_as_if_it_were_one(first, other, message):
-    write('rows.jsonl', [first, other])
-    assert message in error_of('--source=rows.jsonl')
+def test_strings_before_messages_need_a_template():
+    write_rows('rows.jsonl', [PAIRS[0], TALKS[0]])
+    assert 'row 2 holds messages, the first row has none: set --template' in error_of('--source=rows.jsonl')
+    assert len(prepare_all('--source=rows.jsonl', '--template=Q {prompt}')[0]) == 2
+    write_rows('rows.jsonl', [TALKS[0], PAIRS[1]])
+    assert [HUMAN.format(prompt=PAIRS[1]['prompt']), f' naïve 👍{EOT}', f' [1, NA]{EOT}'] in prepare_all('--source=rows.jsonl')[0]
 
 
 # -----------------------------------------------------------------------------
-# prompts that are not said, scores, names
+# Anthropic HH, and the other sources in the hub's layout, by row(raw) of their config files
 
-@pytest.mark.parametrize('chosen, rejected, prompt', [
-    ('Q: why?\nA: Because', 'Q: why?\nA: Bananas', 'Q: why?\nA:'),          # not inside a word; the space is the response's
-    ('Q: why?\nYes', 'Q: why?\nNo', 'Q: why?\n'),
-    ('One two', 'One two three', 'One'),                                    # no response is empty
-    ('One twofold', 'One two', 'One'),
-    ('Frage:\tja', 'Frage:\tjein', 'Frage:\t'),
-    ('問い：はい', '問い：はて', '問い：'),
-    ('Why? 👍🏽 a', 'Why? 👍🏿 b', 'Why?'),                                    # nor inside a character
-    ('it costs 3.14', 'it costs 3.15', 'it costs'),
-    ('say "ab', 'say "ac', 'say'),
-    ('abc', 'abd', None), ('x', 'y', None), (' a', ' b', None)])
-def test_a_prompt_that_both_sides_begin_with_ends_where_words_do(chosen, rejected, prompt):
-    fine = [dict(chosen=f'Ask {i}: yes', rejected=f'Ask {i}: no') for i in range(2)]
-    write('rows.jsonl', [*fine, dict(chosen=chosen, rejected=rejected)])
-    if prompt is None:
-        assert 'no beginning in common' in error_of('--source=rows.jsonl')
-        assert prepare('--source=rows.jsonl', '--max_bad_lines=1')[1]['splits']['train']['dropped'] == {'no_common_prompt': 1}
-        return
-    group = [prompt, chosen[len(prompt):] + EOT, rejected[len(prompt):] + EOT]
-    assert group in both('--source=rows.jsonl')[0] and chosen.startswith(prompt) and rejected.startswith(prompt)
+def test_whole_dialogues_are_split_at_their_last_turn_and_each_kind_of_dirt_has_its_name(capfd):
+    turn = '\n\nAssistant:'
+    ask = f'\n\nHuman: Hi{turn} Hello.\n\nHuman: Why?{turn}'
+    rows = [(ask + ' Because. \n', ask + ' No.\n\n Really.'),
+            (ask + ' a', f'\n\nHuman: Hi{turn} b'),                         # prompts_differ
+            (ask + ' a', ask.replace('Hi', 'Ho') + ' b'),                   # prompts_differ
+            (ask + ' a', ask + ' \n'),                                      # empty_response
+            (ask, ask + ' b'),                                              # empty_response
+            (ask + ' a', ask + ' a '),                                      # identical
+            ('\n\nHuman: Hi', '\n\nHuman: Hi'),                             # no_assistant_turn
+            (ask + ' a', ask + ' b\n\nHuman: And?')]                        # no_assistant_turn
+    rows += [(f'\n\nHuman: {i}{turn} yes', f'\n\nHuman: {i}{turn} no') for i in range(9)]
+    rows = [dict(chosen=chosen, rejected=rejected) for chosen, rejected in rows]
+    for source in ('dialogues/data.jsonl', 'dialogues.jsonl'):              # nor is it a mistake in a file of one's own
+        write_rows(source, rows)
+        texts, meta = prepare(f'--source={source.removesuffix("/data.jsonl")}', '--val_fraction=0.2')
+        train, val = meta['splits']['train'], meta['splits']['val']
+        assert train['dropped'] == dict(prompts_differ=2, empty_response=2, identical=1, no_assistant_turn=2)
+        assert (train['read'], train['kept'], val['read'], val['kept'], val['dropped']) == (15, 8, 2, 2, {})
+        assert [ask, f' Because.{EOT}', f' No.\n\n Really.{EOT}'] in texts['train'] + texts['val']
+        assert 'bad' not in capfd.readouterr().err and meta['template'] == HUMAN
+    for line, message in ((dict(chosen='a'), "line 18: missing key 'rejected'"), (PAIR, "has 'prompt', the first row has none")):
+        write_rows('dialogues.jsonl', [*rows, line])
+        assert message in error_of('--source=dialogues.jsonl')
 
-
-def test_a_gap_of_scores_drops_by_rule_and_bad_scores_are_bad_lines():
-    rows = [dict(prompt=f'{i}', chosen='c', rejected='r', score_chosen=i, score_rejected=2.5) for i in range(6)]
-    write('rows.jsonl', rows)
-    assert [group[0] for group in both('--source=rows.jsonl')[0]] == ['3', '4', '5']
-    found, meta = both('--source=rows.jsonl', '--min_gap=1.5')
-    assert [group[0] for group in found] == ['4', '5'] and meta['splits']['train']['dropped'] == {'score_gap': 4}
-    for bad in (None, 'x', True, float('nan'), float('inf'), 10 ** 400):
-        write('rows.jsonl', [*rows, dict(rows[0], score_rejected=bad)])
-        assert "line 7: 'score_rejected' holds" in error_of('--source=rows.jsonl')
-    write('rows.jsonl', [*rows, {key: rows[0][key] for key in ('prompt', 'chosen', 'rejected', 'score_chosen')}])
-    assert "line 7: missing key 'score_rejected'" in error_of('--source=rows.jsonl')
-    for rows in (PAIRS, OTHERS[0]):
-        write('rows.jsonl', rows)
-        assert 'min_gap=1 needs pairs with score_chosen and score_rejected; rows.jsonl has prompt, ' in error_of(
-            '--source=rows.jsonl', '--min_gap=1')
-
-
-def test_columns_are_renamed_swapped_and_a_wrong_name_is_one_line():
-    write('rows.csv', [dict(question=f'{i}', good='c', bad='r', prompt='not this') for i in range(4)])
-    names = '--columns=prompt=question, chosen=good,rejected=bad'
-    assert both('--source=rows.csv', names)[0] == [[f'{i}', f'c{EOT}', f'r{EOT}'] for i in range(4)]
-    write('swapped.jsonl', [dict(prompt=f'{i}', chosen='c', rejected='r') for i in range(4)])
-    found, _ = both('--source=swapped.jsonl', '--columns=chosen=rejected,rejected=chosen')
-    assert found == [[f'{i}', f'r{EOT}', f'c{EOT}'] for i in range(4)]
-    for columns, message in (('promt=question', "unknown name 'promt' of ours; did you mean 'prompt'?"),
-                             ('prompt=questoin', "rows.csv has no 'questoin'; did you mean 'question'?"),
-                             ('prompt=question,prompt=good', "'prompt' stands there twice"),
-                             ('prompt=question,chosen=question', "'question' stands there twice"),
-                             ('prompt', "'prompt' must be written ours=theirs")):
-        shutil.rmtree('data', ignore_errors=True)
-        assert message in error_of('--source=rows.csv', f'--columns={columns}')
-    write('rows.jsonl', [dict(q='a', chosen='c', rejected='r'), dict(prompt='b', chosen='c', rejected='r')])
-    assert "rows.jsonl line 2: missing key 'q'" in error_of('--source=rows.jsonl', '--columns=prompt=q')
-
-
-# -----------------------------------------------------------------------------
-# ready sources, in the hub's layout
 
 def test_hh_takes_each_subset_or_all_four_and_red_team_attempts_are_no_pairs():
     subsets = ['harmless-base', 'helpful-base', 'helpful-online', 'helpful-rejection-sampled']
     for subset in subsets:
         for split in ('train', 'test'):
             ask = f'\n\nHuman: {subset} {split}\n\nAssistant:'
-            write(f'hh/{subset}/{split}.jsonl.gz', [dict(chosen=f'{ask} yes', rejected=f'{ask} no')])
-    write('hh/red-team-attempts/red_team_attempts.jsonl.gz', [dict(transcript='\n\nHuman: a\n\nAssistant: b', rating=1.0)])
-    found, _ = prepare('--source=hh')
-    assert sorted(found['train']) == [[HUMAN.format(prompt=f'{subset} train'), f' yes{EOT}', f' no{EOT}'] for subset in subsets]
-    assert len(found['val']) == 4
-    found, meta = prepare('--source=hh', '--data_dir=helpful-online')
+            write_rows(f'hh/{subset}/{split}.jsonl.gz', [dict(chosen=f'{ask} yes', rejected=f'{ask} no')])
+    write_rows('hh/red-team-attempts/red_team_attempts.jsonl.gz', [dict(transcript='\n\nHuman: a\n\nAssistant: b', rating=1.0)])
+    texts, _ = prepare('--source=hh')
+    assert sorted(texts['train']) == [[HUMAN.format(prompt=f'{subset} train'), f' yes{EOT}', f' no{EOT}'] for subset in subsets]
+    assert len(texts['val']) == 4
+    texts, meta = prepare('--source=hh', '--data_dir=helpful-online')
     assert meta['template'] == HUMAN, 'a plain question is framed as the dialogues are'
-    assert [group[0] for group in found['train'] + found['val']] == [HUMAN.format(prompt=f'helpful-online {s}') for s in ('train', 'test')]
-    assert "red-team-attempts are, not pairs: set another --data_dir" in error_of(
+    assert [group[0] for group in texts['train'] + texts['val']] == [HUMAN.format(prompt=f'helpful-online {s}') for s in ('train', 'test')]
+    assert "it has 'transcript', 'rating'; it needs chosen and rejected" in error_of(
         '--source=hh', '--data_dir=red-team-attempts', name='other')
 
 
-def test_the_dirt_of_hh_is_counted_and_no_mistake_of_the_user_s_in_a_file_of_his_own(capfd):
-    ask = '\n\nHuman: {}\n\nAssistant:'.format
-    rows = [(ask(1) + ' a', ask(1) + ' b'), (ask(2) + ' a', ask(2) + ' b'), (ask(3) + ' a', ask(4) + ' b'), (ask(5), ask(5) + ' b')]
-    write('hh.jsonl', [dict(chosen=chosen, rejected=rejected) for chosen, rejected in rows])
-    found, meta = both('--source=hh.jsonl')
-    assert found == [[ask(i), f' a{EOT}', f' b{EOT}'] for i in (1, 2)] and capfd.readouterr().err == ''
-    assert meta['splits']['train']['dropped'] == {'empty_response': 1, 'prompts_differ': 1}
-    Path('hh.jsonl').write_text(Path('hh.jsonl').read_text() + '{"chosen": "a"}\n')
-    assert "hh.jsonl line 5: missing key 'rejected'" in error_of('--source=hh.jsonl')
+def config_of(name):
+    return str(ROOT / 'config' / f'{name}.py')
 
 
 def test_ultrafeedback_takes_the_prefs_splits():
     rows = [dict(prompt=f'q{i}', prompt_id='x', messages=turns('m', 'm'), chosen=turns(f'q{i}', 'good'),
                  rejected=turns(f'q{i}', 'bad'), score_chosen=7.0, score_rejected=5.0 + i) for i in range(4)]
     for split, part in (('train_prefs', rows), ('test_prefs', rows[:1]), ('train_sft', rows[:2]), ('test_gen', rows[:2])):
-        write(f'uf/data/{split}-00000-of-00001.parquet', part)
-    found, meta = prepare('--source=uf')
-    assert found == {'train': [[HUMAN.format(prompt=f'q{i}'), f' good{EOT}', f' bad{EOT}'] for i in range(3)],
+        write_rows(f'uf/data/{split}-00000-of-00001.parquet', part)
+    texts, meta = prepare(config_of('ultrafeedback'), '--source=uf')
+    assert texts == {'train': [[HUMAN.format(prompt=f'q{i}'), f' good{EOT}', f' bad{EOT}'] for i in range(3)],
                      'val': [[HUMAN.format(prompt='q0'), f' good{EOT}', f' bad{EOT}']]}
-    assert meta['splits']['train']['dropped'] == {'score_gap': 1}
+    assert meta['splits']['train']['dropped'] == {'left_out_by_row': 1}
 
 
 def test_tldr_comparisons_and_their_mirror_become_the_same_groups():
     post = dict(id='x', post='I did it. ', title='Oh', subreddit='tifu', article=None)
     raw = [dict(info=dict(post, title=f'{i}'), summaries=[dict(text=' one\n', policy='p'), dict(text='two', policy='q')], choice=i % 2)
-           for i in range(4)] + [dict(info=dict(post, post=None, article='news'), summaries=[dict(text='a'), dict(text='b')], choice=0)]
+           for i in range(4)]
+    raw += [dict(info=dict(post, post=None, article='news'), summaries=[dict(text='a'), dict(text='b')], choice=0),
+            dict(info=post, summaries=[dict(text=' a'), dict(text='a')], choice=0)]
     mirror = [dict(prompt=f'SUBREDDIT: r/tifu\nTITLE: {i}\nPOST: I did it. ', chosen=f'TL;DR: {("one", "two")[i % 2]}',
                    rejected=f'TL;DR:  {("two", "one")[i % 2]}') for i in range(4)]
     expected = [[f'SUBREDDIT: r/tifu\nTITLE: {i}\nPOST: I did it.{{}}\nTL;DR:', f' {("one", "two")[i % 2]}{EOT}',
                  f' {("two", "one")[i % 2]}{EOT}'] for i in range(4)]
-    for split in ('train', 'valid1', 'test'):
-        write(f'mirror/data/{split}-00000-of-00001.parquet', mirror if split == 'train' else mirror[:1 if split == 'valid1' else 2])
-    found, _ = prepare('--source=mirror')
-    assert found['train'] == [[group[0].format(''), *group[1:]] for group in expected] and len(found['val']) == 1
-    write('raw/train.jsonl', raw)
-    write('raw/validation.jsonl', raw[:2])
-    found, meta = prepare('--source=raw')
-    assert found['train'] == [[group[0].format(' '), *group[1:]] for group in expected] and len(found['val']) == 2
-    assert meta['splits']['train']['dropped'] == {'no_post': 1}
+    for split, rows in (('train', mirror), ('valid1', mirror[:1]), ('test', mirror[:2])):
+        write_rows(f'mirror/data/{split}-00000-of-00001.parquet', rows)
+    texts, _ = prepare(config_of('tldr'), '--source=mirror')
+    assert texts['train'] == [[group[0].format(''), *group[1:]] for group in expected] and len(texts['val']) == 1
+    write_rows('raw/train.jsonl', raw)
+    write_rows('raw/validation.jsonl', raw[:2])
+    texts, meta = prepare(config_of('tldr'), '--source=raw')
+    assert texts['train'] == [[group[0].format(' '), *group[1:]] for group in expected] and len(texts['val']) == 2
+    assert meta['splits']['train']['dropped'] == {'left_out_by_row': 1, 'identical': 1}     # nobody's mistake
 
 
 def test_shp_keeps_clear_votes_and_reads_a_subreddit_or_all():
@@ -437,14 +502,53 @@ def test_shp_keeps_clear_votes_and_reads_a_subreddit_or_all():
         for split in ('train', 'validation', 'test'):       # .json with a line a row, as on the hub
             rows = [dict(history=f'{sub} {split} {i}', human_ref_A='a', human_ref_B='b', labels=i % 2, score_ratio=1 + i / 2)
                     for i in range(5)]
-            write(f'shp/{sub}/{split}.json', ''.join(json.dumps(row) + '\n' for row in rows).encode())
+            write_rows(f'shp/{sub}/{split}.json', ''.join(json.dumps(row) + '\n' for row in rows).encode())
     expected = {sub: [[HUMAN.format(prompt=f'{sub} train {i}'), *((f' a{EOT}', f' b{EOT}')[::1 if i % 2 else -1])] for i in (2, 3, 4)]
                 for sub in ('askbaking', 'askhr')}
-    assert prepare('--source=shp', '--data_dir=askhr')[0]['train'] == expected['askhr']
-    found, meta = prepare('--source=shp')
-    assert sorted(found['train']) == expected['askbaking'] + expected['askhr'] and len(found['val']) == 6
-    assert all('validation' in group[0] for group in found['val']) and meta['splits']['train']['dropped'] == {'score_ratio': 4}
+    assert prepare(config_of('shp'), '--source=shp', '--data_dir=askhr')[0]['train'] == expected['askhr']
+    texts, meta = prepare(config_of('shp'), '--source=shp')
+    assert sorted(texts['train']) == expected['askbaking'] + expected['askhr'] and len(texts['val']) == 6
+    assert all('validation' in group[0] for group in texts['val']) and meta['splits']['train']['dropped'] == {'left_out_by_row': 4}
 
+
+ROW = "name = 'mine'\ndef row(raw):\n    return dict(prompt=raw['q'], chosen=raw['a'][0], rejected=raw['a'][1]) if raw['q'] else None\n"
+
+
+def test_a_row_function_turns_any_object_into_a_pair_and_changing_it_makes_the_set_anew(capfd):
+    Path('mine.py').write_text(ROW)
+    write_rows('rows.csv', [dict(q=q, a=q * 2) for q in ('xy', 'yx', '')])
+    expected = [['xy', f'x{EOT}', f'y{EOT}'], ['yx', f'y{EOT}', f'x{EOT}']]
+    groups, meta = prepare_all('mine.py', '--source=rows.csv')
+    assert groups == expected and meta['splits']['train']['dropped'] == {'left_out_by_row': 1}
+    prepare('mine.py', '--source=rows.csv')
+    assert 'data/made is reused' in capfd.readouterr().out
+    Path('other.py').write_text('from mine import row\n')               # the file that defines it counts
+    sys.path.insert(0, '.')
+    try:
+        prepare('other.py', '--source=rows.csv')
+        assert 'data/made is reused' in capfd.readouterr().out
+    finally:
+        sys.path.remove('.')
+        del sys.modules['mine']
+    Path('mine.py').write_text(ROW.replace("['a'][0]", "['a'][:2]"))
+    assert prepare_all('mine.py', '--source=rows.csv')[0][0][1] == f'xy{EOT}'
+    assert 'its knobs or its source have changed' in capfd.readouterr().out
+
+
+@pytest.mark.parametrize('source', ['rows.jsonl', 'rows'])
+def test_what_a_row_function_raises_is_one_line_with_the_row_and_the_error(source):
+    Path('mine.py').write_text(ROW)
+    write_rows('rows.jsonl', [dict(q='a', a='bc'), dict(q='b')])
+    write_rows('rows/data.jsonl', [dict(q='a', a='bc'), dict(q='b', a=None)])
+    where = {'rows.jsonl': "rows.jsonl line 2: mine.py line 3: KeyError: 'a'",
+             'rows': "source 'rows' train row 2: mine.py line 3: TypeError: 'NoneType' object is not subscriptable"}
+    assert error_of('mine.py', f'--source={source}', '--max_bad_lines=9') == f'error: row() of {where[source]}'
+    Path('mine.py').write_text(ROW.replace('rejected', 'reject'))
+    assert "missing key 'rejected', it has 'prompt', 'chosen', 'reject'" in error_of('mine.py', '--source=rows.jsonl')
+
+
+# -----------------------------------------------------------------------------
+# IMDb, with its classifier
 
 def reviews(n, seed):
     """Film reviews in the raw form of IMDb."""
@@ -455,23 +559,21 @@ def reviews(n, seed):
 
 def write_imdb(n):
     for split, rows in (('train', reviews(n, 0)), ('test', reviews(n // 4, 1)), ('unsupervised', reviews(5, 2))):
-        write(f'imdb/plain_text/{split}-00000-of-00001.parquet', rows)
+        write_rows(f'imdb/plain_text/{split}-00000-of-00001.parquet', rows)
 
 
-def test_imdb_reviews_are_cut_after_two_to_eight_tokens_by_seed_and_text():
-    pytest.importorskip('tiktoken')
-    if not os.path.isdir(os.environ.get('TIKTOKEN_CACHE_DIR', '')):
-        pytest.skip('no cached GPT-2 tokenizer')
+def test_imdb_reviews_are_cut_after_two_to_eight_tokens_by_their_text(gpt2):
     write_imdb(120)
-    found, meta = prepare('--source=imdb', tokenizer='gpt2')
+    texts, _ = prepare(config_of('imdb'), '--source=imdb', tokenizer='gpt2')
     whole = [row['text'].replace('<br />', '\n') + EOT for row in reviews(120, 0)]
-    assert [prefix + rest for prefix, rest in found['train']] == whole and len(found['val']) == 30
+    assert [prefix + rest for prefix, rest in texts['train']] == whole and len(texts['val']) == 30
     lengths = [len(group[0]) for group in Groups('data/made', 'train')]
     assert set(lengths) == set(range(2, 9)) and Groups('data/made', 'train').labels is None
-    assert not any(prefix[-1:].isalnum() and rest[:1].isalnum() for prefix, rest in found['train'])
-    write('imdb/plain_text/train-00000-of-00001.parquet', reviews(120, 0)[::-1])
-    assert sorted(prepare('--source=imdb', tokenizer='gpt2')[0]['train']) == sorted(found['train'])     # whatever the order
-    assert sorted(prepare('--source=imdb', '--seed=1', tokenizer='gpt2')[0]['train']) != sorted(found['train'])
+    assert not any(prefix[-1:].isalnum() and rest[:1].isalnum() for prefix, rest in texts['train'])
+    write_rows('imdb/plain_text/train-00000-of-00001.parquet', reviews(120, 0)[::-1] + [dict(text='Bad', label=0)])
+    again, meta = prepare(config_of('imdb'), '--source=imdb', tokenizer='gpt2')
+    assert sorted(again['train']) == sorted(texts['train'])             # whatever the order
+    assert meta['splits']['train']['dropped'] == {'left_out_by_row': 1}
 
 
 @pytest.fixture
@@ -498,24 +600,30 @@ def tiny_classifier(monkeypatch):
 
     def positive(text):
         with torch.no_grad():
-            found = model(**tokenizer(text, truncation=True, max_length=48, return_tensors='pt'))
-        return found.logits.double().softmax(-1)[0, 0].item()
+            output = model(**tokenizer(text, truncation=True, max_length=48, return_tensors='pt'))
+        return output.logits.double().softmax(-1)[0, 0].item()
     return positive
 
 
 SMALL = {'prepare_prefs.py config/imdb.py': ['--source=imdb', '--tokenizer=bytes', '--max_length=128', '--max_val=6'],
          'sft.py config/imdb.py': ['--init_from=scratch', '--n_layer=1', '--n_head=1', '--n_embd=16', '--max_steps=2', '--batch_size=8'],
-         'prepare_prefs.py --name=imdb_pairs': ['--max_new_tokens=12', '--num_prompts=6', '--device=cpu'],
+         'repro/draw_prefs.py --name=imdb_pairs': ['--max_new_tokens=12', '--num_prompts=6', '--device=cpu'],
          'dpo.py config/imdb.py': ['--max_steps=2', '--batch_size=8'],
          'sample.py config/imdb.py': ['--num_prompts=4', '--max_new_tokens=12']}
 
 
-def test_the_commands_of_imdb_py_run_with_a_classifier_of_hugging_face(tiny_classifier, capsys):
+def test_the_commands_of_imdb_py_run_with_a_classifier_of_hugging_face(tiny_classifier, gpt2, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / 'repro')
+    import dpo
+    import draw_prefs
+    import prepare_prefs
+    import sample
+    import sft
     write_imdb(24)
     os.symlink(ROOT / 'config', 'config')
-    header = re.search(r'"""(.*?)"""', (ROOT / 'config' / 'imdb.py').read_text(), re.S)[1].replace('\\\\\n', ' ').replace('\\\n', ' ')
+    header = re.search(r'"""(.*?)"""', Path(config_of('imdb')).read_text(), re.S)[1].replace('\\\\\n', ' ')
     commands = [line.split('#')[0].strip() for line in header.split('\n') if line.startswith('    python ')]
-    stages = {'prepare_prefs.py': prepare_prefs, 'sft.py': sft, 'dpo.py': dpo, 'sample.py': sample}
+    stages = {'prepare_prefs.py': prepare_prefs, 'sft.py': sft, 'repro/draw_prefs.py': draw_prefs, 'dpo.py': dpo, 'sample.py': sample}
     assert len(commands) == len(SMALL)
     for command, (start, flags) in zip(commands, SMALL.items()):
         _, script, *argv = shlex.split(command)
@@ -536,7 +644,7 @@ def test_the_commands_of_imdb_py_run_with_a_classifier_of_hugging_face(tiny_clas
 def test_a_classifier_that_cannot_be_had_is_one_line(monkeypatch, tmp_path):
     transformers = pytest.importorskip('transformers')
     monkeypatch.setenv('IMDB_CLASSIFIER', str(tmp_path / 'nowhere'))
-    score = prepare_prefs.read_reward(str(ROOT / 'config' / 'imdb.py'))
+    score = rollout.read_reward(config_of('imdb'))
     with pytest.raises(SystemExit, match='nowhere cannot be loaded'):
         score(['a'], ['b'])
     transformers.RobertaConfig(hidden_size=8, num_attention_heads=1).save_pretrained('nowhere')     # no weights, no tokenizer
@@ -545,17 +653,7 @@ def test_a_classifier_that_cannot_be_had_is_one_line(monkeypatch, tmp_path):
     assert 'nowhere cannot be loaded' in stop.value.code and '\n' not in stop.value.code
 
 
-def test_a_reward_that_cannot_be_had_ends_the_run_before_anything_is_drawn(monkeypatch):
-    write('rows.jsonl', PAIRS)
-    prepare('--source=rows.jsonl', '--max_length=64', '--max_prompt_length=16', name='asked')
-    sft.main(['--name=asked', '--init_from=scratch', '--n_layer=1', '--n_head=1', '--n_embd=8', '--max_steps=1', '--device=cpu'])
-    Path('reward.py').write_text('def reward(prompts, responses):\n    raise OSError("no model")')
-    monkeypatch.setattr('model.GPT.generate', lambda *_: pytest.fail('it has drawn'))
-    with pytest.raises(SystemExit, match='reward file reward.py: OSError: no model'):
-        prepare_prefs.main(['--name=drawn', '--source=data/asked', '--policy=out/asked/sft', '--reward=reward.py', '--device=cpu'])
-
-
 def test_a_classifier_without_transformers_is_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, 'transformers', None)
     with pytest.raises(SystemExit, match='pip install transformers'):
-        prepare_prefs.read_reward(str(ROOT / 'config' / 'imdb.py'))(['a'], ['b'])
+        rollout.read_reward(config_of('imdb'))(['a'], ['b'])
