@@ -15,8 +15,9 @@ import dpo                                                  # noqa: E402
 import family                                               # noqa: E402
 import sweep                                                # noqa: E402
 from config import UserError                                # noqa: E402
-from model import save_checkpoint                           # noqa: E402
-from prepare_prefs import Groups, epoch_order                  # noqa: E402
+from nanodpo import checkpoint                              # noqa: E402
+from nanodpo.data import Groups, epoch_order                # noqa: E402
+from nanodpo.losses import LOSSES                           # noqa: E402
 from rollout import Task                                    # noqa: E402
 
 REWARD = 'def reward(prompts, responses):\n    return [(sum(map(ord, p + r)) % 997) / 100 for p, r in zip(prompts, responses)]\n'
@@ -36,7 +37,7 @@ def rewards_of(task, prompt, responses):
     return [(sum(map(ord, text(prompt))) + sum(map(ord, text(r)))) % 997 / 100 for r in responses]
 
 
-# -----------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # data
 
 def test_pairs_and_rankings_hold_the_same_responses_and_only_train_is_flipped(task):
@@ -81,7 +82,7 @@ def test_what_is_flipped_depends_on_the_seed_alone():
     assert a == b != c and groups[0] == [[0], [1], [2]]
 
 
-# -----------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # metrics
 
 def test_a_policy_is_judged_by_the_log_probs_of_its_own_samples(task):
@@ -112,7 +113,7 @@ def test_distinct_3_counts_trigrams_of_words_within_a_text():
     assert family.distinct_3(['', 'two words']) == 0
 
 
-# -----------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # the search and the runs
 
 def test_the_winner_has_the_highest_reward_within_4_nats_and_with_its_text_intact():
@@ -121,6 +122,18 @@ def test_the_winner_has_the_highest_reward_within_4_nats_and_with_its_text_intac
     far, broken, best, less = run(5, 4.1, 0.9), run(4, 3, 0.79), run(3, 4.0, 0.8), run(2, 1, 0.95)
     assert family.winner([less, far, best, broken, {'points': [], 'stopped': 'not finite'}]) is best
     assert family.winner([far, broken]) is None
+
+
+def test_every_loss_has_settings_a_colour_and_the_shape_of_its_data(monkeypatch):
+    """Also one that family.py has not heard of: it has five times its usual beta, and its own knobs."""
+    assert set(LOSSES) < set(family.METHODS)
+    for method in family.METHODS:
+        assert family.found(method).keys() == {'beta', 'learning_rate'} and family.colour_of(method).startswith('#')
+        assert all(beta > 0 and rate > 0 for beta, rate in family.tried(method))
+    assert family.fixed('cdpo') == family.fixed('robust') == {'label_smoothing': 0.2}      # the share that is flipped
+    monkeypatch.setitem(LOSSES, 'mine', (*LOSSES['simpo'][:2], dict(beta=0.3, gamma=0.5)))
+    assert family.found('mine') == {'beta': 1.5, 'learning_rate': 1.2e-3} and family.fixed('mine') == {'gamma': 0.5}
+    assert family.name_of('mine') == 'mine' and family.colour_of('mine') == family.colour_of('orpo')
 
 
 def test_dpo_is_a_process_of_its_own_whose_memory_is_not_ours(experiment):
@@ -146,9 +159,9 @@ def test_the_comparison_of_two_losses_from_the_draws_to_the_figure(task, experim
             assert summary(results[-1])
         return results
     for name, value in (('run_dpo', run_dpo), ('sweep', in_turn), ('OVER', ('ipo',)), ('OVER_EPOCHS', (1, 3)),
-                        ('LABELS', {loss: family.LABELS[loss] for loss in ('ipo', 'plackett_luce')})):
+                        ('METHODS', ['ipo', 'plackett_luce'])):
         monkeypatch.setattr(family, name, value)
-    save_checkpoint('out/tiny/sft', 1, small_gpt(0, spread=0.5), dict(config={}, vocabulary=task.train.vocabulary))
+    checkpoint.save('out/tiny/sft', 1, small_gpt(0, spread=0.5), dict(config={}, vocabulary=task.train.vocabulary))
     args = ['--name=tiny', '--reward=reward.py', '--seeds=2', '--prefixes=20', '--held_out=4', '--out=compared']
     family.main(args)
     results = json.load(open('compared.json'))
@@ -164,7 +177,7 @@ def test_the_comparison_of_two_losses_from_the_draws_to_the_figure(task, experim
     assert f'{np.mean(rewards):+.2f} ± {abs(rewards[0] - rewards[1]) / 2:.2f} |' in text and '| 2 ± 0 |' in text
     assert os.path.getsize('compared.png') > 30_000
 
-    monkeypatch.setattr(family, 'TRIED', dict.fromkeys(family.LABELS, ((0.2, 1e-3), (0.5, 1e-3))))
+    monkeypatch.setattr(family, 'TRIED', dict.fromkeys(family.METHODS, ((0.2, 1e-3), (0.5, 1e-3))))
     family.main(['--search', *args[:-1], '--out=searched'])
     text = open('searched.md').read()
     assert text.count('\n| **') <= 2 and text.count('learning_rate 0.001') >= 4 and 'FOUND = {' in text
