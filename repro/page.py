@@ -117,7 +117,7 @@ def safe(text):
 
 def tint(reward, limit):
     """The class and the style of what is tinted by a reward, as attributes in two parts; '' and '' for next to none."""
-    percent = min(100, 10 * round(10 * abs(reward) / limit))
+    percent = 10 * round(10 * min(1, abs(reward) / limit))
     if not percent:
         return '', ''
     return ' plus' if reward > 0 else ' minus', f' style="--share: {percent}%"'
@@ -186,8 +186,8 @@ def read_samples(path):
     try:
         with open(path, encoding='utf-8') if path else contextlib.nullcontext(sys.stdin) as file:
             *samples, last = map(json.loads, file)
-        for sample in samples:
-            need(all(sample[side]['pieces'] for side in SIDES), f'{where} holds a response without tokens')
+        if not samples or not all(sample[side]['pieces'] for sample in samples for side in SIDES):
+            raise ValueError
         return samples, last['summary']
     except OSError as error:
         raise UserError(f'{where} cannot be read: {error.strerror}') from None

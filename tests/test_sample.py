@@ -1,9 +1,12 @@
 """Sampling: the generator, the numbers under the samples, and what reaches the terminal."""
 import glob
 import json
+import math
 import os
+import random
 import re
 import unicodedata
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,8 +16,12 @@ import torch.nn.functional as F
 import config
 import sample
 from conftest import ROOT, VOCAB, run_stage, small_gpt, write_data
-from model import draw, fingerprint, load_model, save_checkpoint
-from prepare_prefs import Groups, read_meta, write_meta
+from model import draw
+from nanodpo import checkpoint, losses, terminal
+from nanodpo.data import Groups, distinct_prompts, read_meta, write_meta
+from nanodpo.rollout import mean_and_error
+from nanodpo.terminal import BOLD, DIM, side_by_side, styled, tint, tinted
+from nanodpo.text import load_tokenizer, printable, token_pieces
 
 END = VOCAB - 1
 
@@ -23,14 +30,14 @@ def save(folder, net, **state):
     """A checkpoint of `net` as out/tiny/<folder>, the newest there."""
     folder = f'out/tiny/{folder}'
     os.makedirs(folder, exist_ok=True)
-    save_checkpoint(folder, len(os.listdir(folder)) + 1, net, dict(config={}) | state)
+    checkpoint.save(folder, len(os.listdir(folder)) + 1, net, dict(config={}, optimizer={}) | state)
 
 
 @pytest.fixture
 def trained(experiment):
     """The experiment `tiny`, with another random model as out/tiny/dpo, trained with beta 0.25."""
     save('dpo', small_gpt(1), config=dict(beta=0.25), stage='dpo', vocabulary=Groups('data/tiny', 'val').vocabulary,
-         init_fingerprint=fingerprint(small_gpt()))
+         origin=dict(init='none', reference=checkpoint.fingerprint(small_gpt())))
     return experiment
 
 
@@ -161,12 +168,12 @@ def independent_logps(net, prompt, response):
 
 def watch_groups(monkeypatch):
     """A list that gets the groups [prompt, before's ids, after's ids] of each call that scores them."""
-    seen, original = [], sample.response_token_logps
+    seen, original = [], sample.token_logps_of
 
-    def response_token_logps(net, groups, *rest):
+    def token_logps_of(net, groups, *rest):
         seen.append(groups)
         return original(net, groups, *rest)
-    monkeypatch.setattr(sample, 'response_token_logps', response_token_logps)
+    monkeypatch.setattr(sample, 'token_logps_of', token_logps_of)
     return seen
 
 
@@ -197,7 +204,7 @@ def test_the_end_token_is_scored_where_it_was_drawn_and_hidden_from_the_text(tra
             net.wte.weight[END] += 0.3 * net.ln_f.bias / net.ln_f.bias.norm() * 10      # a likely end
         save(folder, net)
     samples, summary = run_json(capsys, '--before=out/tiny/early0', '--after=out/tiny/early1', '--max_new_tokens=40')
-    (a, _), (b, _) = load_model('out/tiny/early0'), load_model('out/tiny/early1')
+    a, b = checkpoint.load_model('out/tiny/early0'), checkpoint.load_model('out/tiny/early1')
     ended = 0
     for s, (prompt, *responses) in zip(samples, seen[0]):
         for side, response in zip(('before', 'after'), responses):
@@ -241,6 +248,11 @@ def test_json_lines_hold_what_the_table_sums_up(trained, capsys):
             assert summary[side][name]['mean'] == pytest.approx(np.mean([s[side][key] for s in samples]))
         assert all(s[side]['true_reward'] == len(s[side]['text']) for s in samples)
         assert all(s[side]['short'] is (len(s[side]['text']) < 9) for s in samples)
+        for response in (s[side] for s in samples):
+            texts, rewards = zip(*response['pieces'])
+            assert ''.join(text or '' for text in texts) == response['text'] and (texts[-1] is None) == response['ended']
+            assert sum(map(len, rewards)) == response['tokens']
+            assert sum(map(sum, rewards)) == pytest.approx(response['implicit_reward'], abs=1e-6 * response['tokens'])
     table = run(capsys, *flags)
     shares = [f'{summary[side]["short"]["mean"]:.1%}' for side in ('before', 'after')]
     assert re.search(rf'^short +{shares[0]} +{shares[1]}$', table, re.M)
@@ -255,9 +267,16 @@ def test_the_same_seed_gives_the_same_output_and_another_seed_other_samples_of_t
 
 
 def test_an_error_of_the_mean_counts_prompts_not_samples():
-    assert sample.mean_and_error([1, 1, 1, 3, 3, 3], 3) == dict(mean=2, error=1)
-    assert sample.mean_and_error([1, 3], 2) == sample.mean_and_error([1, 3], 1) == dict(mean=2, error=1)
-    assert sample.mean_and_error([5], 1) == dict(mean=5, error=None)
+    assert mean_and_error([1, 1, 1, 3, 3, 3], 3) == dict(mean=2, error=1)
+    assert mean_and_error([1, 3], 2) == mean_and_error([1, 3], 1) == dict(mean=2, error=1)
+    assert mean_and_error([5], 1) == dict(mean=5, error=None)
+
+
+@pytest.mark.parametrize('loss', sorted(losses.LOSSES))
+def test_the_beta_of_a_loss_on_means_over_tokens_is_none_of_the_implicit_reward(trained, capsys, loss):
+    save('dpo', small_gpt(1), config=dict(loss=loss, beta=0.25))
+    _, summary = run_json(capsys, '--num_prompts=1', '--max_new_tokens=1')
+    assert summary['beta'] == (0.1 if loss in ('dpo_norm', 'ipo_mean', 'orpo', 'simpo') else 0.25)
 
 
 def test_it_says_that_after_was_trained_from_other_weights_than_before(trained, capsys):
@@ -272,8 +291,8 @@ def test_it_says_that_after_was_trained_from_other_weights_than_before(trained, 
 def test_prompts_of_val_are_distinct_and_more_extend_fewer(tmp_path):
     data = [[[i % 6 + 1], [9, END], [8, END]] for i in range(40)]
     groups = Groups(write_data(tmp_path / 'd', {'val': data}), 'val')
-    found = sample.val_prompts(groups, 100)
-    assert sorted(found) == [[i] for i in range(1, 7)] and sample.val_prompts(groups, 4) == found[:4]
+    prompts = distinct_prompts(groups, 100, 0)
+    assert sorted(prompts) == [[i] for i in range(1, 7)] and distinct_prompts(groups, 4, 0) == prompts[:4]
 
 
 def test_a_long_prompt_is_cut_from_the_left_and_it_says_so(trained, capsys):
@@ -288,7 +307,7 @@ def test_a_long_prompt_is_cut_from_the_left_and_it_says_so(trained, capsys):
 @pytest.mark.parametrize('name, content, expected', [
     ('p.txt', 'one\n\n  \nfür zwei\r\n three', ['one', 'für zwei', ' three']),
     ('p.txt', '\ufeffone\ttab\x0b\u2028same line', ['one\ttab\x0b\u2028same line']),
-    ('p.jsonl', '{"prompt": "a\\nb", "more": 1}\n\n{"prompt": ""}\n{"prompt": "\\ud800"}', ['a\nb', '', '\ufffd']),
+    ('p.jsonl', '{"prompt": "a\\nb", "more": 1}\n\n{"prompt": ""}', ['a\nb', '']),
 ])
 def test_prompts_file_is_text_or_jsonl_and_all_of_it_is_used(trained, capsys, name, content, expected):
     trained.joinpath(name).write_text(content, encoding='utf-8', newline='')
@@ -300,7 +319,7 @@ def test_prompts_file_is_text_or_jsonl_and_all_of_it_is_used(trained, capsys, na
     ('p.txt', None, 'p.txt cannot be read'), ('p.txt', b'', 'holds no prompt'), ('p.txt', b' \n\n', 'holds no prompt'),
     ('p.txt', b'a\n\xff', 'not UTF-8'), ('p.jsonl', b'{"prompt": "a"}\n\n{"prompt": 3}', 'p.jsonl line 3'),
     ('p.jsonl', b'{"prompt": "a"}\nprompt', 'line 2'), ('p.jsonl', b'{"text": "a"}', 'line 1'), ('p.jsonl', b'["a"]', 'line 1'),
-    ('p.jsonl', b'[' * 100_000, 'line 1'), ('.', None, 'cannot be read'),
+    ('p.jsonl', b'{"prompt": "\\ud800"}', 'line 1'), ('p.jsonl', b'[' * 100_000, 'line 1'), ('.', None, 'cannot be read'),
 ])
 def test_a_bad_prompts_file_is_one_line(trained, name, content, words):
     if content is not None:
@@ -365,28 +384,127 @@ def test_a_missing_stage_is_named_without_a_traceback(experiment):
 # -----------------------------------------------------------------------------
 # the terminal
 
+ENGLAND = '\U0001f3f4\U000e0067\U000e0062\U000e0065\U000e006e\U000e0067\U000e007f'
+FAMILY, RAINBOW, GERMANY, FRANCE, THUMB = '👨\u200d👩\u200d👧\u200d👦', '🏳\ufe0f\u200d🌈', '🇩🇪', '🇫🇷', '👍🏽'
+HINDI, ACCENT, KEYCAP = 'स्ते', 'e\u0301', '1\ufe0f\u20e3'
+ATTACK = '<script>document.title="pwned"</script><img src=x onerror="document.title=\'pwned\'"></p></main><!-- </textarea> &amp; "\''
+TEXTS = [f'{FAMILY} family, {ENGLAND} and {GERMANY}{FRANCE} flags, {THUMB} {RAINBOW} {ACCENT}a\u0308 {KEYCAP} 🎬🎬',
+         'مرحبا بالعالم، هذا نص عربي with English inside 123 وأرقام.\n\nand English after it',
+         'שלום עולם! with (parentheses) וסימנים — 42%.', f'नम{HINDI} दुनिया ภาษาไทย', ATTACK, '', ' \n ',
+         'x' * 300 + ' ' + 'very-long/' * 50, '  two   runs\n\n\n\tof spaces ', ACCENT[1] * 9 + ' \ufffd', 'word ' * 40,
+         'NUL \x00 bell \x07 esc \x1b[31m cr \r \u202eover\u202c \u2028 \x85 end', '映画は素晴らしかった。我喜欢这部电影。' * 9,
+         f'{THUMB} great 🎬🎉 ' * 15, ACCENT * 200, 'ｗｉｄｅ and 狭い mixed ' * 9, 'a\n\n  b\nc ' + 'y' * 90]
+
+
+def tokenizers(folder):
+    """Byte tokens, which cut every character that is not ASCII, and GPT-2's where they can be had without a network."""
+    write_data(folder, {'val': [[[1], [2, END], [3, END]]]})
+    yield load_tokenizer(folder, 'tokenizer.json')
+    if os.environ.get('TIKTOKEN_CACHE_DIR'):        # conftest sets it where it can
+        yield load_tokenizer(folder, 'gpt2')
+
+
+def pieces_of(tokenizer, text, seed=0):
+    """token_pieces of a text and the end token, its values drawn at random. -> pieces, ids, values"""
+    ids = tokenizer.encode_ordinary(text) + [tokenizer.eot_token]
+    draws = random.Random(seed)
+    values = [draws.gauss(0, 0.3) for _ in ids]
+    return token_pieces(tokenizer, ids, values), ids, values
+
+
 def width_of(line):
     return sum(2 if unicodedata.east_asian_width(c) in ('W', 'F') else unicodedata.category(c) not in ('Mn', 'Me', 'Cf')
                for c in line)
 
 
-TEXTS = ['', 'word ' * 40, 'x' * 300, '映画は素晴らしかった。' * 20, '👍🏽 great 🎬🎉 ' * 15, 'e\u0301' * 200, 'a\n\n  b\nc ' + 'y' * 90,
-         ' \x1b[31mred\x07\r\t\x00 \u202e\u2028\x85\ud800', 'ｗｉｄｅ and 狭い mixed ' * 9]
+def cells_of(line):
+    """A line with escapes as [(character, its style)]."""
+    cells, style = [], ''
+    for escape, c in re.findall(r'\x1b\[([\d;]*)m|(.)', line):
+        if c:
+            cells.append((c, style))
+        else:
+            style = '' if escape == '0' else escape
+    assert style == '', 'a style ends with its line'
+    return cells
+
+
+@pytest.fixture
+def colours(monkeypatch):
+    """stdout is a terminal with colours."""
+    monkeypatch.setattr(terminal, 'sys', SimpleNamespace(stdout=SimpleNamespace(isatty=lambda: True)))
+    monkeypatch.delenv('NO_COLOR', raising=False)
+    monkeypatch.setenv('TERM', 'xterm-256color')
 
 
 @pytest.mark.parametrize('width', [20, 21, 59, 60, 61, 80, 133])
-def test_no_line_is_wider_than_the_terminal_and_no_letter_is_lost(width):
-    for left in TEXTS:
-        for right in TEXTS:
-            cells = [('BEFORE', sample.visible(left), 'implicit +1.00  true -33.00  200 tokens, no end'),
-                     ('AFTER', sample.visible(right), 'implicit -1.00')]
-            lines = sample.side_by_side([[(text, '') for text in cell] for cell in cells], width)
-            assert max(map(width_of, lines)) <= width
-            if width >= 60:     # the bar stands in one column
-                assert {width_of(line[:line.index(' |')]) for line in lines} == {(width - 3) // 2}
-        text = sample.visible(left)
-        assert ''.join(''.join(line for line, _ in sample.wrap(text, '', width)).split()) == ''.join(text.split())
-        assert not [c for c in text if c != '\n' and unicodedata.category(c) in ('Cc', 'Cs', 'Zl', 'Zp') or c == '\u202e']
+def test_two_columns_hold_every_character_in_its_tint_and_no_line_is_wider_than_the_terminal(colours, tmp_path, width):
+    numbers = styled('implicit +1.00  true -33.00  200 tokens, no end', DIM)
+    for tokenizer in tokenizers(tmp_path / 'd'):
+        for left, right in zip(TEXTS, TEXTS[1:] + TEXTS[:1]):
+            texts = [tinted(pieces_of(tokenizer, text)[0], 0.5) for text in (left, right)]
+            columns = [[styled(side, BOLD), text, numbers] for side, text in zip(('BEFORE', 'AFTER'), texts)]
+            shown = [[], []]
+            for line in map(cells_of, side_by_side(*columns, width)):
+                text = ''.join(c for c, _ in line)
+                assert width_of(text) <= width
+                assert not [c for c in text if unicodedata.category(c) in ('Cc', 'Cs', 'Zl', 'Zp') or c == '\u202e']
+                bar = len(line)
+                if width >= 60:     # the bar stands in one column
+                    bar = next(i for i in range(len(text)) if width_of(text[:i]) == (width - 3) // 2 and text[i:i + 2] == ' |')
+                shown[0] += line[:bar]
+                shown[1] += line[bar + 3:]
+            expected = texts if width >= 60 else [texts[0] + texts[1], []]
+            for cells, wanted in zip(shown, expected):      # the titles and numbers are bold and dim
+                assert [p for p in cells if p[1] not in (BOLD, DIM) and not p[0].isspace()] == [
+                    p for p in wanted if not p[0].isspace()]
+
+
+def test_a_tinted_response_is_its_text_with_line_breaks_and_the_end_marked(tmp_path):
+    tokenizer = next(tokenizers(tmp_path / 'd'))
+    for text in TEXTS:
+        letters = tinted(pieces_of(tokenizer, text)[0], 0.5)
+        assert ''.join(c for c, _ in letters) == (printable(text).replace('\n', '↵\n') + '∎').strip()
+    letters = tinted([(' a', [0.5]), ('b', [-0.25, -0.25]), ('c', [0.01]), (None, [0.2])], 0.5)
+    assert ''.join(c for c, _ in letters) == 'abc∎'
+    styles = [style for _, style in letters]
+    assert styles == [tint(1), tint(-1), '', tint(0.4)] and len(set(styles)) == 4
+
+
+def luminance(rgb):
+    """Relative luminance of sRGB, as WCAG 2 defines it."""
+    r, g, b = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (c / 255 for c in rgb))
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b
+
+
+def contrast(one, other):
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def as_seen_by_the_colour_blind(*colours):
+    """The colours (r, g, b) with protanopia, deuteranopia and tritanopia: Machado, Oliveira and Fernandes 2009, severity 1."""
+    for matrix in ([[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+                   [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+                   [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]]):
+        linear = [[c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in np.array(rgb) / 255] for rgb in colours]
+        yield [255 * np.clip(np.array(matrix) @ rgb, 0, 1) ** (1 / 2.2) for rgb in linear]
+
+
+def test_tints_of_the_terminal_set_both_colours_and_can_be_read_by_the_colour_blind_too():
+    cube, grounds = [0, 95, 135, 175, 215, 255], {}
+    for value in (-1, -0.6, -0.2, 0.2, 0.6, 1):
+        ink, ground = map(int, re.fullmatch(r'38;5;(\d+);48;5;(\d+)', tint(value)).groups())
+        ink, ground = ([cube[(n - 16) // step % 6] for step in (36, 6, 1)] for n in (ink, ground))
+        assert contrast(ink, ground) >= 4.5
+        assert (ground[2] - ground[0]) * value > 0, 'blue is positive'
+        grounds[value] = ground
+    for value in (0.6, 1):
+        for plus, minus in as_seen_by_the_colour_blind(grounds[value], grounds[-value]):
+            assert math.dist(plus, minus) > 50 * value
+    assert [tint(v) for v in (0, 0.1, -0.16, 1e-9)] == [''] * 4, 'next to 0'
+    assert len({tint(v / 100) for v in range(-100, 101)}) == 7
+    assert [tint(v) for v in (9, math.inf, -9, -math.inf)] == [tint(v) for v in (1, 1, -1, -1)]
 
 
 @pytest.mark.parametrize('width', ['24', '60', '100'])
@@ -400,20 +518,25 @@ def test_every_printed_line_fits_and_holds_no_escape_off_a_terminal(trained, cap
     assert not [c for c in out if c != '\n' and unicodedata.category(c) == 'Cc']
 
 
-def test_bold_and_dim_are_for_a_terminal_that_wants_them(monkeypatch):
-    monkeypatch.delenv('NO_COLOR', raising=False)
-    monkeypatch.setenv('TERM', 'xterm')
-    cells = [[('BEFORE', sample.BOLD), ('x', ''), ('n', sample.DIM)]] * 2
-    assert '\x1b' not in ''.join(sample.side_by_side(cells, 80))
-    monkeypatch.setattr('sys.stdout.isatty', lambda: True, raising=False)
-    assert '\x1b[1mBEFORE' in ''.join(sample.side_by_side(cells, 80))
-    monkeypatch.setenv('NO_COLOR', '1')
-    assert '\x1b' not in ''.join(sample.side_by_side(cells, 80))
+@pytest.mark.parametrize('width', ['24', '60', '100'])
+def test_a_terminal_shows_the_tints_and_the_same_text_without_colours(trained, colours, monkeypatch, capsys, width):
+    monkeypatch.setenv('COLUMNS', width)
+    flags = ['--num_prompts=4', '--max_new_tokens=40']
+    lines = run(capsys, *flags).split('\n')
+    assert any('\x1b[38;5;16;48;5;' in line for line in lines) and any('\x1b[1mBEFORE' in line for line in lines)
+    assert 'a token is blue' in ' '.join(lines)
+    assert max(width_of(''.join(c for c, _ in cells_of(line))) for line in lines) <= int(width)
+    for name, value in (('NO_COLOR', '1'), ('TERM', 'dumb')):
+        with monkeypatch.context() as m:
+            m.setenv(name, value)
+            plain = run(capsys, *flags)
+            assert '\x1b' not in plain and 'a token is' not in plain and '∎' not in plain
+    assert len(run_json(capsys, *flags)[0]) == 4, 'JSON has none'
 
 
 def test_show_limits_what_is_printed_not_what_is_summed_up(trained, capsys):
     out = run(capsys, '--num_prompts=10', '--show=2')
-    assert len(re.findall('^BEFORE', out, re.M)) == 2 and '10 samples of 10 prompts' in out
+    assert len(re.findall('^BEFORE', out, re.M)) == 2 and 'samples: 10, prompts: 10' in out
     assert run(capsys, '--num_prompts=10', '--show=0').count('implicit ') == 2      # the config's line and the table's
 
 

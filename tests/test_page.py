@@ -1,0 +1,362 @@
+"""The implicit reward of each token: the numbers, the pieces of text they belong to, and the page that shows them."""
+import errno
+import html.parser
+import io
+import itertools
+import json
+import math
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+from contextlib import suppress
+
+import numpy as np
+import pytest
+
+import config
+import sample
+from conftest import ROOT, run_stage, small_gpt
+from nanodpo.rollout import token_logps_of
+from nanodpo.run import Worker
+from nanodpo.text import printable, text_of, token_pieces
+from test_sample import (ACCENT, ATTACK, ENGLAND, FAMILY, FRANCE, GERMANY, HINDI, KEYCAP, RAINBOW, TEXTS, THUMB,
+                         as_seen_by_the_colour_blind, contrast, next_logits, pieces_of, run, run_json, tokenizers,
+                         trained)      # noqa: F401
+
+sys.path.insert(0, str(ROOT / 'repro'))
+import page                                             # noqa: E402
+
+CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome', 'chrome'))), None)
+COLOURS = re.findall(r'--(\w+): (\d+) (\d+) (\d+);', page.STYLE)
+LIGHT, DARK = ({name: tuple(map(int, rgb)) for name, *rgb in half} for half in (COLOURS[:6], COLOURS[6:]))
+
+
+def blend(palette, value):
+    """The background of a tint, from -1 to 1: (r, g, b)."""
+    return tuple(a + (b - a) * abs(value) for a, b in zip(palette['paper'], palette['plus' if value > 0 else 'minus']))
+
+
+def torture(tokenizer):
+    """Samples and a summary, as of sample.py --json, of every one of TEXTS, with attacks wherever there is text."""
+    samples = []
+    for i, text in enumerate(TEXTS):
+        sides = {}
+        for side, response in (('before', text), ('after', TEXTS[i - 1])):
+            pieces, ids, values = pieces_of(tokenizer, response, i)
+            sides[side] = dict(text=response, tokens=len(ids), ended=True, implicit_reward=sum(values), pieces=pieces)
+            sides[side][ATTACK] = bool(i % 2)
+        samples.append(dict(prompt=text, sample=0, **sides))
+    means = {name: dict(mean=0.5, error=0.1) for name in ('tokens', 'ended', 'implicit_reward', ATTACK)}
+    knobs = dict(name=f'</title>{ATTACK}', before='out/' + ATTACK, after='out/\udcff', show=len(samples), prompt=f'</pre>{ATTACK}\udcff')
+    return samples, dict(samples=len(samples), prompts=len(samples), beta=0.1, config=knobs, note=ATTACK, before=means, after=means)
+
+
+def write(samples, summary, path, show=None):
+    """The page of these samples at `path`, by way of a file, as text."""
+    summary['config']['show'] = summary['config']['show'] if show is None else show
+    with open('samples.jsonl', 'w') as f:
+        f.writelines(json.dumps(row) + '\n' for row in [*samples, dict(summary=summary)])
+    page.main([str(path), 'samples.jsonl'])
+    os.remove('samples.jsonl')
+    return open(path, encoding='utf-8').read()
+
+
+class Page(html.parser.HTMLParser):
+    """A page as a browser reads it: elements in order as [tag, attributes, text inside]."""
+    def __init__(self, text):
+        super().__init__()
+        self.elements, self.open = [], []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append([tag, dict(attributes), ''])
+        if tag not in ('meta',):
+            self.open.append(self.elements[-1])
+
+    def handle_endtag(self, tag):
+        assert self.open.pop()[0] == tag, 'every element is closed in its turn'
+
+    def handle_data(self, data):
+        for element in self.open:
+            element[2] += data
+
+    def handle_comment(self, data):
+        raise AssertionError(f'a comment: {data}')
+
+    def of(self, name):
+        """The elements of a tag or class."""
+        return [e for e in self.elements if e[0] == name or name in e[1].get('class', '').split()]
+
+
+# -----------------------------------------------------------------------------
+# the numbers
+
+def test_token_rewards_equal_one_sequence_at_a_time():
+    draw, net = random.Random(1), small_gpt(2)
+    groups = [[[draw.randrange(256) for _ in range(draw.randint(1, 20))] for _ in range(3)] for _ in range(30)]
+    for (prompt, *responses), scored in zip(groups, token_logps_of(net, groups, Worker('cpu'))):
+        for response, values in zip(responses, scored):
+            expected = [next_logits(net, prompt + response[:i]).log_softmax(-1)[t].item() for i, t in enumerate(response)]
+            np.testing.assert_allclose(values, expected, atol=2e-5)
+            assert values.dtype == np.float64
+
+
+def test_pieces_join_to_the_text_and_hold_every_value_once(tmp_path):
+    for tokenizer in tokenizers(tmp_path / 'd'):
+        draw = random.Random(0)
+        scraps = [[draw.randrange(tokenizer.n_vocab - 1) for _ in range(n)] for n in range(1, 80)]      # any bytes
+        cut = [tokenizer.encode_ordinary(text)[:-1] for text in TEXTS if text]
+        for ids in [[tokenizer.eot_token], *scraps, *cut, *(pieces_of(tokenizer, text)[1] for text in TEXTS)]:
+            values = [float(i) for i in range(len(ids))]
+            pieces = token_pieces(tokenizer, ids, values)
+            assert ''.join(text or '' for text, _ in pieces) == text_of(tokenizer, ids)
+            assert [v for _, some in pieces for v in some] == values
+            assert all(text for text, _ in pieces if text is not None)
+            with suppress(UnicodeDecodeError):      # of whole characters a piece holds its tokens' bytes and no others
+                whole = iter(b''.join(map(tokenizer.decode_single_token_bytes, ids)).decode() and ids)
+                for text, some in pieces:
+                    data = b''.join(tokenizer.decode_single_token_bytes(next(whole)) for _ in some)
+                    assert text is None or data == text.encode()
+            assert [text is None for text, _ in pieces] == [False] * (len(pieces) - 1) + [ids[-1] == tokenizer.eot_token]
+
+
+def test_what_is_read_as_one_character_is_one_piece_and_words_are_not(tmp_path):
+    for tokenizer in tokenizers(tmp_path / 'd'):
+        for one in (FAMILY, ENGLAND, GERMANY, FRANCE, THUMB, RAINBOW, ACCENT, KEYCAP, HINDI, '🎬', 'ع', '映'):
+            (text, values), (space, _), (again, _), _ = token_pieces(tokenizer, ids := [
+                *tokenizer.encode_ordinary(one), *tokenizer.encode_ordinary(' '), *tokenizer.encode_ordinary(one), tokenizer.eot_token],
+                [1.0] * len(ids))
+            assert (text, space, again) == (one, ' ', one)
+            assert len(values) == len(tokenizer.encode_ordinary(one))
+        (a, one), (b, two) = token_pieces(tokenizer, ids := tokenizer.encode_ordinary(GERMANY + FRANCE), [1.0] * len(ids))
+        assert (a, b) == (GERMANY, FRANCE) and len(one) + len(two) == len(ids)
+        ids = tokenizer.encode_ordinary('A plain sentence.')
+        assert len(token_pieces(tokenizer, ids, [0.0] * len(ids))) == len(ids), 'a token a piece'
+
+
+def test_the_scale_is_symmetric_and_one_wild_token_does_not_take_it():
+    def scale(rewards):
+        return sample.scale([dict(before=dict(pieces=[('a', rewards[::2])]), after=dict(pieces=[('b', rewards[1::2])]))])
+
+    values = [0.001 * i for i in range(-500, 501)] + [300.0, math.nan, -math.inf]
+    limit = scale(values)
+    assert 0.45 < limit <= 0.5
+    percent = [page.tint(v, limit)[1] for v in (0, limit, 3 * limit, math.inf, limit / 2)]
+    assert percent == [''] + [f' style="--share: {share}%"' for share in (100, 100, 100, 50)]
+    assert all(page.tint(-v, limit)[1] == page.tint(v, limit)[1] for v in values if v == v)
+    assert [page.tint(v, limit)[0] for v in (limit, -limit, 0)] == [' plus', ' minus', '']
+    assert scale([0.0, 0.0]) == 0.01 and sample.scale([]) > 0
+    assert page.tint(1e-7, scale([1e-7, -1e-7])) == ('', ''), 'rounding is no reward'
+
+
+# -----------------------------------------------------------------------------
+# the colours
+
+@pytest.mark.parametrize('palette', [LIGHT, DARK], ids=['light', 'dark'])
+def test_text_on_every_tint_meets_wcag_aa_and_the_colour_blind_tell_the_two_sides_apart(palette):
+    assert contrast(palette['quiet'], palette['paper']) >= 4.5 and contrast(palette['paper'], palette['ink']) >= 7
+    for sign in (1, -1):
+        tints = [blend(palette, sign * tenth / 10) for tenth in range(11)]
+        assert min(contrast(palette['ink'], tint) for tint in tints) >= 4.5
+        away = [math.dist(tint, palette['paper']) for tint in tints]
+        assert all(b - a > 5 for a, b in itertools.pairwise(away)), 'stronger is farther from zero'
+    for share in (0.5, 1):
+        seen = as_seen_by_the_colour_blind(blend(palette, share), blend(palette, -share), palette['paper'])
+        for plus, minus, paper in seen:
+            assert math.dist(plus, minus) > 50 * share
+            assert math.dist(plus, minus) > 0.8 * math.dist(plus, paper), 'not two shades of one colour'
+
+
+# -----------------------------------------------------------------------------
+# the page
+
+TAGS = set('html head meta title style body main h1 h2 h3 p b div ol li span i section table thead tbody tr th td pre script'.split())
+
+
+def test_whatever_the_texts_hold_the_page_shows_it_and_no_more(tmp_path):
+    for tokenizer in tokenizers(tmp_path / 'd'):
+        samples, summary = torture(tokenizer)
+        text = page.page_html(samples, summary)
+        seen = Page(text)
+        assert not seen.open and {e[0] for e in seen.elements} == TAGS
+        assert [e[2] for e in seen.of('script')] == [page.SCRIPT]
+        assert text.encode() and not re.search('[\0-\t\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2028\u2029]', text), 'nothing hidden'
+        bare = re.sub('>[^<]*<', '><', text)
+        assert not re.search(r'(src|href|action|srcset|data)=|url\(|@import|https?:', bare), 'nothing from outside'
+        assert [e[2] for e in seen.of('prompt')] == [printable(t.strip('\n')) if t.strip() else '(empty prompt)' for t in TEXTS]
+        shown = [printable(TEXTS[i]) or '(nothing) ' for n in range(len(TEXTS)) for i in (n, n - 1)]
+        assert [e[2] for e in seen.of('response')] == [t + 'end' for t in shown]
+        assert all(ATTACK in seen.of(tag)[0][2] for tag in ('title', 'h1', 'p'))
+        assert printable(f'prompt = {summary["config"]["prompt"]!r}') in seen.of('pre')[0][2]
+        assert seen.of('note')[0][2].endswith(ATTACK) and ATTACK in [e[2] for e in seen.of('th')]
+        assert all(e[1]['dir'] == 'auto' for e in seen.of('text')) and seen.of('html')[0][1]['lang'] == 'en'
+        assert len(seen.of('h2')) == len(seen.of('section')) == len(TEXTS) + 2 and len(seen.of('h1')) == 1
+
+
+def test_every_token_has_its_value_and_its_tint(tmp_path):
+    for tokenizer in tokenizers(tmp_path / 'd'):
+        for text in TEXTS:
+            pieces, ids, values = pieces_of(tokenizer, text)
+            spans = Page(page.response_html(pieces, 0.5)).of('t')
+            assert len(spans) == len(pieces) and 'end' in spans[-1][1]['class'].split() and spans[-1][2] == 'end'
+            listed = []
+            for (_, rewards), (_, attributes, _) in zip(pieces, spans):
+                title, reward = attributes['title'], sum(rewards)
+                assert title.split()[0] == f'{reward:+.3f}'
+                each = re.fullmatch(r'(\S+)( \((\d+) tokens: (.*)\))?', title)
+                listed += each[4].split(', ') if each[2] else [each[1]]
+                assert not each[2] or int(each[3]) == len(rewards)
+                share = 10 * round(10 * min(1, abs(reward) / 0.5))
+                assert attributes.get('style') == (f'--share: {share}%' if share else None)
+                assert attributes['class'].split()[1:2] == (['plus' if reward > 0 else 'minus'] if share else
+                                                            ['end'] if attributes is spans[-1][1] else [])
+            assert listed == [f'{v:+.3f}' for v in values]
+    assert '.plus { background: rgb(var(--plus) / var(--share)); }' in page.STYLE
+    assert '.minus { background: rgb(var(--minus) / var(--share)); }' in page.STYLE
+
+
+def test_the_page_of_a_run_holds_its_samples_its_table_and_its_settings(trained, capsys):   # noqa: F811
+    trained.joinpath('r.py').write_text('def reward(p, r): return [len(x) for x in r]')
+    samples, summary = run_json(capsys, '--num_prompts=5', '--num_samples=2', '--reward=r.py', '--max_new_tokens=30', '--show=7')
+    text = write(samples, summary, 'a&b.html')
+    seen = Page(text)
+    assert len(seen.of('prompt')) == 5 and len(seen.of('response')) == 14
+    shown = [samples[i] for i in (0, 1, 2, 3, 4, 6, 8)]        # a sample of each prompt, then further ones; together on the page
+    sides = [s[side] for s in shown for side in ('before', 'after')]
+    for numbers, response, side in zip(seen.of('numbers'), seen.of('response'), sides, strict=True):
+        assert numbers[2] == ' · '.join([f'implicit {side["implicit_reward"]:+.2f}', f'true {side["true_reward"]:+.2f}',
+                                         f'{side["tokens"]} tokens' + ('' if side['ended'] else ', no end')])
+        assert response[2].removesuffix('end') == (printable(side['text']) or '(nothing) ')
+    titles = re.findall(r'class="t[^>]* title="(\S+?)[ "]', text.split('<h3>')[2])
+    assert sum(map(float, titles)) == pytest.approx(shown[0]['after']['implicit_reward'], abs=0.0005 * len(titles))
+    cells = [e[2] for e in seen.of('td')]
+    for name, side in itertools.product(('implicit_reward', 'true_reward', 'tokens'), ('before', 'after')):
+        assert f'{summary[side][name]["mean"]:,.3f} ±{summary[side][name]["error"]:.3f}' in cells
+    assert "max_new_tokens = 30" in seen.of('pre')[0][2] and 'out/tiny/dpo' in seen.of('p')[0][2]
+    assert sorted(p.name for p in trained.iterdir()) == ['a&b.html', 'data', 'out', 'r.py']
+    assert not Page(write(samples, summary, 'a&b.html', show=0)).of('t')
+
+
+def test_models_that_are_equal_have_no_tint_and_samples_come_through_a_pipe(trained, capsys, monkeypatch):     # noqa: F811
+    lines = run(capsys, '--json', '--after=out/tiny/sft')
+    monkeypatch.setattr('sys.stdin', io.StringIO(lines))
+    page.main(['p.html'])
+    spans = Page(trained.joinpath('p.html').read_text(encoding='utf-8')).of('t')
+    assert spans and all(e[1]['class'] in ('t', 't end') and float(e[1]['title'].split()[0]) == 0 for e in spans)
+
+
+@pytest.mark.parametrize('path, words', [('none/p.html', 'No such file'), ('data', 'is no file'), ('/dev/null', 'is no file'),
+                                         ('taken.html', 'Is a directory'), ('r.py/p.html', 'Not a directory'), ('x' * 300, 'name too long')])
+def test_a_page_that_cannot_be_written_is_refused_before_it_waits_for_samples(tmp_path, monkeypatch, path, words):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(page, 'read_samples', lambda *_: pytest.fail('it waited'))
+    for name in ('data', 'taken.html.tmp'):
+        tmp_path.joinpath(name).mkdir()
+    tmp_path.joinpath('r.py').write_text('')
+    with pytest.raises(config.UserError) as caught:
+        page.main([path])
+    assert words in caught.value.message and os.path.basename(path) in caught.value.message and '\n' not in caught.value.message
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['data', 'r.py', 'taken.html.tmp']
+
+
+@pytest.mark.parametrize('lines', ['', 'no JSON\n', '3\n', '{"prompt": "a"}\n', '{"summary": {}}\n', '[' * 100_000,
+                                   '{"prompt": "", "sample": 0, "before": {"text": ""}, "after": {"text": ""}}\n{"summary": {}}\n'])
+def test_what_is_no_output_of_sample_py_is_one_line_and_leaves_the_old_page(tmp_path, monkeypatch, lines):
+    monkeypatch.chdir(tmp_path)
+    tmp_path.joinpath('p.html').write_text('old')
+    tmp_path.joinpath('s.jsonl').write_text(lines)
+    with pytest.raises(config.UserError, match='s.jsonl is not the whole output of sample.py --json'):
+        page.main(['p.html', 's.jsonl'])
+    with pytest.raises(config.UserError, match='none.jsonl cannot be read'):
+        page.main(['p.html', 'none.jsonl'])
+    assert tmp_path.joinpath('p.html').read_text() == 'old' and len(os.listdir()) == 2
+
+
+def test_a_full_disk_leaves_the_old_page_as_it_was(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tmp_path.joinpath('p.html').write_text('old')
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, 'No space left on device')
+    monkeypatch.setattr(os, 'replace', full)
+    with pytest.raises(config.UserError, match='No space left'):
+        write(*torture(next(tokenizers(tmp_path / 'd'))), 'p.html')
+    assert tmp_path.joinpath('p.html').read_text() == 'old' and not tmp_path.joinpath('p.html.tmp').exists()
+
+
+def test_the_command_says_what_it_wants(tmp_path):
+    done = run_stage('repro/page.py', cwd=tmp_path, check=False)
+    assert done.returncode == 1 and done.stderr.startswith('error: name the page') and done.stderr.count('\n') == 1
+
+
+# -----------------------------------------------------------------------------
+# a real browser
+
+PROBE = """<!DOCTYPE html><title>probe</title><iframe width="WIDTH" height="800"></iframe><pre id="out"></pre><script>
+const frame = document.querySelector('iframe')
+frame.onload = () => {
+    const page = frame.contentDocument, view = frame.contentWindow, root = page.scrollingElement
+    const widths = [...page.querySelectorAll('.response')].map(p => {       // with and without spans around the tokens
+        const both = [p.innerHTML.replaceAll('<i></i>', ''), ''].map(inner => {
+            const copy = page.createElement('div')
+            copy.className = 'response'
+            copy.style = 'position: absolute; visibility: hidden; white-space: pre; width: max-content'
+            copy.innerHTML = inner
+            if (!inner) copy.textContent = [...p.childNodes].filter(n => !n.matches('.end')).map(n => n.textContent).join('')
+            copy.querySelector('.end')?.remove()
+            root.append(copy)
+            const width = copy.getBoundingClientRect().width
+            copy.remove()
+            return width
+        })
+        return both
+    })
+    const token = page.querySelector('.t'), bar = page.querySelector('[role=status]')
+    const pair = page.querySelector('.pair').children
+    const mixed = page.querySelectorAll('.prompt')[1], last = page.createRange()         // English below Arabic
+    last.setStart(mixed.firstChild, mixed.textContent.lastIndexOf('\\n') + 1), last.setEndAfter(mixed.firstChild)
+    token.click()
+    document.querySelector('#out').textContent = JSON.stringify({
+        title: page.title, pwned: document.title != 'probe', width: root.scrollWidth, room: root.clientWidth, widths,
+        token: token.title, bar: bar.textContent, shown: view.getComputedStyle(bar).visibility,
+        paper: view.getComputedStyle(page.documentElement).backgroundColor, ink: view.getComputedStyle(token).color,
+        columns: pair[0].getBoundingClientRect().top == pair[1].getBoundingClientRect().top,
+        tints: [...page.querySelectorAll('.scale li')].map(li => view.getComputedStyle(li).backgroundColor),
+        indent: last.getBoundingClientRect().left - mixed.getBoundingClientRect().left,
+        directions: [...page.querySelectorAll('.prompt')].map(p => view.getComputedStyle(p).direction)})
+}
+frame.srcdoc = PAGE
+</script>"""
+
+
+@pytest.mark.skipif(not CHROMIUM, reason='no Chromium here')
+@pytest.mark.parametrize('width, dark', [(1200, False), (390, True)], ids=['desktop-light', 'phone-dark'])
+def test_a_browser_shows_the_page_as_meant(tmp_path, width, dark):
+    *_, tokenizer = tokenizers(tmp_path / 'd')
+    shown = json.dumps(page.page_html(*torture(tokenizer))).replace('</', '<\\/').replace('<!--', '<\\u0021--')
+    tmp_path.joinpath('probe.html').write_text(PROBE.replace('WIDTH', str(width)).replace('PAGE', shown), encoding='utf-8')
+    done = subprocess.run([CHROMIUM, '--headless', '--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run',
+                           '--disable-background-networking', '--disable-component-update', '--disable-sync', '--window-size=1400,900',
+                           f'--user-data-dir={tmp_path}/profile', f'--blink-settings=preferredColorScheme={int(not dark)}',
+                           '--virtual-time-budget=3000', '--dump-dom', f'file://{tmp_path}/probe.html'],
+                          capture_output=True, text=True, timeout=120)
+    found = re.search(r'<pre id="out">(.+?)</pre>', done.stdout, re.S)
+    assert found, done.stderr
+    seen, palette = json.loads(html.unescape(found[1])), DARK if dark else LIGHT
+    assert not seen['pwned'] and seen['title'] == f'</title>{ATTACK}: before and after', 'no script of the data ran'
+    assert seen['width'] <= seen['room'] <= width, 'nothing to scroll sideways'
+    assert seen['columns'] is (width > 800)
+    assert seen['bar'] == 'implicit reward ' + seen['token'] and seen['shown'] == 'visible', 'a tap shows the value'
+    assert [seen[key] for key in ('paper', 'ink')] == [f'rgb{palette["paper"]}', f'rgb{palette["ink"]}']
+    for tenth, tint in zip(range(-10, 11), seen['tints'], strict=True):
+        rgb, alpha = palette['plus' if tenth > 0 else 'minus'], abs(tenth) / 10
+        opaque = f'rgb({rgb[0]}, {rgb[1]}, {rgb[2]})'
+        assert tint == (opaque if alpha == 1 else f'rgba{(*rgb, alpha)}' if alpha else 'rgba(0, 0, 0, 0)')
+    assert [d for d in seen['directions'] if d == 'rtl'] == ['rtl'] * 2 and seen['directions'][1:3] == ['rtl'] * 2
+    assert abs(seen['indent']) < 1, 'each paragraph has its own direction'
+    for tinted, plain in seen['widths']:
+        assert tinted == pytest.approx(plain, rel=0.003), 'spans do not break ligatures, joined letters, emoji'
