@@ -30,16 +30,18 @@ def save_pretrained(model, folder, data_dir=''):
     folder: is new or empty. A vocabulary that is padded beyond the tokenizer's is cut to it, so that no id without a
     token is ever generated. Without a tokenizer the last id ends a text, as GPT-2's does. Raises UserError, OSError.
     """
-    check_folder(folder)
+    is_free = not os.path.lexists(folder) or os.path.isdir(folder) and not os.listdir(folder)
+    need(is_free, f'{folder} is there and is not an empty directory: export into a new or an empty one')
     c = model.config
     size, end_token = c.vocab_size, c.vocab_size - 1
     contents = {}
     if data_dir:
         meta = read_meta(data_dir)
         size, end_token = meta['vocab_size'], meta['eot_token']
-        tokenizer = load_tokenizer(data_dir, meta['tokenizer'])
-        contents = {'tokenizer.json': tokenizer_json(tokenizer),
-                    'tokenizer_config.json': tokenizer_config(meta['template'], c.block_size)}
+        contents['tokenizer.json'] = tokenizer_json(load_tokenizer(data_dir, meta['tokenizer']))
+        contents['tokenizer_config.json'] = tokenizer_config(meta['template'], c.block_size)
+    if size < c.vocab_size:
+        print(f"the vocabulary of {c.vocab_size:,} is cut to the tokenizer's {size:,}")
     ends = dict(bos_token_id=end_token, eos_token_id=end_token, pad_token_id=end_token)
     contents['generation_config.json'] = ends
     contents['config.json'] = dict(
@@ -50,20 +52,10 @@ def save_pretrained(model, folder, data_dir=''):
     tensors = {}
     for name, p in hf_names(model):
         p = p.detach().float().cpu()
-        p = p[:size] if name == 'wte.weight' else p
+        if name == 'wte.weight':
+            p = p[:size]
         tensors[f'transformer.{name}'] = (p.t() if transposed(name) else p).contiguous()
     write(folder, tensors, contents)
-
-
-def check_folder(folder):
-    """UserError where `folder` is neither new nor an empty directory, or where safetensors is missing."""
-    try:
-        import safetensors      # noqa: F401
-    except ImportError as error:
-        raise UserError(f'to export, pip install {error.name}') from None
-    need(not os.path.lexists(folder) or os.path.isdir(folder), f'{folder} is not a directory')
-    need(not os.path.isdir(folder) or not os.listdir(folder),
-         f'{folder} is not empty: export into a new or an empty directory')
 
 
 def write(folder, tensors, contents):
@@ -89,39 +81,37 @@ def write(folder, tensors, contents):
 # tokenizer and turn template
 
 def tokenizer_json(tokenizer):
-    """A tiktoken.Encoding as the content of tokenizer.json, whose `encode(text, split_special_tokens=True)` gives the
-    ids of encode_ordinary. Without that flag a literal <|endoftext|> in a text becomes the end token."""
+    """A tiktoken.Encoding as the content of tokenizer.json.
+
+    There `encode(text, split_special_tokens=True)` gives the ids of encode_ordinary. Without that flag a literal
+    <|endoftext|> in a text becomes the end token.
+    """
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]      # GPT-2's alphabet: a character for each byte
     others = [b for b in range(256) if b not in printable]
     letters = {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
-    ranks = tokenizer._mergeable_ranks
 
-    def written(token):
+    def spelled(token):
         return ''.join(letters[b] for b in token)
 
-    vocab = {written(token): rank for token, rank in ranks.items()} | tokenizer._special_tokens
+    ranks = tokenizer._mergeable_ranks
+    vocab = {spelled(token): rank for token, rank in ranks.items()} | tokenizer._special_tokens
     gaps = set(range(tokenizer.n_vocab)) - set(vocab.values())             # cl100k_base has some
     vocab |= {f'<|unused_{i}|>': i for i in gaps}
-    merges = []
-    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
-        if len(token) > 1:
-            left, right = last_merge(token, rank, ranks)
-            merges.append(f'{written(left)} {written(right)}')
+    longer = sorted((rank, token) for token, rank in ranks.items() if len(token) > 1)
+    merges = [' '.join(map(spelled, last_merge(token, rank, ranks))) for rank, token in longer]
     # possessive quantifiers are there for speed alone, and this engine reads {1,3}+ as repeated; its $ is a line's end
     pattern = re.sub(r'([+*?]|\{[\d,]+\})\+', r'\1', tokenizer._pat_str).replace('$', r'(?![\s\S])')
     split = dict(type='Split', pattern={'Regex': pattern}, behavior='Isolated', invert=False)
     byte_level = dict(type='ByteLevel', add_prefix_space=False, trim_offsets=True, use_regex=False)
     end = dict(id=tokenizer.eot_token, content=EOT, single_word=False, lstrip=False, rstrip=False, normalized=False,
                special=True)
-    model = dict(type='BPE', dropout=None, unk_token=None, continuing_subword_prefix='', end_of_word_suffix='',
-                 fuse_unk=False, byte_fallback=False, vocab=vocab, merges=merges)
-    return dict(version='1.0', truncation=None, padding=None, added_tokens=[end], normalizer=None,
-                pre_tokenizer=dict(type='Sequence', pretokenizers=[split, byte_level]), post_processor=None,
-                decoder=byte_level, model=model)
+    return dict(version='1.0', added_tokens=[end], decoder=byte_level,
+                pre_tokenizer=dict(type='Sequence', pretokenizers=[split, byte_level]),
+                model=dict(type='BPE', vocab=vocab, merges=merges))
 
 
 def last_merge(token, rank, ranks):
-    """The two tokens that BPE merges into `token`: merging its bytes by older tokens alone leaves these."""
+    """The two tokens that BPE merges into `token`. Merging its bytes by older tokens alone leaves these."""
     parts = [bytes([b]) for b in token]
     while len(parts) > 2:
         older, i = min((ranks.get(a + b, rank), i) for i, (a, b) in enumerate(zip(parts, parts[1:])))
@@ -152,14 +142,18 @@ CHAT = '''\
 
 
 def tokenizer_config(template, max_length):
-    """The content of tokenizer_config.json. Its chat template writes turns as text.render does; the end token follows
-    an answer that comes last, as in training. max_length: the model's positions."""
+    """The content of tokenizer_config.json. max_length: the model's positions.
+
+    Its chat template writes turns as text.render does. The end token follows an answer that comes last, as in training.
+    """
     before, after = template.removeprefix(EOT).split('{prompt}', 1)
-    values = dict(start=EOT if template.startswith(EOT) else '', before=before, after=after)
-    settings = [f'{{%- set {name} = {json.dumps(text, ensure_ascii=False)} -%}}\n' for name, text in values.items()]
+    start = EOT if template.startswith(EOT) else ''
+    values = [f'{{%- set {name} = {json.dumps(value, ensure_ascii=False)} -%}}\n'
+              for name, value in dict(start=start, before=before, after=after).items()]
     return dict(tokenizer_class='PreTrainedTokenizerFast', bos_token=EOT, eos_token=EOT, unk_token=EOT, pad_token=EOT,
                 padding_side='left', clean_up_tokenization_spaces=False, model_max_length=max_length,
-                chat_template=''.join(settings) + CHAT)
+                model_input_names=['input_ids', 'attention_mask'],      # GPT-2 would add token types to its embeddings
+                chat_template=''.join(values) + CHAT)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -170,32 +164,26 @@ def main(argv=None):
     if '-h' in argv or '--help' in argv:
         print(__doc__.strip())
         return
-    paths = [a for a in argv if not a.startswith('-')]
-    flags = [a for a in argv if a.startswith('-')]
+    paths = [arg for arg in argv if not arg.startswith('-')]
+    flags = [arg for arg in argv if arg.startswith('-')]
     need(len(paths) == 2 and '' not in paths and all(flag.startswith('--data=') for flag in flags),
          'usage: python -m nanodpo.export WEIGHTS DIRECTORY [--data=data/NAME]')
     source, folder = paths
-    check_folder(folder)
     model = load_model(source, dropout=0.0)
     name = model.record.get('config', {}).get('name')
-    data_dir = f'data/{name}' if name else None
-    if flags:
-        data_dir = flags[-1].removeprefix('--data=')
-    advice = 'add --data=data/NAME, whose tokenizer is exported too, or --data= for the weights alone'
-    need(data_dir is not None, f'{source} does not say what data it is for: {advice}')
-    need(not data_dir or os.path.isdir(data_dir), f'{data_dir} does not exist here, nor its tokenizer: {advice}')
-    what = 'no tokenizer'
+    need(name or flags, f'{source} does not say what data it is for: add --data=data/NAME, whose tokenizer is exported '
+         'too, or --data= for the weights alone')
+    data_dir = flags[-1].removeprefix('--data=') if flags else f'data/{name}'
     if data_dir:
-        meta = read_meta(data_dir)
-        Groups(data_dir, list(meta['splits'])[-1]).check_model(model.config, model.record.get('vocabulary'), source)
-        what = f'tokenizer and template {meta["template"]!r} of {data_dir}'
-        if model.config.vocab_size > meta['vocab_size']:
-            what += f'; vocabulary cut from {model.config.vocab_size:,} to {meta["vocab_size"]:,}'
+        split = list(read_meta(data_dir)['splits'])[-1]
+        Groups(data_dir, split).check_model(model.config, model.record.get('vocabulary'), source)
     try:
         save_pretrained(model, folder, data_dir)
+    except ImportError as error:
+        raise UserError(f'to export, pip install {error.name}') from None
     except OSError as error:
         raise UserError(f'cannot write {folder}: {error.strerror or error}') from None
-    print(f'{folder}: {model.num_params():,} parameters of {source}, {what}')
+    print(f'{folder}: {model.num_params():,} parameters of {source}, tokenizer of {data_dir or "none"}')
 
 
 if __name__ == '__main__':

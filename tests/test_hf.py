@@ -17,6 +17,7 @@ import torch
 
 import dpo
 import prepare_prefs
+import sample
 import sft
 from config import UserError
 from conftest import SHARED, small_gpt
@@ -28,20 +29,20 @@ from nanodpo.text import EOT, PATTERN, load_tokenizer, prompt_ids, train_bpe
 
 transformers = pytest.importorskip('transformers')
 
-HARD = ['', ' ', '\n', '\r', 'a\r\n  ', 'a \n', 'x\n\n  y', '  \n\n \t  \r\n\r\n ', '\u00a0\u2003\u3000 x', '\ufeffBOM', 'aaaa' * 9, ' ' * 40,
-        'e\u0301\u200d👩‍👩‍👧‍👦🏽 🚀🚀', 'مرحبا بالعالم \u202e\u200f\u061c', 'שלום', '日本語テキスト、漢字。', '한국어', '\x00\x01\x1b[31m\x7f\x85',
-        'a<|endoftext|>b <|end', 'x <|fim_prefix|> y', "I'LL don't 's'T 'ſ 'Re", '1234567 12½ Ⅷ ٣٤٥', 'ﬀ ﬆ ŉ ß İ ı',
-        '\ud7ff\ue000\uffff\U0010ffff']
+HARD = ['', ' ', '\n', '\r', 'a\r\n  ', 'a \n', 'x\n\n  y', '  \n\n \t  \r\n\r\n ', '\u00a0\u2003\u3000 x', '\ufeffBOM',
+        'aaaa' * 9, ' ' * 40, 'e\u0301\u200d👩‍👩‍👧‍👦🏽 🚀🚀', 'مرحبا بالعالم \u202e\u200f\u061c', 'שלום', '日本語テキスト、漢字。',
+        '한국어', '\x00\x01\x1b[31m\x7f\x85', 'a<|endoftext|>b <|end', 'x <|fim_prefix|> y', "I'LL don't 's'T 'ſ 'Re",
+        '1234567 12½ Ⅷ ٣٤٥', 'ﬀ ﬆ ŉ ß İ ı', '\ud7ff\ue000\uffff\U0010ffff']
 TALK = 'Few fables of recent years are as superb as this one. The leads are deftly chosen, and will amuse the crowd! '
 
 
 def fuzz(n):
     """n strings of all scripts, control characters, digits and white space, the same every time."""
     rng = random.Random(0)
-    pools = [lambda: chr(rng.choice([rng.randrange(32, 127), rng.randrange(32), rng.randrange(0x80, 0x3000), rng.randrange(0x3000, 0xd800),
-                                     rng.randrange(0xe000, 0x110000)])),
-             lambda: rng.choice(' \n\t\r\u00a0\u2003 '), lambda: rng.choice("abcdefgst'AERLS' "), lambda: rng.choice('0123456789½²٣ '),
-             lambda: rng.choice(HARD), lambda: rng.choice(TALK.split(' '))]
+    ranges = [(32, 127), (0, 32), (0x80, 0x3000), (0x3000, 0xd800), (0xe000, 0x110000)]
+    pools = [lambda: chr(rng.randrange(*rng.choice(ranges))), lambda: rng.choice(' \n\t\r\u00a0\u2003 '),
+             lambda: rng.choice("abcdefgst'AERLS' "), lambda: rng.choice('0123456789½²٣ '), lambda: rng.choice(HARD),
+             lambda: rng.choice(TALK.split(' '))]
     for _ in range(n):
         mostly = rng.choice(pools)
         yield ''.join((rng.choice(pools) if rng.random() < 0.3 else mostly)() for _ in range(rng.randrange(1, 30)))
@@ -67,25 +68,27 @@ def past_the_end_token():
     """The layout of p50k_base: mergeable tokens on both sides of the end token."""
     encoding = learned(PATTERN, {EOT: 0})
     ranks = {token: rank + (rank >= 400) for token, rank in encoding._mergeable_ranks.items()}
-    return tiktoken.Encoding('split', pat_str=encoding._pat_str, mergeable_ranks=ranks, special_tokens={EOT: 400})
+    return tiktoken.Encoding('split', pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={EOT: 400})
 
 
-CL100K = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s")
+CL100K = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|"
+          r"\s+(?!\S)|\s")
+BYTES = {bytes([b]): b for b in range(256)}
 ENCODINGS = {
     'gpt2': gpt2_encoding,
     'learned': lambda: learned(PATTERN, {EOT: 0}),
     'as p50k_base': past_the_end_token,
     'as cl100k_base, with gaps': lambda: learned(CL100K, {EOT: 1, '<|fim_prefix|>': 2, '<|endofprompt|>': 20}),
-    'bytes': lambda: tiktoken.Encoding('bytes', pat_str=PATTERN, mergeable_ranks={bytes([b]): b for b in range(256)},
-                                       special_tokens={EOT: 256}),
+    'bytes': lambda: tiktoken.Encoding('bytes', pat_str=PATTERN, mergeable_ranks=BYTES, special_tokens={EOT: 256}),
 }
 
 
 def loaded_tokenizer(folder, encoding, template='{prompt}'):
     """What transformers makes of an exported tokenizer."""
-    files = {'tokenizer.json': export.tokenizer_json(encoding), 'tokenizer_config.json': export.tokenizer_config(template, 1024),
-             'config.json': dict(model_type='gpt2', vocab_size=encoding.n_vocab, bos_token_id=0, eos_token_id=0)}
-    for name, content in files.items():
+    contents = {'tokenizer.json': export.tokenizer_json(encoding),
+                'tokenizer_config.json': export.tokenizer_config(template, 1024),
+                'config.json': dict(model_type='gpt2', vocab_size=encoding.n_vocab, bos_token_id=0, eos_token_id=0)}
+    for name, content in contents.items():
         (folder / name).write_text(json.dumps(content))
     return transformers.AutoTokenizer.from_pretrained(folder)
 
@@ -95,7 +98,7 @@ def test_an_exported_tokenizer_gives_the_ids_of_ours(name, tmp_path):
     encoding = ENCODINGS[name]()
     theirs = loaded_tokenizer(tmp_path, encoding)
     texts = [*HARD, *fuzz(500)]
-    for path in sorted((SHARED / 'data' / 'hh-rlhf').rglob('*.jsonl*'))[:1]:        # real dialogues, where they are at hand
+    for path in sorted((SHARED / 'data' / 'hh-rlhf').rglob('*.jsonl*'))[:1]:        # real dialogues, where they are
         with (gzip.open if path.suffix == '.gz' else open)(path, 'rt', encoding='utf-8') as f:
             texts += [json.loads(line)['chosen'] for line in itertools.islice(f, 200)]
     for text in texts:
@@ -108,33 +111,39 @@ def test_an_exported_tokenizer_gives_the_ids_of_ours(name, tmp_path):
 
 
 def test_a_token_that_no_merge_makes_is_refused():
-    ranks = {bytes([b]): b for b in range(256)} | {b'abc': 256}
-    encoding = tiktoken.Encoding('odd', pat_str='.', mergeable_ranks=ranks, special_tokens={EOT: 257})
+    encoding = tiktoken.Encoding('odd', pat_str='.', mergeable_ranks=BYTES | {b'abc': 256}, special_tokens={EOT: 257})
     with pytest.raises(UserError, match="token 256, b'abc', is no merge"):
         export.tokenizer_json(encoding)
 
 
-def test_a_chat_template_writes_turns_as_training_has_them(tmp_path):
-    def turns(*texts):
-        roles = 'system', 'user', 'assistant', 'user', 'assistant'
-        return [dict(role=role, content=text) for role, text in zip(roles, texts) if text is not None]
-    end, encoding = EOT, ENCODINGS['learned']()
-    cases = [       # template, turns, the text
-        ('{prompt}', turns(None, ' hi'), ' hi'),
-        ('{prompt}', turns('Be kind.', 'a', 'b', 'c'), 'Be kind.\na b\nc'),
-        ('\n\nHuman: {prompt}\n\nAssistant:', turns(None, 'a "b" \\n {{c}} 🚀', 'ok', '\u202eمرحبا'),
-         '\n\nHuman: a "b" \\n {{c}} 🚀\n\nAssistant: ok\n\nHuman: \u202eمرحبا\n\nAssistant:'),
-        ('\n\nHuman: {prompt}\n\nAssistant:', turns('S', 'a', ' b'), f'S\n\nHuman: a\n\nAssistant: b{end}'),
-        (end + 'Q "{prompt}" {% if %} A:\n', turns(None, 'a', 'b', 'c', 'd'), f'{end}Q "a" {{% if %}} A:\nb\nQ "c" {{% if %}} A:\nd{end}'),
-    ]
-    for template, messages, expected in cases:
-        theirs = loaded_tokenizer(tmp_path, encoding, template)
-        assert theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == expected
-    for template in ('{prompt}', end + 'Ask: {prompt}\n', '\n\nHuman: {prompt}\n\nAssistant:'):
-        theirs = loaded_tokenizer(tmp_path, encoding, template)
-        for text in ('hello', '😀 one\ntwo ', "it's 42"):
-            ids = theirs.apply_chat_template(turns(None, text), add_generation_prompt=True, return_dict=False)
-            assert ids == prompt_ids(encoding, text, template)
+def turns(*texts):
+    roles = 'system', 'user', 'assistant', 'user', 'assistant'
+    return [dict(role=role, content=text) for role, text in zip(roles, texts) if text is not None]
+
+
+HH = '\n\nHuman: {prompt}\n\nAssistant:'
+
+
+@pytest.mark.parametrize('template, messages, expected', [
+    ('{prompt}', turns(None, ' hi'), ' hi'),
+    ('{prompt}', turns('Be kind.', 'a', 'b', 'c'), 'Be kind.\na b\nc'),
+    (HH, turns(None, 'a "b" \\n {{c}} 🚀', 'ok', '\u202eمرحبا'),
+     '\n\nHuman: a "b" \\n {{c}} 🚀\n\nAssistant: ok\n\nHuman: \u202eمرحبا\n\nAssistant:'),
+    (HH, turns('S', 'a', ' b'), f'S\n\nHuman: a\n\nAssistant: b{EOT}'),
+    (EOT + 'Q "{prompt}" {% if %} A:\n', turns(None, 'a', 'b', 'c', 'd'),
+     f'{EOT}Q "a" {{% if %}} A:\nb\nQ "c" {{% if %}} A:\nd{EOT}')])
+def test_a_chat_template_writes_turns_as_training_has_them(tmp_path, template, messages, expected):
+    theirs = loaded_tokenizer(tmp_path, ENCODINGS['learned'](), template)
+    assert theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == expected
+
+
+@pytest.mark.parametrize('template', ['{prompt}', EOT + 'Ask: {prompt}\n', HH])
+def test_a_chat_template_gives_a_prompt_the_ids_of_training(tmp_path, template):
+    encoding = ENCODINGS['learned']()
+    theirs = loaded_tokenizer(tmp_path, encoding, template)
+    for text in ('hello', '😀 one\ntwo ', "it's 42"):
+        ids = theirs.apply_chat_template(turns(None, text), add_generation_prompt=True, return_dict=False)
+        assert ids == prompt_ids(encoding, text, template)
 
 
 # -----------------------------------------------------------------------------
@@ -159,7 +168,7 @@ def logits(model, ids):
 
 
 def assert_equal_up_to_rounding(ours, theirs, ids):
-    """The same logits up to float32's rounding, half of 2**-23 each, of the largest: of some hundred sums on the way."""
+    """The same logits up to float32's rounding, half of 2**-23 of the largest each, of some hundred sums on the way."""
     with torch.no_grad():
         a, b = logits(ours, ids), theirs.eval()(ids).logits
     assert a.std() > 0.3, 'logits that tell tokens apart'
@@ -168,9 +177,11 @@ def assert_equal_up_to_rounding(ours, theirs, ids):
 
 def test_a_sharded_bfloat16_gpt2_of_124m_that_transformers_wrote_is_read_as_float32(tmp_path):
     torch.manual_seed(0)
-    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(initializer_range=0.05, bos_token_id=50256, eos_token_id=50256))
+    config = transformers.GPT2Config(initializer_range=0.05, bos_token_id=50256, eos_token_id=50256)
+    theirs = transformers.GPT2LMHeadModel(config)
     theirs.bfloat16().save_pretrained(tmp_path, max_shard_size='100MB')
-    assert (tmp_path / 'model.safetensors.index.json').exists() and '"dtype": "bfloat16"' in (tmp_path / 'config.json').read_text()
+    assert (tmp_path / 'model.safetensors.index.json').exists()
+    assert '"dtype": "bfloat16"' in (tmp_path / 'config.json').read_text()
     ours = GPT.from_pretrained(str(tmp_path))
     assert {p.dtype for p in ours.parameters()} == {torch.float32} and all(p.requires_grad for p in ours.parameters())
     assert_equal_up_to_rounding(ours, theirs.float(), torch.randint(0, 50257, (1, 9)))
@@ -178,16 +189,17 @@ def test_a_sharded_bfloat16_gpt2_of_124m_that_transformers_wrote_is_read_as_floa
 
 @pytest.fixture
 def hub_layout(tmp_path):
-    """A small GPT-2 in the layout of the hub's own: no prefix, causal masks as buffers, generation and tokenizer files beside it."""
+    """A small GPT-2 in the layout of the hub's own: no prefix, causal masks as buffers, other files beside it."""
     from safetensors.torch import save_file
     torch.manual_seed(0)
-    config = transformers.GPT2Config(vocab_size=97, n_positions=24, n_embd=16, n_layer=2, n_head=2, initializer_range=0.3, bos_token_id=96,
-                                     eos_token_id=96)
+    config = transformers.GPT2Config(vocab_size=97, n_positions=24, n_embd=16, n_layer=2, n_head=2,
+                                     initializer_range=0.3, bos_token_id=96, eos_token_id=96)
     theirs = transformers.GPT2LMHeadModel(config).eval()
     theirs.save_pretrained(tmp_path)
-    state = {k.removeprefix('transformer.'): v.half().contiguous() for k, v in theirs.state_dict().items() if k != 'lm_head.weight'}
-    state |= {f'h.{i}.attn.bias': torch.ones(1, 1, 24, 24).tril() for i in range(2)} | {'h.0.attn.masked_bias': torch.tensor(-1e4)}
-    save_file(state, tmp_path / 'model.safetensors')
+    state = {k.removeprefix('transformer.'): v.half().contiguous() for k, v in theirs.state_dict().items()}
+    del state['lm_head.weight']
+    state |= {f'h.{i}.attn.bias': torch.ones(1, 1, 24, 24).tril() for i in range(2)}
+    save_file(state | {'h.0.attn.masked_bias': torch.tensor(-1e4)}, tmp_path / 'model.safetensors')
     for file in ('vocab.json', 'merges.txt', 'README.md', '64.tflite'):
         (tmp_path / file).write_text('not read')
     return tmp_path
@@ -197,8 +209,9 @@ def test_a_float16_hub_layout_with_buffers_and_other_files_is_read(hub_layout):
     ours = GPT.from_pretrained(str(hub_layout))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(hub_layout, dtype=torch.float32)
     assert_equal_up_to_rounding(ours, theirs, torch.randint(0, 97, (2, 24)))
-    config = json.loads((hub_layout / 'config.json').read_text())
-    (hub_layout / 'config.json').write_text(json.dumps(config | dict(activation_function='gelu_pytorch_tanh', n_inner=4 * config['n_embd'])))
+    config = hub_layout / 'config.json'
+    good = json.loads(config.read_text())
+    config.write_text(json.dumps(good | dict(activation_function='gelu_pytorch_tanh', n_inner=4 * good['n_embd'])))
     assert fingerprint(GPT.from_pretrained(str(hub_layout))) == fingerprint(ours), 'the same in other words'
 
 
@@ -206,15 +219,18 @@ def test_a_float16_hub_layout_with_buffers_and_other_files_is_read(hub_layout):
 def test_a_hub_name_is_read_from_the_cache_without_a_network(hub_layout, tmp_path, monkeypatch, name):
     import huggingface_hub.constants
     cache = tmp_path / 'cache' / ('models--' + name.replace('/', '--'))
+    (cache / 'snapshots' / 'abc').mkdir(parents=True)
     for file in ('config.json', 'model.safetensors'):
-        (cache / 'snapshots' / 'abc').mkdir(parents=True, exist_ok=True)
-        (cache / 'snapshots' / 'abc' / file).write_bytes((hub_layout / file).read_bytes())
+        shutil.copy(hub_layout / file, cache / 'snapshots' / 'abc')
     (cache / 'refs').mkdir()
     (cache / 'refs' / 'main').write_text('abc')
     monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_CACHE', str(tmp_path / 'cache'))
     monkeypatch.setenv('HF_ENDPOINT', 'http://127.0.0.1:9')
     monkeypatch.chdir(tmp_path)
-    assert fingerprint(GPT.from_pretrained(name)) == fingerprint(GPT.from_pretrained(str(hub_layout)))
+    expected = fingerprint(GPT.from_pretrained(str(hub_layout)))
+    for offline in (True, False):           # HF_HUB_OFFLINE, which is read once
+        monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_OFFLINE', offline)
+        assert fingerprint(GPT.from_pretrained(name)) == expected
 
 
 def test_weights_share_no_memory_with_the_file_they_came_from(hub_layout):
@@ -225,58 +241,54 @@ def test_weights_share_no_memory_with_the_file_they_came_from(hub_layout):
     assert fingerprint(ours) == before
 
 
-CONFIGS = [({'n_layer': 3}, 'weights of 2 layers.*n_layer=3'), ({'n_layer': 1}, 'weights of 2 layers'), ({'n_layer': 10**9}, 'n_layer=1000000000'),
-           ({'n_layer': None}, 'n_layer is None'), ({'n_layer': -1}, 'n_layer is -1'), ({'n_embd': 32}, 'wte.weight has shape'),
-           ({'n_embd': '16'}, "n_embd is '16'"), ({'n_embd': 10**30}, 'n_embd is 10'), ({'n_embd': True}, 'n_embd is True'),
-           ({'n_head': 3}, 'not a multiple'), ({'n_head': 0}, 'n_head is 0'), ({'vocab_size': 98}, 'wte.weight has shape'),
-           ({'vocab_size': 2.5}, 'vocab_size is 2.5'), ({'vocab_size': 10**9}, 'has shape'), ({'n_positions': 25}, 'wpe.weight has shape'),
-           ({'layer_norm_epsilon': 'x'}, "layer_norm_epsilon is 'x'"), ({'layer_norm_epsilon': float('nan')}, 'layer_norm_epsilon is nan'),
-           ({'n_inner': 7}, 'n_inner=7'), ({'model_type': 'llama'}, "model_type='llama', this model is GPT-2"),
-           ({'activation_function': 'relu'}, "activation_function='relu', this model is GPT-2 with 'gelu_new'")]
-
-
 def refused(folder, match):
     with pytest.raises(UserError, match=match) as error:
         load_model(str(folder))
     assert '\n' not in error.value.code and len(error.value.code) < 600
-    return True
 
 
-def test_a_wrong_config_and_a_missing_file_end_with_one_line(hub_layout, tmp_path):
-    config, weights, index = (hub_layout / name for name in ('config.json', 'model.safetensors', 'model.safetensors.index.json'))
+def test_a_wrong_config_ends_with_one_line(hub_layout):
+    config = hub_layout / 'config.json'
     good = json.loads(config.read_text())
-    for change, match in CONFIGS:
-        config.write_text(json.dumps(good | change))
+    for key, value, match in [
+            ('n_layer', 3, 'weights of 2 layers.*n_layer=3'), ('n_layer', 1, 'weights of 2 layers'),
+            ('n_layer', 10**9, 'n_layer=1000000000'), ('n_layer', None, 'n_layer is None'),
+            ('n_layer', -1, 'n_layer is -1'), ('n_embd', 32, 'wte.weight has shape'), ('n_embd', '16', "n_embd is '16'"),
+            ('n_embd', 10**30, 'n_embd is 10'), ('n_embd', True, 'n_embd is True'), ('n_head', 3, 'not a multiple'),
+            ('n_head', 0, 'n_head is 0'), ('vocab_size', 98, 'wte.weight has shape'), ('vocab_size', 2.5, 'is 2.5'),
+            ('vocab_size', 10**9, 'has shape'), ('n_positions', 25, 'wpe.weight has shape'),
+            ('layer_norm_epsilon', 'x', "epsilon is 'x'"), ('layer_norm_epsilon', float('nan'), 'epsilon is nan'),
+            ('n_inner', 7, 'n_inner=7'), ('model_type', 'llama', "model_type='llama', this model is GPT-2"),
+            ('activation_function', 'relu', "activation_function='relu', this model is GPT-2 with 'gelu_new'")]:
+        config.write_text(json.dumps(good | {key: value}))
         refused(hub_layout, match)
-    for text, match in (('[]', 'TypeError'), ('', 'JSONDecodeError'), ('{"n_layer": ', 'JSONDecodeError'), ('\x00', 'JSONDecodeError'),
-                        ('[' * 100_000, 'RecursionError'), ('\udc80', 'UnicodeDecodeError')):
-        config.write_bytes(text.encode(errors='surrogateescape'))
+    for text, match in [(b'[]', 'TypeError'), (b'', 'JSONDecodeError'), (b'{"n_layer": ', 'JSONDecodeError'),
+                        (b'\0', 'JSONDecodeError'), (b'[' * 100_000, 'RecursionError'), (b'\x80', 'UnicodeDecodeError')]:
+        config.write_bytes(text)
         refused(hub_layout, f'{hub_layout} cannot be read as GPT-2 weights: {match}')
-    config.write_text(json.dumps({key: value for key, value in good.items() if key != 'n_head'}))
-    refused(hub_layout, 'n_head is None in config.json')
+    del good['n_head']
     config.write_text(json.dumps(good))
+    refused(hub_layout, 'n_head is None in config.json')
+
+
+def test_a_missing_file_ends_with_one_line(hub_layout):
+    weights, index = hub_layout / 'model.safetensors', hub_layout / 'model.safetensors.index.json'
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(hub_layout, dtype=torch.float32)
     weights.rename(hub_layout / 'pytorch_model.bin')
     refused(hub_layout, 'model.safetensors does not exist; convert pytorch_model.bin')
     (hub_layout / 'pytorch_model.bin').unlink()
     refused(hub_layout, 'cannot be read as GPT-2 weights: FileNotFoundError.*model.safetensors')
-    for content, match in (('[]', 'TypeError'), ('{}', "KeyError: 'weight_map'"), ('{"weight_map": {"wte.weight": 3}}', 'TypeError'),
-                           ('{"weight_map": ', 'JSONDecodeError'), ('{"weight_map": {"wte.weight": "model-1.safetensors"}}', 'model-1.safetensors')):
+    for content, match in [('[]', 'TypeError'), ('{}', "KeyError: 'weight_map'"), ('{"weight_map": ', 'JSONDecodeError'),
+                           ('{"weight_map": {"wte.weight": 3}}', 'TypeError')]:
         index.write_text(content)
         refused(hub_layout, match)
-    config.unlink()
-    refused(hub_layout, 'holds neither a checkpoint .* nor GPT-2 weights')
-
-
-def test_a_missing_shard_is_named(hub_layout):
-    """A large model's file was not copied: the others are there."""
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(hub_layout, dtype=torch.float32)
-    (hub_layout / 'model.safetensors').unlink()
     theirs.save_pretrained(hub_layout, max_shard_size='10KB')
     shards = sorted(hub_layout.glob('model-*.safetensors'))
-    assert len(shards) > 2
     assert_equal_up_to_rounding(GPT.from_pretrained(str(hub_layout)), theirs, torch.randint(0, 97, (1, 9)))
     shards[1].unlink()
     refused(hub_layout, f'FileNotFoundError.*{shards[1].name}')
+    (hub_layout / 'config.json').unlink()
+    refused(hub_layout, 'holds neither a checkpoint .* nor GPT-2 weights')
 
 
 def test_damaged_weights_end_with_one_line(hub_layout):
@@ -285,7 +297,9 @@ def test_damaged_weights_end_with_one_line(hub_layout):
     for size in (0, 3, 8, 100, 1500, len(whole) // 2, len(whole) - 1):
         weights.write_bytes(whole[:size])
         refused(hub_layout, 'model.safetensors is damaged')
-    rng, header, outcomes = random.Random(0), 8 + int.from_bytes(whole[:8], 'little'), set()
+    rng = random.Random(0)
+    header = 8 + int.from_bytes(whole[:8], 'little')
+    outcomes = set()
     for bit in (None, *(rng.randrange(8 * header) for _ in range(150))):
         data = bytearray(whole)
         if bit is not None:
@@ -311,20 +325,19 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch, package):
 
 @pytest.fixture
 def own(tmp_path, monkeypatch):
-    """In a fresh directory: data/own with a tokenizer learned from its text, and random models in out/own/sft and out/own/dpo."""
+    """In a fresh directory: data/own with a tokenizer learned from its text, random models in out/own/sft and dpo."""
     monkeypatch.chdir(tmp_path)
     rng = random.Random(0)
     words = TALK.split() + ['🚀', 'né', '\n', 'naïve']
     with open('pairs.jsonl', 'w') as f:
         for i in range(40):
             texts = [' '.join(rng.choices(words, k=rng.randrange(2, 9))) for _ in range(3)]
-            f.write(json.dumps(dict(prompt=f'{i} {texts[0]}', chosen=' ' + texts[1], rejected=' ' + texts[2])) + '\n')
-    prepare_prefs.main(['--name=own', '--source=pairs.jsonl', '--tokenizer=bpe:300', '--template=Q: {prompt}\nA:', '--max_length=64',
-                        '--max_prompt_length=32'])
-    groups = Groups('data/own', 'val')
+            row = dict(prompt=f'{i} {texts[0]}', chosen=' ' + texts[1], rejected=' ' + texts[2])
+            f.write(json.dumps(row) + '\n')
+    prepare_prefs.main(['--name=own', '--source=pairs.jsonl', '--tokenizer=bpe:300', '--template=Q: {prompt}\nA:',
+                        '--max_length=64', '--max_prompt_length=32'])
     for stage, seed in (('sft', 1), ('dpo', 2)):
-        save_own(stage, 1, small_gpt(seed, 64, groups.meta['vocab_size'], spread=0.7))
-    return tmp_path
+        save_own(stage, 1, small_gpt(seed, 64, Groups('data/own', 'val').meta['vocab_size'], spread=0.7))
 
 
 def save_own(stage, step, model):
@@ -338,6 +351,10 @@ def snapshot(folder='.'):
     return {str(path): path.read_bytes() for path in Path(folder).rglob('*') if path.is_file()}
 
 
+def names(folder):
+    return {path.name for path in Path(folder).iterdir()}
+
+
 def loaded(folder):
     """What transformers makes of an export, with any warning an error. -> model, tokenizer"""
     import logging
@@ -347,19 +364,20 @@ def loaded(folder):
     logger = logging.getLogger('transformers')
     logger.addHandler(handler)
     try:
-        found = transformers.AutoModelForCausalLM.from_pretrained(folder), transformers.AutoTokenizer.from_pretrained(folder)
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     finally:
         logger.removeHandler(handler)
     assert not messages, [record.getMessage() for record in messages]
-    return found
+    return model, tokenizer
 
 
 @pytest.mark.parametrize('padding', [0, 20])
 def test_transformers_greedy_text_is_ours_token_for_token(own, capsys, padding):
-    """A batch of prompts, padded on the left there: against generate and against sample.py; also where the model's vocabulary is
-    padded, with large logits at ids that no token has."""
-    groups = Groups('data/own', 'val')
-    size, end = groups.meta['vocab_size'], groups.meta['eot_token']
+    """A batch of prompts, padded on the left there: against generate and against sample.py; also where the model's
+    vocabulary is padded, with large logits at ids that no token has."""
+    meta = Groups('data/own', 'val').meta
+    size, end = meta['vocab_size'], meta['eot_token']
     if padding:
         wide = small_gpt(3, 64, size + padding, spread=0.7)
         with torch.no_grad():
@@ -367,29 +385,30 @@ def test_transformers_greedy_text_is_ours_token_for_token(own, capsys, padding):
         save_own('dpo', 2, wide)
     ours = load_model('out/own/dpo')
     export.main(['out/own/dpo', 'hf'])
-    assert ('vocabulary cut' in capsys.readouterr().out) == bool(padding)
+    assert ('is cut to' in capsys.readouterr().out) == bool(padding)
     theirs, tokenizer = loaded('hf')
     assert theirs.config.vocab_size == len(tokenizer) == size
     texts = ['one', 'which of these years is superb?', '🚀 né', 'a\n\nb', 'The leads amuse', 'x' * 20]
-    prompts = [prompt_ids(load_tokenizer('data/own', 'tokenizer.json'), text, groups.meta['template'])
-               for text in texts]
-    expected = ours.generate(prompts, 30, end, size, temperature=0)
+    encoding = load_tokenizer('data/own', 'tokenizer.json')
+    expected = ours.generate([prompt_ids(encoding, text, meta['template']) for text in texts], 30, end, size,
+                             temperature=0)
     assert len({tuple(ids) for ids in expected}) == len(texts) and min(len(set(ids)) for ids in expected) > 1
 
     chats = [[dict(role='user', content=text)] for text in texts]
-    inputs = tokenizer.apply_chat_template(chats, add_generation_prompt=True, padding=True, return_tensors='pt', return_dict=True)
+    inputs = tokenizer.apply_chat_template(chats, add_generation_prompt=True, padding=True, return_tensors='pt',
+                                           return_dict=True)
     assert not inputs['attention_mask'].all() and inputs['attention_mask'][:, -1].all()
     made = theirs.generate(**inputs, max_new_tokens=30, do_sample=False)[:, inputs['input_ids'].shape[1]:].tolist()
     made = [ids[:ids.index(end) + 1] if end in ids else ids for ids in made]
     assert made == expected
 
     if not padding:
-        import sample
         Path('p.jsonl').write_text('\n'.join(json.dumps(dict(prompt=text)) for text in texts))
         capsys.readouterr()
         sample.main(['--name=own', '--prompts_file=p.jsonl', '--temperature=0', '--max_new_tokens=30', '--json'])
         lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()][:-1]
-        assert [line['after']['text'] for line in lines] == tokenizer.batch_decode(made, skip_special_tokens=True)
+        after = [line['after']['text'] for line in lines]
+        assert after == tokenizer.batch_decode(made, skip_special_tokens=True)
 
 
 def test_transformers_loss_of_an_export_is_ours(own):
@@ -408,10 +427,6 @@ def test_transformers_loss_of_an_export_is_ours(own):
                 assert abs(loss + logp) < 1e-5 * abs(logp) + 1e-4
 
 
-def files(folder):
-    return {path.name for path in Path(folder).iterdir()}
-
-
 def test_an_export_comes_back_to_the_bit_and_a_stage_starts_from_it(own):
     os.makedirs('b')            # empty
     export.main(['out/own/sft/step-000001.pt', 'a'])
@@ -420,40 +435,53 @@ def test_an_export_comes_back_to_the_bit_and_a_stage_starts_from_it(own):
     expected = fingerprint(load_model('out/own/sft'))
     assert all(fingerprint(GPT.from_pretrained(folder)) == expected for folder in ('a', 'b', 'new/c'))
     assert snapshot('b') == {path.replace('a/', 'b/'): content for path, content in snapshot('a').items()}
-    assert files('new/c') == {'config.json', 'generation_config.json', 'model.safetensors'}
-    assert files('a') == files('new/c') | {'tokenizer.json', 'tokenizer_config.json'}
+    assert names('new/c') == {'config.json', 'generation_config.json', 'model.safetensors'}
+    assert names('a') == names('new/c') | {'tokenizer.json', 'tokenizer_config.json'}
     assert os.stat('a/model.safetensors').st_mode == os.stat('a/config.json').st_mode
-    flags = ['--name=own', '--max_steps=1', '--batch_size=4', '--warmup_steps=0', '--device=cpu', '--compile=False', '--eval_interval=0']
-    last = expected
-    for number, stage in enumerate((dpo, sft)):
-        stage.main([*flags, '--init_from=a'])
-        trained = fingerprint(load_model(f'out/own/{stage.__name__}'))
-        export.main([f'out/own/{stage.__name__}', f'trained{number}'])
-        assert fingerprint(GPT.from_pretrained(f'trained{number}')) == trained not in (expected, last)
-        last = trained
+    seen = {expected}
+    for stage in (dpo, sft):
+        folder = f'out/own/{stage.__name__}'
+        stage.main(['--name=own', '--max_steps=1', '--batch_size=4', '--warmup_steps=0', '--device=cpu',
+                    '--compile=False', '--eval_interval=0', '--init_from=a'])
+        export.main([folder, stage.__name__])
+        trained = fingerprint(load_model(folder))
+        assert fingerprint(GPT.from_pretrained(stage.__name__)) == trained and trained not in seen
+        seen.add(trained)
 
 
-def test_the_command_says_in_one_line_what_is_wrong_and_writes_nothing(own):
+@pytest.mark.parametrize('argv, match', [
+    ([], 'usage'), (['out/own/dpo'], 'usage'), (['out/own/dpo', 'x', 'y'], 'usage'), (['out/own/dpo', ''], 'usage'),
+    (['out/own/dpo', 'x', '--dat=y'], 'usage'), (['nowhere', 'x'], "'nowhere' is neither a directory here nor"),
+    (['hf', 'x'], 'does not say what data.*--data='), (['out/own/nameless', 'x'], 'does not say what data'),
+    (['out/own/dpo', 'x', '--data=data/no'], 'data/no/meta.json does not exist'),
+    (['out/own/nameless', 'x', '--data=data/own'], 'another tokenizer'), (['data', 'x', '--data='], 'holds neither'),
+    (['out/own/dpo', 'hf'], 'hf is there and is not an empty directory: export into a new or an empty one'),
+    (['out/own/dpo', 'out/own/dpo'], 'not an empty directory'), (['out/own/dpo', '.'], 'not an empty directory'),
+    (['out/own/dpo', 'file'], 'not an empty directory'), (['out/own/dpo', 'dangling'], 'not an empty directory'),
+    (['out/own/dpo', 'file/x'], 'cannot write file/x: Not a directory')])
+def test_a_mistake_in_the_command_is_one_line_and_writes_nothing(experiment, argv, match):
+    """data/tiny in the place of data/own: a learned tokenizer makes no difference here."""
+    os.rename('data/tiny', 'data/own')
+    vocabulary = Groups('data/own', 'val').vocabulary
+    for folder, config in (('dpo', dict(name='own')), ('nameless', {})):
+        os.makedirs(f'out/own/{folder}')
+        record = dict(config=config, vocabulary=vocabulary if config else 'another')
+        checkpoint.save(f'out/own/{folder}', 1, small_gpt(), record)
     export.main(['out/own/dpo', 'hf'])
-    os.makedirs('out/own/nameless')
-    checkpoint.save('out/own/nameless', 1, small_gpt(), dict(config={}, vocabulary='v'))
     Path('file').write_text('x')
-    os.makedirs('link')
-    os.symlink('nowhere', 'link/dangling')
+    os.symlink('nowhere at all', 'dangling')
     before = snapshot()
-    for argv, match in (([], 'usage'), (['out/own/dpo'], 'usage'), (['out/own/dpo', 'x', 'y'], 'usage'), (['out/own/dpo', ''], 'usage'),
-                        (['out/own/dpo', 'x', '--dat=y'], 'usage'), (['nowhere', 'x'], "'nowhere' is neither a directory here nor"),
-                        (['hf', 'x'], 'does not say what data.*--data='), (['out/own/nameless', 'x'], 'does not say what data'),
-                        (['out/own/dpo', 'x', '--data=data/no'], 'data/no does not exist'),
-                        (['out/own/nameless', 'x', '--data=data/own'], 'another tokenizer'), (['data', 'x', '--data='], 'holds neither'),
-                        (['out/own/dpo', 'hf'], 'hf is not empty: export into a new or an empty directory'),
-                        (['out/own/dpo', 'out/own/dpo'], 'is not empty'), (['out/own/dpo', '.'], 'is not empty'),
-                        (['out/own/dpo', 'file'], 'file is not a directory'), (['out/own/dpo', 'link/dangling'], 'is not a directory'),
-                        (['out/own/dpo', 'file/x'], 'cannot write file/x: Not a directory')):
-        with pytest.raises(UserError, match=match) as error:
-            export.main(argv)
-        assert '\n' not in error.value.code
+    with pytest.raises(UserError, match=match) as error:
+        export.main(argv)
+    assert '\n' not in error.value.code
     assert snapshot() == before and not os.path.exists('x')
+
+
+def test_without_safetensors_the_command_names_it(own, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'safetensors', None)
+    with pytest.raises(UserError, match='to export, pip install safetensors'):
+        export.main(['out/own/dpo', 'x'])
+    assert not os.path.exists('x')
 
 
 def test_a_full_disk_or_a_failed_rename_leaves_nothing_that_loads(own, monkeypatch):
@@ -473,9 +501,6 @@ def test_a_full_disk_or_a_failed_rename_leaves_nothing_that_loads(own, monkeypat
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
-    with monkeypatch.context() as patch:
-        patch.setattr(json, 'dump', lambda *args, **options: (_ for _ in ()).throw(OSError(28, 'No space left on device')))
-        fails('No space left on device')
     assert snapshot() == before
     replace, calls = os.replace, []
 
@@ -484,12 +509,13 @@ def test_a_full_disk_or_a_failed_rename_leaves_nothing_that_loads(own, monkeypat
         if len(calls) == last:
             raise OSError(5, 'Input/output error')
         replace(source, target)
+
     for last in range(1, 6):            # at each of the five files
         calls.clear()
         with monkeypatch.context() as patch:
             patch.setattr(os, 'replace', failing)
             fails('Input/output error')
-        assert 'config.json' not in files('new') and not [file for file in files('new') if file.startswith('.')]
+        assert 'config.json' not in names('new') and not [file for file in names('new') if file.startswith('.')]
         refused('new', 'holds neither')
         shutil.rmtree('new')
     export.main(['out/own/dpo', 'new'])
