@@ -1,4 +1,4 @@
-"""The README, and the headers of the configs: their commands can be read by the stages, their links lead somewhere.
+"""The READMEs and the headers of files: their commands can be read by the scripts, their links lead somewhere.
 
 repro/readme.py runs the README's commands.
 """
@@ -14,51 +14,61 @@ import config
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / 'repro'))
-from readme import ELSEWHERE, LONG, commands       # noqa: E402
+from readme import LONG, commands       # noqa: E402
 
 README = (ROOT / 'README.md').read_text(encoding='utf-8')
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding='utf-8')
-         for path in [ROOT / 'README.md', ROOT / 'repro' / 'README.md', *(ROOT / 'config').glob('*.py')]}
+         for pattern in ('*.md', '*.py', 'config/*.py', 'repro/*.md', 'repro/*.py') for path in sorted(ROOT.glob(pattern))}
 STAGES = {'prepare_prefs.py': 'prepare', 'sft.py': 'sft', 'dpo.py': 'dpo', 'sample.py': 'sample'}
-OF_STAGES = [(page, command) for page, text in PAGES.items() for command in commands(text)
-             if re.search(r'\b(prepare_prefs|sft|dpo|sample)\.py\b', command) and 'sbatch' not in command]
 
 
-@pytest.mark.parametrize('page,command', OF_STAGES, ids=lambda value: value[:60])
-def test_every_command_of_a_stage_is_one_that_the_stage_takes(page, command, monkeypatch):
+def calls_of(text):
+    """(script, its arguments) of the commands of a text that run a script of ours with knobs."""
+    for command in commands(text):
+        for part in re.split(r' [|>] ', command):
+            words = [] if 'sbatch' in part or ' ...' in part else shlex.split(part)
+            for script in words:
+                if 'class Config' in PAGES.get(script, ''):
+                    yield script, words[words.index(script) + 1:]
+
+
+CALLS = {(page, ' '.join([script, *arguments])): (script, arguments)
+         for page, text in PAGES.items() for script, arguments in calls_of(text)}
+
+
+@pytest.mark.parametrize('page,call', CALLS, ids=lambda value: value[:60])
+def test_every_command_is_one_that_its_script_takes(page, call, monkeypatch):
     monkeypatch.chdir(ROOT)
-    words = shlex.split(command.split(' > ')[0])
-    script = next(word for word in words if word in STAGES)
-    module = importlib.import_module(script[:-3])
-    config.load(module.Config, STAGES[script], words[words.index(script) + 1:])
+    script, arguments = CALLS[page, call]
+    module = importlib.import_module(script.removeprefix('repro/').removesuffix('.py'))
+    config.load(module.Config, STAGES.get(script, script), arguments)
 
 
-def test_the_readme_has_commands_of_every_stage_and_all_its_scripts_are_there():
-    found = commands(README)
-    assert {script for script in STAGES if any(f' {script}' in command for command in found)} == set(STAGES)
+def test_the_readme_has_commands_of_every_stage_and_all_scripts_are_there():
+    assert {script for (page, _), (script, _) in CALLS.items() if page == 'README.md'} >= set(STAGES)
     for page, text in PAGES.items():
         for script in re.findall(r'\b(?:python|bash|sbatch) ((?:repro/|tests/)?[\w./]+\.(?:py|sh))\b', text):
             assert (ROOT / script).is_file(), f'{page} names {script}'
 
 
-def test_what_the_script_shortens_or_leaves_out_is_in_the_readme():
-    for start in [*LONG, *ELSEWHERE]:
+def test_what_the_script_shortens_is_in_the_readme():
+    for start in LONG:
         assert any(command.startswith(start) for command in commands(README)), start
 
 
-def test_every_link_of_a_page_leads_to_a_file_or_a_heading():
-    tracked = set(subprocess.run(['git', 'ls-files', '-co', '--exclude-standard'], cwd=ROOT, capture_output=True, text=True).stdout.splitlines())
-    for page in ('README.md', 'repro/README.md'):
-        text = PAGES[page]
-        for target in re.findall(r'\]\(([^)\s]+)\)', text):
-            if target.startswith('http'):
-                continue
-            path, _, heading = target.partition('#')
-            where = (ROOT / page).parent / path if path else ROOT / page
-            assert where.exists(), f'{page}: {target}'
-            name = where.resolve().relative_to(ROOT).as_posix()
-            assert where.is_dir() or name in tracked or not tracked, f'{page}: {target} is not in git'
-            if heading:
-                headings = {re.sub(r'[^\w\- ]', '', line.lower()).strip().replace(' ', '-')
-                            for line in re.findall(r'(?m)^#+ (.*)$', where.read_text(encoding='utf-8'))}
-                assert heading in headings, f'{page}: {target}, headings: {sorted(headings)}'
+@pytest.mark.parametrize('page', ['README.md', 'repro/README.md', 'repro/LOG.md'])
+def test_every_link_of_a_page_leads_to_a_file_or_a_heading(page):
+    git = ['git', 'ls-files', '-co', '--exclude-standard']
+    tracked = set(subprocess.run(git, cwd=ROOT, capture_output=True, text=True).stdout.splitlines())
+    for target in re.findall(r'\]\(([^)\s]+)\)', PAGES[page]):
+        if target.startswith('http'):
+            continue
+        path, _, heading = target.partition('#')
+        where = (ROOT / page).parent / path if path else ROOT / page
+        assert where.exists(), f'{page}: {target}'
+        name = where.resolve().relative_to(ROOT).as_posix()
+        assert where.is_dir() or name in tracked or not tracked, f'{page}: {target} is not in git'
+        if heading:
+            headings = {re.sub(r'[^\w\- ]', '', line.lower()).strip().replace(' ', '-')
+                        for line in re.findall(r'(?m)^#+ (.*)$', where.read_text(encoding='utf-8'))}
+            assert heading in headings, f'{page}: {target}, headings: {sorted(headings)}'
