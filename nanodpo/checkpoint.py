@@ -174,7 +174,8 @@ def load_checkpoint(paths, options):
         model = GPT(GPTConfig(**record.pop('model_config') | options))
         model.load_state_dict(record.pop('model'))
     except Exception as error:      # whatever foreign content makes of torch
-        raise UserError(f'{paths[-1]}: its weights are not those of its model_config ({type(error).__name__})') from None
+        raise UserError(f'{paths[-1]}: its weights are not those of its model_config '
+                        f'({type(error).__name__})') from None
     record.pop('optimizer', None)
     model.record = record
     return model

@@ -52,7 +52,10 @@ def write(path, key, logps):
 
 
 def load_or_compute(run, weights, score, splits, row_tokens):
-    """{split: (N, K) log-probs} of `splits`, Groups. weights: the reference's fingerprint; score(batch): its log-probs."""
+    """{split: (N, K) log-probs} of `splits`, Groups.
+
+    weights: the reference's fingerprint; score(batch): its log-probs, (G, K).
+    """
     cached = {}
     for groups in splits:
         path = os.path.join('out', run.cfg.name, f'reference-{groups.split}.npz')       # outlives this run

@@ -22,7 +22,8 @@ DPO = ['--name=tiny', '--batch_size=8', '--learning_rate=1e-3', '--warmup_steps=
 
 def save_model(folder, step, model):
     os.makedirs(f'out/tiny/{folder}', exist_ok=True)
-    checkpoint.save(f'out/tiny/{folder}', step, model, dict(config={}, vocabulary=Groups('data/tiny', 'val').vocabulary))
+    vocabulary = Groups('data/tiny', 'val').vocabulary
+    checkpoint.save(f'out/tiny/{folder}', step, model, dict(config={}, vocabulary=vocabulary))
 
 
 @pytest.fixture
@@ -54,7 +55,8 @@ def test_kl_is_that_of_the_drawn_responses_scored_one_at_a_time(two_models, monk
     dpo.main([*DPO, '--max_steps=1', '--ref_from=out/tiny/other'])
     first, groups = read_log('out/tiny/dpo')[0], Groups('data/tiny', 'val')
     drawn = drawn[:len(drawn) // 2]         # of step 0
-    assert sorted(prompt for prompt, _ in drawn) == sorted({tuple(g[0].tolist()): g[0].tolist() for g in groups}.values()) and len(drawn) == 39
+    prompts = {tuple(group[0].tolist()) for group in groups}
+    assert sorted(prompt for prompt, _ in drawn) == sorted(map(list, prompts)) and len(drawn) == 39
     assert all(len(p) + len(r) == 64 or r[-1] == 256 for p, r in drawn), 'whole responses'
     ratios = (one_at_a_time(small_gpt(0), drawn) - one_at_a_time(small_gpt(5), drawn))[:, 0].numpy(force=True)
     assert first['eval/kl'] == pytest.approx(ratios.mean(), rel=1e-4) and first['eval/kl'] > 1
@@ -62,8 +64,8 @@ def test_kl_is_that_of_the_drawn_responses_scored_one_at_a_time(two_models, monk
 
 
 def test_kl_estimates_the_exact_kl_of_a_bigram(experiment):
-    """A policy whose next token depends on the last alone has a KL that the chain rule gives exactly; over many prompts that end
-    alike the estimate must agree within its error."""
+    """A policy whose next token depends on the last alone has a KL that the chain rule gives exactly. Over many prompts
+    that end alike the estimate must agree within its error."""
     def bigram(seed):
         model = small_gpt(seed)
         with torch.no_grad():
@@ -82,9 +84,13 @@ def test_kl_estimates_the_exact_kl_of_a_bigram(experiment):
         save_model(folder, 2, models[-1])
     dpo.main([*DPO, '--max_steps=1', '--ref_from=out/tiny/other', '--kl_prompts=400', '--eval_interval=0'])
     first = read_log('out/tiny/dpo')[0]
-    tokens = torch.arange(257)[:, None]
+
+    def next_token_logps(model):
+        tokens = torch.arange(257)[:, None]
+        hidden = model(tokens, torch.zeros_like(tokens), None)[:, 0]
+        return torch.log_softmax(hidden @ model.wte.weight.t(), -1).double()
     with torch.no_grad():
-        policy, reference = (torch.log_softmax(m(tokens, torch.zeros_like(tokens), None)[:, 0] @ m.wte.weight.t(), -1).double() for m in models)
+        policy, reference = map(next_token_logps, models)
     step, exact, now = (policy.exp() * (policy - reference)).sum(1), 0, torch.zeros(257, dtype=torch.float64)
     now[7] = 1
     for _ in range(T - 4):
@@ -125,8 +131,8 @@ def test_kl_does_not_depend_on_the_number_of_processes(two_models):
 # W&B
 
 def wandb_history(path):
-    """The history of a .wandb file: a file header, then 32 KiB blocks of records (checksum, length, kind, data), as LevelDB's
-    logs; kind 1 is a whole record, 2, 3 and 4 are the first, middle and last piece of one."""
+    """The history of a .wandb file: a file header, then 32 KiB blocks of records (checksum, length, kind, data), as
+    LevelDB's logs; kind 1 is a whole record, 2, 3 and 4 are the first, middle and last piece of one."""
     from wandb.proto import wandb_internal_pb2
     content, at, whole, rows = Path(path).read_bytes(), 7, b'', []
     while at + 7 <= len(content):
@@ -140,7 +146,8 @@ def wandb_history(path):
         if kind in (1, 4):
             record, whole = wandb_internal_pb2.Record.FromString(whole), b''
             if record.WhichOneof('record_type') == 'history':
-                rows.append({item.key or '/'.join(item.nested_key): json.loads(item.value_json) for item in record.history.item})
+                items = record.history.item
+                rows.append({item.key or '/'.join(item.nested_key): json.loads(item.value_json) for item in items})
     return rows
 
 
@@ -171,7 +178,8 @@ def test_a_missing_package_is_one_line_before_training_and_moves_no_old_run(expe
     monkeypatch.delitem(sys.modules, 'wandb', raising=False)
     Path('wandb.py').write_text("raise ModuleNotFoundError('none here', name='wandb')")
     monkeypatch.syspath_prepend(os.getcwd())
-    for stage, flags in ((dpo, DPO), (sft, [*DPO[:2], '--device=cpu', '--init_from=out/tiny/sft', '--train_on=chosen'])):
+    sft_flags = [*DPO[:2], '--device=cpu', '--init_from=out/tiny/sft', '--train_on=chosen']
+    for stage, flags in ((dpo, DPO), (sft, sft_flags)):
         with pytest.raises(SystemExit) as stop:
             stage.main([*flags, '--max_steps=1', '--track=wandb'])
         assert stop.value.code == 'error: track=wandb needs wandb: pip install wandb'
@@ -184,7 +192,8 @@ def test_what_wandb_refuses_is_one_line_before_an_old_run_is_moved(experiment, m
     monkeypatch.setitem(sys.modules, 'wandb', types.SimpleNamespace(init=init))
     with pytest.raises(SystemExit) as stop:
         dpo.main([*DPO, '--max_steps=1', '--track=wandb'])
-    assert stop.value.code == 'error: track=wandb: no key at all. WANDB_MODE=offline needs neither a login nor a network'
+    advice = 'WANDB_MODE=offline needs neither a login nor a network'
+    assert stop.value.code == f'error: track=wandb: no key at all. {advice}'
     assert not os.path.exists('out/tiny/dpo')
 
 
@@ -202,7 +211,8 @@ def dpo_log(slope, steps=5):
     log = [{'step': 0, **{f'eval/{key}': 0.0 for key in keys}, 'eval/kl_error': 0.0}]
     for step in range(1, steps):
         log += [{'step': step, **{key: slope + i + step / 100 for i, key in enumerate(keys[:5])}, 'lr': 1e-3},
-                {'step': step, **{f'eval/{key}': slope + i + step / 10 for i, key in enumerate(keys)}, 'eval/kl_error': 0.1}]
+                {'step': step, **{f'eval/{key}': slope + i + step / 10 for i, key in enumerate(keys)},
+                 'eval/kl_error': 0.1}]
     return log
 
 
@@ -238,7 +248,8 @@ def test_the_curves_of_several_runs_are_the_numbers_of_their_logs(tmp_path, monk
                 assert line.get_linestyle() == ('--' if key == 'rewards/rejected' else '-')
                 assert (line.get_marker() == 'o') == bool(prefix)
                 colours.setdefault(folder, set()).add(line.get_color())
-    assert set(drawn) <= {()} and len(set.union(*colours.values())) == 2 and all(len(some) == 1 for some in colours.values())
+    assert set(drawn) <= {()}, 'nothing else'
+    assert len(set.union(*colours.values())) == 2 and all(len(of_run) == 1 for of_run in colours.values())
     legend, = (ax.get_legend() for ax in figure.axes if ax.get_legend())
     assert [text.get_text() for text in legend.get_texts()][:2] == ['a', 'b']
 
@@ -247,15 +258,17 @@ def test_one_run_and_an_sft_run_have_their_panels(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_log('out/a/sft', [{'step': s, 'loss': 3 - s, 'perplexity': 2.0 ** s, 'lr': s * 1e-3} for s in range(3)])
     figure = figure_of(monkeypatch, 'out/a/sft')
-    assert [ax.get_title() for ax in figure.axes] == ['loss', 'perplexity', 'learning rate', ''] and os.path.exists('out/a/sft/curves.png')
+    assert [ax.get_title() for ax in figure.axes] == ['loss', 'perplexity', 'learning rate', '']
+    assert os.path.exists('out/a/sft/curves.png')
     write_log('out/a/dpo', dpo_log(1))
     titles = [ax.get_title().split(',')[0].split(':')[0] for ax in figure_of(monkeypatch, 'out/a/dpo').axes]
     assert titles == ['loss', 'accuracy', 'reward margin', 'implicit rewards', 'KL(policy || reference)', '']
 
 
 @pytest.mark.parametrize('content, message', [
-    (None, 'has no log.jsonl'), ('', 'holds no record'), ('{"step": 1', 'holds no record'), ('what\n{"step": 1, "loss": 2}\n', 'line 1 is no record'),
-    ('{"step": 1, "loss": "low"}\n', 'line 1 is no record'), ('[1]\n', 'line 1 is no record'), ('{"step": 1, "x": 2}\n', 'nothing to draw'),
+    (None, 'has no log.jsonl'), ('', 'holds no record'), ('{"step": 1', 'holds no record'),
+    ('what\n{"step": 1, "loss": 2}\n', 'line 1 is no record'), ('{"step": 1, "loss": "low"}\n', 'line 1 is no record'),
+    ('[1]\n', 'line 1 is no record'), ('{"step": 1, "x": 2}\n', 'nothing to draw'),
     (b'\xff\xfe\n', 'cannot be read')])
 def test_a_log_that_is_none_is_one_line_and_no_figure(tmp_path, monkeypatch, content, message):
     from repro import plot
@@ -286,7 +299,8 @@ def test_a_run_is_its_folder_or_the_log_in_it_and_help_is_no_error(tmp_path, mon
 
 def test_runs_are_named_by_what_tells_them_apart():
     from repro.plot import names_of
-    assert names_of(['out/a/dpo', 'out/b/dpo']) == ['a', 'b'] and names_of(['out/a/sft/', 'out/a/dpo']) == ['sft', 'dpo']
+    assert names_of(['out/a/dpo', 'out/b/dpo']) == ['a', 'b']
+    assert names_of(['out/a/sft/', 'out/a/dpo']) == ['sft', 'dpo']
     assert names_of(['out/a/dpo']) == ['a/dpo'] and names_of(['x', 'y']) == ['x', 'y']
     assert len(set(names_of(['out/a/dpo', 'out/a/dpo.previous', 'out/a']))) == 3
     assert len(set(names_of(['out/a/b/dpo', 'out/a/dpo', 'out/b/dpo']))) == 3
