@@ -18,12 +18,12 @@ import pytest
 
 import config
 import sample
-from conftest import ROOT, run_stage, small_gpt
+from conftest import ROOT, small_gpt
 from nanodpo.rollout import token_logps_of
 from nanodpo.run import Worker
 from nanodpo.text import printable, text_of, token_pieces
 from test_sample import (ACCENT, ATTACK, ENGLAND, FAMILY, FRANCE, GERMANY, HINDI, KEYCAP, RAINBOW, TEXTS, THUMB,
-                         as_seen_by_the_colour_blind, contrast, next_logits, pieces_of, run, run_json, tokenizers,
+                         as_seen_by_the_colour_blind, contrast, independent_logps, pieces_of, run, tokenizers,
                          trained)      # noqa: F401
 
 sys.path.insert(0, str(ROOT / 'repro'))
@@ -54,14 +54,16 @@ def torture(tokenizer):
     return samples, dict(samples=len(samples), prompts=len(samples), beta=0.1, config=knobs, note=ATTACK, before=means, after=means)
 
 
-def write(samples, summary, path, show=None):
-    """The page of these samples at `path`, by way of a file, as text."""
-    summary['config']['show'] = summary['config']['show'] if show is None else show
-    with open('samples.jsonl', 'w') as f:
-        f.writelines(json.dumps(row) + '\n' for row in [*samples, dict(summary=summary)])
-    page.main([str(path), 'samples.jsonl'])
-    os.remove('samples.jsonl')
-    return open(path, encoding='utf-8').read()
+@pytest.fixture
+def write(monkeypatch):
+    """(what sample.py --json prints, a path) -> the page there, read by a browser, and its text."""
+    def write(lines, path):
+        monkeypatch.setattr('sys.stdin', io.StringIO(lines))
+        page.main([path])
+        with open(path, encoding='utf-8') as f:
+            text = f.read()
+        return Page(text), text
+    return write
 
 
 class Page(html.parser.HTMLParser):
@@ -100,8 +102,7 @@ def test_token_rewards_equal_one_sequence_at_a_time():
     groups = [[[draw.randrange(256) for _ in range(draw.randint(1, 20))] for _ in range(3)] for _ in range(30)]
     for (prompt, *responses), scored in zip(groups, token_logps_of(net, groups, Worker('cpu'))):
         for response, values in zip(responses, scored):
-            expected = [next_logits(net, prompt + response[:i]).log_softmax(-1)[t].item() for i, t in enumerate(response)]
-            np.testing.assert_allclose(values, expected, atol=2e-5)
+            np.testing.assert_allclose(values, independent_logps(net, prompt, response), atol=2e-5)
             assert values.dtype == np.float64
 
 
@@ -219,11 +220,11 @@ def test_every_token_has_its_value_and_its_tint(tmp_path):
     assert '.minus { background: rgb(var(--minus) / var(--share)); }' in page.STYLE
 
 
-def test_the_page_of_a_run_holds_its_samples_its_table_and_its_settings(trained, capsys):   # noqa: F811
+def test_the_page_of_a_run_holds_its_samples_its_table_and_its_settings(trained, capsys, write):    # noqa: F811
     trained.joinpath('r.py').write_text('def reward(p, r): return [len(x) for x in r]')
-    samples, summary = run_json(capsys, '--num_prompts=5', '--num_samples=2', '--reward=r.py', '--max_new_tokens=30', '--show=7')
-    text = write(samples, summary, 'a&b.html')
-    seen = Page(text)
+    lines = run(capsys, '--json', '--num_prompts=5', '--num_samples=2', '--reward=r.py', '--max_new_tokens=30', '--show=7')
+    *samples, last = map(json.loads, lines.splitlines())
+    (seen, text), summary = write(lines, 'a&b.html'), last['summary']
     assert len(seen.of('prompt')) == 5 and len(seen.of('response')) == 14
     shown = [samples[i] for i in (0, 1, 2, 3, 4, 6, 8)]        # a sample of each prompt, then further ones; together on the page
     sides = [s[side] for s in shown for side in ('before', 'after')]
@@ -238,14 +239,11 @@ def test_the_page_of_a_run_holds_its_samples_its_table_and_its_settings(trained,
         assert f'{summary[side][name]["mean"]:,.3f} ±{summary[side][name]["error"]:.3f}' in cells
     assert "max_new_tokens = 30" in seen.of('pre')[0][2] and 'out/tiny/dpo' in seen.of('p')[0][2]
     assert sorted(p.name for p in trained.iterdir()) == ['a&b.html', 'data', 'out', 'r.py']
-    assert not Page(write(samples, summary, 'a&b.html', show=0)).of('t')
 
 
-def test_models_that_are_equal_have_no_tint_and_samples_come_through_a_pipe(trained, capsys, monkeypatch):     # noqa: F811
-    lines = run(capsys, '--json', '--after=out/tiny/sft')
-    monkeypatch.setattr('sys.stdin', io.StringIO(lines))
-    page.main(['p.html'])
-    spans = Page(trained.joinpath('p.html').read_text(encoding='utf-8')).of('t')
+def test_a_page_without_samples_and_one_of_equal_models(trained, capsys, write):            # noqa: F811
+    assert not write(run(capsys, '--json', '--show=0'), 'p.html')[0].of('t')
+    spans = write(run(capsys, '--json', '--after=out/tiny/sft'), 'p.html')[0].of('t')
     assert spans and all(e[1]['class'] in ('t', 't end') and float(e[1]['title'].split()[0]) == 0 for e in spans)
 
 
@@ -271,26 +269,22 @@ def test_what_is_no_output_of_sample_py_is_one_line_and_leaves_the_old_page(tmp_
     tmp_path.joinpath('s.jsonl').write_text(lines)
     with pytest.raises(config.UserError, match='s.jsonl is not the whole output of sample.py --json'):
         page.main(['p.html', 's.jsonl'])
-    with pytest.raises(config.UserError, match='none.jsonl cannot be read'):
-        page.main(['p.html', 'none.jsonl'])
+    for arguments, words in ((['p.html', 'none.jsonl'], 'none.jsonl cannot be read'), ([], 'name the page')):
+        with pytest.raises(config.UserError, match=words):
+            page.main(arguments)
     assert tmp_path.joinpath('p.html').read_text() == 'old' and len(os.listdir()) == 2
 
 
-def test_a_full_disk_leaves_the_old_page_as_it_was(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_a_full_disk_leaves_the_old_page_as_it_was(tmp_path, monkeypatch, write):
+    samples, summary = torture(next(tokenizers(tmp_path / 'd')))
     tmp_path.joinpath('p.html').write_text('old')
 
     def full(*_):
         raise OSError(errno.ENOSPC, 'No space left on device')
     monkeypatch.setattr(os, 'replace', full)
     with pytest.raises(config.UserError, match='No space left'):
-        write(*torture(next(tokenizers(tmp_path / 'd'))), 'p.html')
+        write('\n'.join(map(json.dumps, [*samples, dict(summary=summary)])), str(tmp_path / 'p.html'))
     assert tmp_path.joinpath('p.html').read_text() == 'old' and not tmp_path.joinpath('p.html.tmp').exists()
-
-
-def test_the_command_says_what_it_wants(tmp_path):
-    done = run_stage('repro/page.py', cwd=tmp_path, check=False)
-    assert done.returncode == 1 and done.stderr.startswith('error: name the page') and done.stderr.count('\n') == 1
 
 
 # -----------------------------------------------------------------------------

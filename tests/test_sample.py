@@ -1,5 +1,4 @@
 """Sampling: the generator, the numbers under the samples, and what reaches the terminal."""
-import glob
 import json
 import math
 import os
@@ -15,7 +14,7 @@ import torch.nn.functional as F
 
 import config
 import sample
-from conftest import ROOT, VOCAB, run_stage, small_gpt, write_data
+from conftest import VOCAB, run_stage, small_gpt, write_data
 from model import draw
 from nanodpo import checkpoint, losses, terminal
 from nanodpo.data import Groups, distinct_prompts, read_meta, write_meta
@@ -62,11 +61,17 @@ def error(*flags):
     return caught.value.message
 
 
-def next_logits(net, ids):
-    """Logits after one sequence, float64, no cache and no batch: (V,)"""
+def logits_of(net, ids):
+    """Logits after each token of one sequence, float64, no cache and no batch: (T, V)"""
     T = len(ids)
     hidden = net(torch.tensor([ids]), torch.arange(T)[None], torch.ones(1, 1, T, T, dtype=torch.bool).tril())
-    return F.linear(hidden, net.wte.weight)[0, -1].detach().double()
+    return F.linear(hidden, net.wte.weight)[0].detach().double()
+
+
+def independent_logps(net, prompt, response):
+    """log p of each token of a response, nats, one sequence alone: (tokens,)"""
+    logps = logits_of(net, [*prompt, *response])[len(prompt) - 1:-1].log_softmax(-1)
+    return logps.gather(1, torch.tensor(response)[:, None])[:, 0].numpy()
 
 
 def allowed(logits, temperature, top_k, top_p):
@@ -90,7 +95,7 @@ def sample_slowly(net, prompts, n, end, seed, vocab_size=None, temperature=1.0, 
     for row, prompt in enumerate(prompts):
         ids = []
         while len(ids) < n and end not in ids and len(prompt) + len(ids) <= net.config.block_size:
-            logits = next_logits(net, prompt + ids)[:vocab_size]
+            logits = logits_of(net, prompt + ids)[-1, :vocab_size]
             if temperature == 0:
                 ids.append(int(logits.argmax()))
             else:
@@ -144,7 +149,7 @@ def test_ids_of_a_padded_vocabulary_are_never_drawn(trained, capsys):
     padded = small_gpt(4, vocab_size=384)
     with torch.no_grad():
         padded.wte.weight[VOCAB:] *= 8          # likelier than all the others
-    assert max(next_logits(padded, PROMPTS[0]).topk(5).indices) >= VOCAB
+    assert max(logits_of(padded, PROMPTS[0])[-1].topk(5).indices) >= VOCAB
     for temperature in (0, 1):
         drawn = padded.generate(PROMPTS, 20, END, VOCAB, temperature, seed=5)
         assert max(map(max, drawn)) < VOCAB
@@ -156,15 +161,6 @@ def test_ids_of_a_padded_vocabulary_are_never_drawn(trained, capsys):
 
 # -----------------------------------------------------------------------------
 # the numbers
-
-def independent_logps(net, prompt, response):
-    """log p(response | prompt), nats, one sequence alone, float64 from the logits on."""
-    ids = torch.tensor([[*prompt, *response]])
-    T = ids.shape[1] - 1                # the last token is predicted, never read
-    hidden = net(ids[:, :-1], torch.arange(T)[None], torch.ones(1, 1, T, T, dtype=torch.bool).tril())
-    logps = F.linear(hidden, net.wte.weight).double().log_softmax(-1)[0]
-    return logps.gather(1, ids[0, 1:, None])[len(prompt) - 1:, 0].sum().item()
-
 
 def watch_groups(monkeypatch):
     """A list that gets the groups [prompt, before's ids, after's ids] of each call that scores them."""
@@ -186,7 +182,7 @@ def test_implicit_rewards_equal_one_sequence_at_a_time(trained, capsys, monkeypa
     ratios = []
     for s, (prompt, *responses) in zip(samples, groups):
         for side, response in zip(('before', 'after'), responses):
-            ratios.append(independent_logps(after, prompt, response) - independent_logps(before, prompt, response))
+            ratios.append(sum(independent_logps(after, prompt, response) - independent_logps(before, prompt, response)))
             assert s[side]['implicit_reward'] == pytest.approx(0.25 * ratios[-1], abs=1e-4), 'with the beta of AFTER'
             assert s[side]['tokens'] == len(response)
             assert s[side]['ended'] == (response[-1] == END)
@@ -210,14 +206,14 @@ def test_the_end_token_is_scored_where_it_was_drawn_and_hidden_from_the_text(tra
         for side, response in zip(('before', 'after'), responses):
             assert END not in response[:-1] and '<|endoftext|>' not in s[side]['text']
             ended += s[side]['ended']
-            ratio = independent_logps(b, prompt, response) - independent_logps(a, prompt, response)
+            ratio = sum(independent_logps(b, prompt, response) - independent_logps(a, prompt, response))
             assert s[side]['implicit_reward'] == pytest.approx(0.1 * ratio, abs=1e-4), 'beta 0.1 where none is recorded'
     assert 0 < ended and ended / 16 == (summary['before']['ended']['mean'] + summary['after']['ended']['mean']) / 2
 
 
 def test_the_kl_row_is_the_exact_kl_of_one_token(trained, capsys):
     _, summary = run_json(capsys, '--prompt=a', '--max_new_tokens=1', '--num_samples=3000', '--batch_size=1000')
-    p, q = (next_logits(small_gpt(seed), [97]).log_softmax(-1) for seed in (1, 0))
+    p, q = (logits_of(small_gpt(seed), [97])[-1].log_softmax(-1) for seed in (1, 0))
     exact, kl = (p.exp() * (p - q)).sum().item(), summary['after']['kl']
     assert abs(kl['mean'] - exact) < 4 * kl['error'] < 0.4 * exact
     assert 'is an estimate' in summary['note']
@@ -243,9 +239,8 @@ def test_json_lines_hold_what_the_table_sums_up(trained, capsys):
     assert (len(samples), summary['samples'], summary['prompts'], summary['beta']) == (18, 18, 9, 2)
     assert [s['sample'] for s in samples] == [0, 1] * 9
     for side in ('before', 'after'):
-        for key, name in (('tokens', 'tokens'), ('ended', 'ended'), ('implicit_reward', 'implicit_reward'),
-                          ('true_reward', 'true_reward'), ('short', 'short'), ('one', 'one')):
-            assert summary[side][name]['mean'] == pytest.approx(np.mean([s[side][key] for s in samples]))
+        for name in ('tokens', 'ended', 'implicit_reward', 'true_reward', 'short', 'one'):
+            assert summary[side][name]['mean'] == pytest.approx(np.mean([s[side][name] for s in samples]))
         assert all(s[side]['true_reward'] == len(s[side]['text']) for s in samples)
         assert all(s[side]['short'] is (len(s[side]['text']) < 9) for s in samples)
         for response in (s[side] for s in samples):
@@ -508,30 +503,23 @@ def test_tints_of_the_terminal_set_both_colours_and_can_be_read_by_the_colour_bl
 
 
 @pytest.mark.parametrize('width', ['24', '60', '100'])
-def test_every_printed_line_fits_and_holds_no_escape_off_a_terminal(trained, capsys, monkeypatch, width):
+def test_every_printed_line_fits_and_without_colours_it_holds_no_escape(trained, colours, capsys, monkeypatch, width):
     monkeypatch.setenv('COLUMNS', width)
     trained.joinpath('r.py').write_text('def reward(p, r): return [-1234.5] * len(r)\n'
                                         'def metrics(p, r): return {"a metric with a long name \\x1b": [True] * len(r)}')
-    out = run(capsys, '--num_prompts=10', '--show=10', '--max_new_tokens=60', '--reward=r.py')
-    assert '\\x' in out, 'random bytes held control characters'
-    assert max(map(width_of, out.split('\n'))) <= int(width)
-    assert not [c for c in out if c != '\n' and unicodedata.category(c) == 'Cc']
-
-
-@pytest.mark.parametrize('width', ['24', '60', '100'])
-def test_a_terminal_shows_the_tints_and_the_same_text_without_colours(trained, colours, monkeypatch, capsys, width):
-    monkeypatch.setenv('COLUMNS', width)
-    flags = ['--num_prompts=4', '--max_new_tokens=40']
-    lines = run(capsys, *flags).split('\n')
-    assert any('\x1b[38;5;16;48;5;' in line for line in lines) and any('\x1b[1mBEFORE' in line for line in lines)
-    assert 'a token is blue' in ' '.join(lines)
-    assert max(width_of(''.join(c for c, _ in cells_of(line))) for line in lines) <= int(width)
+    flags = ['--num_prompts=10', '--show=10', '--max_new_tokens=60', '--reward=r.py']
+    tinted_lines = run(capsys, *flags).split('\n')
+    for part in ('\x1b[38;5;16;48;5;', '\x1b[1mBEFORE', 'a token is'):
+        assert any(part in line for line in tinted_lines)
+    assert max(width_of(''.join(c for c, _ in cells_of(line))) for line in tinted_lines) <= int(width)
     for name, value in (('NO_COLOR', '1'), ('TERM', 'dumb')):
         with monkeypatch.context() as m:
             m.setenv(name, value)
             plain = run(capsys, *flags)
-            assert '\x1b' not in plain and 'a token is' not in plain and '∎' not in plain
-    assert len(run_json(capsys, *flags)[0]) == 4, 'JSON has none'
+        assert '\\x' in plain, 'random bytes held control characters'
+        assert max(map(width_of, plain.split('\n'))) <= int(width)
+        assert not [c for c in plain if c != '\n' and unicodedata.category(c) == 'Cc' or c == '∎'] and 'a token is' not in plain
+    assert len(run_json(capsys, *flags)[0]) == 10, 'JSON has none'
 
 
 def test_show_limits_what_is_printed_not_what_is_summed_up(trained, capsys):
@@ -544,8 +532,3 @@ def test_json_is_all_that_stands_on_stdout(trained):
     done = run_stage('sample.py', '--name=tiny', '--json', '--max_new_tokens=5', cwd=trained)
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(lines) == 9 and list(lines[-1]) == ['summary'] and 'num_prompts' in done.stderr
-
-
-@pytest.mark.parametrize('path', sorted(glob.glob(str(ROOT / 'config' / '[!_]*.py'))))
-def test_every_shipped_config_loads_for_sample(path):
-    assert config.load(sample.Config, 'sample', [path]).name
