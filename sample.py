@@ -30,7 +30,7 @@ from nanodpo.sources import read_prompt
 from nanodpo.terminal import BOLD, DIM, colours, say, side_by_side, styled, terminal_width, tinted
 from nanodpo.text import load_tokenizer, printable, prompt_ids, text_of, token_pieces
 
-SIDES = {'before': 'sft', 'after': 'dpo'}           # and the stage whose checkpoint each is
+SIDES = {'before': 'sft', 'after': 'dpo'}           # the two models, each with the stage that trained it
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -49,7 +49,7 @@ class Config:
     max_new_tokens: In[int, 'x >= 1'] = 200         # of a response, if the end token does not come first
     temperature: In[float, 'x >= 0'] = 1.0          # 1 samples the model itself; 0 is greedy
     top_k: In[int, 'x >= 0'] = 0                    # draw from the k likeliest tokens only; 0 = all
-    top_p: In[float, '0 < x <= 1'] = 1.0            # draw from the likeliest tokens that hold this much; 1 = all
+    top_p: In[float, '0 < x <= 1'] = 1.0            # draw from the likeliest tokens up to this mass; 1 = all
     beta: In[float, 'x >= 0'] = 0.0                 # of the implicit reward; 0 = AFTER's own, else 0.1
     reward: str = ''                                # a Python file with reward(prompts, responses) -> numbers; it may
                                                     # have metrics(prompts, responses) -> {name: values}
