@@ -4,10 +4,9 @@
     model = GPT.from_pretrained('gpt2')                         # a hub name, or a directory in that layout
 
 A batch is one packed row: many groups [prompt | response_1 | ... | response_K] side by side. `packed_mask` says who
-sees whom; with `target`, `forward` gives log-probs of the scored tokens alone. `generate` samples with a key-value cache.
+sees whom. `forward` gives log-probs of the scored tokens alone, `generate` samples with a key-value cache.
 
-Departures from GPT-2: dropout acts on embeddings and residual branches, not on attention weights (FlexAttention has
-none). Weights are float32; a stage casts with autocast.
+One departure from GPT-2: FlexAttention has no dropout of attention weights. Weights are float32; autocast casts them.
 """
 import json
 import math
@@ -25,7 +24,6 @@ from torch.utils.checkpoint import checkpoint
 
 flex = torch.compile(flex_attention, dynamic=True)      # rows vary in length; inlined where a whole Block is compiled
 block_mask = torch.compile(create_block_mask, dynamic=True)
-NOT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def check(condition, message):
@@ -51,40 +49,28 @@ class GPTConfig:
 
 @dataclass
 class Stretches:
-    """Dense masks, (1, 1, n, n) each, one a stretch of the row, in order.
-
-    A class, because torch.compile would specialise on the length of a list.
-    """
+    """Dense masks, (1, 1, n, n). A class, because torch.compile would specialise on the length of a list."""
     masks: list
 
 
 def visible(group, part):
-    """The attention rule, as FlexAttention's mask_mod, of a row with group and part (1, T).
-
-    A query sees a key of its own group that does not come after it, in the prompt (part 0) or in its own response.
-    The result is the same numbers as each prompt + response alone.
-    """
+    """The attention rule, as FlexAttention's mask_mod. A query sees the keys of its own group up to itself, in the
+    prompt (part 0) and in its own response: the same numbers as each prompt + response alone."""
     def rule(b, h, q, k):
         return (group[b, q] == group[b, k]) & (q >= k) & ((part[b, k] == 0) | (part[b, k] == part[b, q]))
     return rule
 
 
-def packed_block_mask(group, part):
-    """`visible` as a BlockMask: FlexAttention skips blocks where nobody sees anybody. T is a multiple of 128."""
-    T = group.shape[1]
-    return block_mask(visible(group, part), 1, None, T, T, device=group.device)
-
-
 def packed_mask(group, part, cuts=()):
-    """`visible` as a mask for GPT.forward. group, part: (1, T); cuts: places in the row that no group crosses.
+    """`visible` as a mask for GPT.forward; FlexAttention's BlockMask skips blocks where nobody sees anybody.
 
-    On CUDA this is a BlockMask. Elsewhere FlexAttention has no backward pass. There it is dense booleans for
-    scaled_dot_product_attention, for each stretch between two cuts.
+    Only on CUDA has FlexAttention a backward pass. Elsewhere the mask is dense booleans for
+    scaled_dot_product_attention, for each stretch between two `cuts`: places in the row that no group crosses.
     """
-    if group.is_cuda:
-        return packed_block_mask(group, part)
-    rule = visible(group, part)
-    stretches = torch.arange(group.shape[1], device=group.device).tensor_split(cuts)
+    rule, T = visible(group, part), group.shape[1]
+    if group.is_cuda:           # T is a multiple of 128
+        return block_mask(rule, 1, None, T, T, device=group.device)
+    stretches = torch.arange(T, device=group.device).tensor_split(cuts)
     return Stretches([rule(0, 0, t[:, None], t[None, :])[None, None] for t in stretches])
 
 
@@ -100,10 +86,9 @@ def row_attention(q, k, v, mask):
 def stretch_attention(q, k, v, mask):
     """Attention within each stretch of a row alone. q, k, v: (1, H, T, D); mask: Stretches. -> (1, T, H, D)"""
     sizes = [m.shape[-1] for m in mask.masks]
-    outputs = []
-    for q, k, v, m in zip(q.split(sizes, 2), k.split(sizes, 2), v.split(sizes, 2), mask.masks):
-        outputs.append(F.scaled_dot_product_attention(q, k, v, attn_mask=m).transpose(1, 2))
-    return torch.cat(outputs, 1)
+    stretches = zip(q.split(sizes, 2), k.split(sizes, 2), v.split(sizes, 2), mask.masks)
+    outputs = [F.scaled_dot_product_attention(q, k, v, attn_mask=m) for q, k, v, m in stretches]
+    return torch.cat([y.transpose(1, 2) for y in outputs], 1)
 
 
 class Attention(nn.Module):
@@ -166,8 +151,8 @@ class GPT(nn.Module):
                 nn.init.zeros_(p)
 
     def forward(self, tokens, positions, mask, at=None, target=None, cache=None):
-        """Hidden states after the last norm, (B, T, C), or at the flat indices `at` (S,) into B*T alone, (S, C); with
-        target, (S,), instead the log-probs of these tokens there, (S,) float32, nats.
+        """The hidden states after the last norm: (B, T, C), or with `at` (S,), flat indices into B*T, (S, C).
+        With target (S,) also, log p of these tokens there instead: (S,) float32, nats.
 
         tokens, positions: (B, T); mask: of packed_mask, or boolean (B, 1, T, keys); cache: of generate.
         """
@@ -192,45 +177,43 @@ class GPT(nn.Module):
         groups = [dict(params=matrices, weight_decay=weight_decay), dict(params=others, weight_decay=0.0)]
         if name == 'rmsprop':
             return torch.optim.RMSprop(groups, lr=learning_rate)
-        return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), fused=self.wte.weight.device.type != 'mps')
+        fused = self.wte.weight.device.type != 'mps'
+        return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), fused=fused)
 
     # -------------------------------------------------------------------------
     # sampling
 
     @torch.no_grad()
-    @torch.compiler.set_stance('force_eager')       # one key more at every step: compile nothing for a length,
-    @sdpa_kernel(NOT_CUDNN)                         # and let cuDNN build no plan for it
+    @torch.compiler.set_stance('force_eager')       # a key more at every step: no compiling, no plans of cuDNN's
+    @sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
     def generate(self, prompts, max_new_tokens, end_token, vocab_size=None, temperature=1.0, top_k=0, top_p=1.0,
                  seed=0):
         """Sample one response for each prompt, all in one batch, with a key-value cache.
 
-        prompts: list of lists of ids. end_token: its id, where a response ends. vocab_size: the tokenizer's; no
-        id from there on is ever drawn. temperature 0 is greedy; top_k 0 and top_p 1 cut nothing.
-        -> list of lists of ids, at most max_new_tokens each, the end token included where it was drawn.
+        prompts: lists of ids. A response ends with end_token. Ids from vocab_size on are never drawn.
+        temperature 0 is greedy; top_k 0 and top_p 1 cut nothing. -> lists of at most max_new_tokens ids.
 
-        A sequence's slots in the cache are its positions, so prompts of unequal length need no padding on the
-        left. Draws invert the cumulative distribution at one uniform number a sequence and step: two models
-        with the same seed share them, and differ only where their distributions do.
+        A sequence's slots in the cache are its positions: prompts of unequal length need no padding on the left.
+        Each draw inverts the cumulative distribution at a uniform number. Two models with the same seed share
+        these numbers, so they differ only where their distributions do.
         """
         lengths = [len(p) for p in prompts]
         check(0 < min(lengths) <= max(lengths) < self.config.block_size,
              f'prompts must have 1 to {self.config.block_size - 1} tokens, got {min(lengths)} to {max(lengths)}')
         was_training = self.training
         self.eval()
-        device, B, C = self.wte.weight.device, len(prompts), self.config.n_embd
+        device = self.wte.weight.device
+        B, H, C = len(prompts), self.config.n_head, self.config.n_embd
         size = min(max(lengths) + max_new_tokens, self.config.block_size)
-        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else self.wte.weight.dtype
-        cache = [torch.zeros(2, B, size, self.config.n_head, C // self.config.n_head, device=device, dtype=dtype)
-                 for _ in self.h]
+        cache = [torch.zeros(2, B, size, H, C // H, device=device, dtype=matmul_dtype(self.wte.weight)) for _ in self.h]
         noise = torch.Generator().manual_seed(seed)
-        tokens = torch.zeros(B, max(lengths), dtype=torch.long)
-        for row, prompt in zip(tokens, prompts):
-            row[:len(prompt)] = torch.tensor(prompt)
-        tokens = tokens.to(device)
+        tokens = nn.utils.rnn.pad_sequence([torch.tensor(p) for p in prompts], batch_first=True).to(device)
         positions = torch.arange(max(lengths), device=device).expand(B, -1)
         last = torch.tensor(lengths, device=device) - 1                 # (B,) the newest token's position
-        slots, rows = torch.arange(size, device=device), torch.arange(B, device=device)
-        drawn, done = [], torch.zeros(B, dtype=torch.bool, device=device)
+        slots = torch.arange(size, device=device)
+        rows = torch.arange(B, device=device)
+        done = torch.zeros(B, dtype=torch.bool, device=device)
+        drawn = torch.empty(B, 0, dtype=torch.long, device=device)
         for step in range(max_new_tokens):
             seen = max(lengths) + step
             mask = slots[:min(seen, size)] <= positions[:, None, :, None]           # (B, 1, T, seen)
@@ -239,7 +222,7 @@ class GPT(nn.Module):
             logits = F.linear(hidden, self.wte.weight).float()[:, :vocab_size]      # (B, V)
             u = torch.rand(B, generator=noise, dtype=torch.float64).to(device, torch.float32)
             new = draw(logits, u, temperature, top_k, top_p)
-            drawn.append(torch.where(done, -1, new))                                # -1: after the end
+            drawn = torch.cat([drawn, torch.where(done, -1, new)[:, None]], 1)      # -1: after the end
             done |= new == end_token
             last = last + 1
             done |= last == self.config.block_size - 1              # prompt + response fill the positions
@@ -247,7 +230,7 @@ class GPT(nn.Module):
                 break
             tokens, positions = new[:, None], last.clamp(max=size - 1)[:, None]     # (B, 1)
         self.train(was_training)
-        return [[t for t in row if t >= 0] for row in zip(*(new.tolist() for new in drawn))] if drawn else [[] for _ in prompts]
+        return [[token for token in row if token >= 0] for row in drawn.tolist()]
 
     # -------------------------------------------------------------------------
     # GPT-2 weights in the Hugging Face layout; nanodpo/export.py writes them
@@ -325,14 +308,14 @@ def _tile_logsumexp(logits):
     return logits.float().logsumexp(-1)
 
 
-def _tile_gradient(logits, normalizer, grad, column, inside):
-    """g (1[target] - p) for a tile of the vocabulary, in the logits' type."""
+def _tile_gradient(logits, normalizer, grad, column):
+    """g (1[target] - p) for a tile of the vocabulary, in the logits' type. column: (S,), the target's, or outside."""
     d_logits = logits.float().sub_(normalizer[:, None]).exp_().mul_(-grad[:, None])
-    at_target = (grad * inside)[:, None]
-    if logits.is_cuda:      # compiled: a comparison fuses with the line above, a scatter would not
-        d_logits += at_target * (column == torch.arange(logits.shape[1], device=logits.device))
+    if logits.is_cuda:      # compiled: a comparison fuses with the line above, an index would not
+        d_logits += grad[:, None] * (column[:, None] == torch.arange(logits.shape[1], device=logits.device))
     else:
-        d_logits.scatter_add_(1, column, at_target)
+        inside = ((0 <= column) & (column < logits.shape[1])).nonzero()[:, 0]
+        d_logits[inside, column[inside]] += grad[inside]
     return d_logits.to(logits.dtype)
 
 
@@ -352,8 +335,8 @@ class _TokenLogps(torch.autograd.Function):
         for v in range(0, len(head), tile):
             logits = states @ head[v:v + tile].t()                                          # (S, tile)
             normalizer = torch.logaddexp(normalizer, logsumexp(logits))
-            column, inside = _in_tile(target, v, logits.shape[1])
-            logps += logits.gather(1, column)[:, 0] * inside
+            inside = (v <= target) & (target < v + tile)
+            logps += logits.gather(1, (target - v).where(inside, 0)[:, None])[:, 0] * inside
         ctx.save_for_backward(states, head, target, normalizer)
         ctx.tile = tile
         return logps - normalizer
@@ -363,31 +346,29 @@ class _TokenLogps(torch.autograd.Function):
         states, head, target, normalizer = ctx.saved_tensors
         gradient = _fused[_tile_gradient] if states.is_cuda else _tile_gradient
         states_dtype, weight_dtype = ctx.input_dtypes
-        d_states, d_head = torch.zeros_like(states, dtype=torch.float32), torch.empty_like(head, dtype=weight_dtype)
+        d_states = torch.zeros_like(states, dtype=torch.float32)
+        d_head = torch.empty_like(head, dtype=weight_dtype)
         for v in range(0, len(head), ctx.tile):
             piece = head[v:v + ctx.tile]
-            d_logits = gradient(states @ piece.t(), normalizer, grad, *_in_tile(target, v, len(piece)))
+            d_logits = gradient(states @ piece.t(), normalizer, grad, target - v)
             d_states += d_logits @ piece
             d_head[v:v + ctx.tile] = d_logits.t() @ states
         return d_states.to(states_dtype), d_head, None, None, None
 
 
-def _in_tile(target, first, width):
-    """Which column of the tile a target is, (S, 1), and whether it lies in it at all, (S,)."""
-    column = target - first
-    return column.clamp(0, width - 1)[:, None], (0 <= column) & (column < width)
-
-
 def token_logps(states, weight, target, tile=4096):
-    """log p(target) of the scored tokens.
+    """log p(target) of the scored tokens, (S,) float32, nats; the softmax runs in float32.
 
-    states: (S, C), the hidden states that predict them, GPT.forward's at `at`; weight: (V, C), the head; target: (S,)
-    -> (S,) float32, nats. The matmuls run in autocast's type where that is on, the softmax in float32. No logits are
-    kept: memory is S * tile, whatever the vocabulary.
+    states: (S, C), the hidden states that predict them; weight: (V, C), the head; target: (S,). No logits are kept:
+    memory is S * tile, whatever the vocabulary.
     """
-    device = states.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype
-    return _TokenLogps.apply(states, weight, target, tile, dtype)
+    return _TokenLogps.apply(states, weight, target, tile, matmul_dtype(states))
+
+
+def matmul_dtype(x):
+    """The type in which a matmul of x runs: autocast's where that is on."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def draw(logits, u, temperature=1.0, top_k=0, top_p=1.0):
@@ -401,11 +382,9 @@ def draw(logits, u, temperature=1.0, top_k=0, top_p=1.0):
         ordered, ids = logits.softmax(-1).sort(descending=True, stable=True)
         outside = ordered.cumsum(-1) - ordered >= top_p         # the first is always inside
         logits = logits.masked_fill(outside.scatter(1, ids, outside), -torch.inf)
-    exact = torch.float32 if logits.device.type == 'mps' else torch.float64     # a long float32 sum drifts; MPS has no other
+    exact = torch.float32 if logits.device.type == 'mps' else torch.float64     # a long float32 sum drifts
     cumulative = logits.softmax(-1).to(exact).cumsum(-1)
-    new = torch.searchsorted(cumulative, u[:, None].to(exact) * cumulative[:, -1:], right=True)[:, 0]
-    # u * total rounded up to total would fall past the end: take the last id that has any probability
-    last = logits.shape[1] - 1 - logits.flip(1).ne(-torch.inf).int().argmax(1)
-    return torch.minimum(new, last)
-
-
+    total = cumulative[:, -1:]
+    u = u[:, None].to(exact) * total
+    u = u.minimum(total.nextafter(torch.zeros_like(total)))     # rounded up to total, it would fall past the end
+    return torch.searchsorted(cumulative, u, right=True)[:, 0]
