@@ -1,33 +1,34 @@
 """What happens when things break: a bounded campaign of faults against every stage, with its score.
 
-    python repro/faults.py                                  # all of it
+    python repro/faults.py                                      # all of it
     python repro/faults.py --only=damage --seed=57 --trials=1   # one trial again, as a failure names it
 
   kill      SIGKILL at random moments, half of them aimed at files being written. A run is killed twice, restarted with
-            --resume each time (prepare: the same command), and left to end: weights, optimizer, log and data are bit for
-            bit those of a run that nobody disturbed; after each kill all finished checkpoints can be read, and a data set
-            is the old one, the new one, or refused
+            --resume each time (prepare: the same command), and left to end. Its weights, optimizer, log and data are
+            bit for bit those of a run that nobody disturbed. After each kill all finished checkpoints can be read,
+            and a data set is the old one, the new one, or refused
   rename    the same, with SIGKILL right before each call that changes a folder (replace, remove, mkdir ...) in turn
-  full      a disk that fills up at a random level: one line, status not 0, what stood there still stands, and once there is
-            room the run goes on to the same end
-  damage    a file cut short, with one bit flipped, empty, or swapped with that of another run, and each stage that reads it:
-            it refuses with one line and changes nothing, or its result is that of the undamaged file, to the bit
-  lines     mutated JSONL lines among good ones: no traceback, no hang, every bad line counted, every good one kept, by an
-            oracle of its own; then with none allowed: the first ten are named
+  full      a disk that fills up at a random level: one line, status not 0, and what stood there still stands. Once
+            there is room the run goes on to the same end
+  damage    a file cut short, with one bit flipped, empty, or swapped with that of another run, and each stage that
+            reads it: it refuses with one line and changes nothing, or its result is that of the undamaged file
+  lines     mutated JSONL lines among good ones: no traceback, no hang, every bad line counted, every good one kept, by
+            an oracle of its own. Then none is allowed, and the first ten are named
   code      checkpoints and data with code or foreign content in them, hashes right: refused in one line, nothing is run
 
 Stages run for real, in a process of their own that is forked from one which has torch loaded; every eighth trial starts
-python anew. A trial depends on its class and seed alone, as far as kills can. The full disk is a small tmpfs where the user
-may mount one, else a limit on the size of files. Exit status 1 if anything failed. Writes <out>.md and .json.
+python anew. A trial depends on its class and seed alone, as far as kills can. The full disk is a small tmpfs where the
+user may mount one, else a limit on the size of files. Exit status 1 if anything failed. Writes <out>.md and .json.
 
-A Hugging Face directory has no hash: a bit flipped inside its weights, or in a number of its config.json, cannot be seen.
-Such trials pass and are counted as `unseen`.
+A Hugging Face directory has no hash: a bit flipped inside its weights, or in a number of its config.json, cannot be
+seen. Such trials pass and are counted as `unseen`.
 """
 import argparse
 import collections
 import contextlib
 import functools
 import hashlib
+import importlib
 import io
 import json
 import multiprocessing
@@ -51,57 +52,65 @@ import torch
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import dpo                                                                                  # noqa: E402
-import prepare_prefs                                                                        # noqa: E402
-import sample                                                                               # noqa: E402
-import sft                                                                                  # noqa: E402
+sys.path[:0] = [str(ROOT), str(ROOT / 'repro')]
+import config                                                                               # noqa: E402
 from config import UserError                                                                # noqa: E402
-from model import CheckpointError, find_checkpoints, load_model, read_checkpoint                        # noqa: E402
-from prepare_prefs import Groups, sha256_file, write_meta                                   # noqa: E402
+from nanodpo import checkpoint, export                                                      # noqa: E402
+from nanodpo.data import Groups, sha256_file, sha256_json                                   # noqa: E402
+from sweep import write_json                                                                # noqa: E402
 
-STAGES = {'prepare_prefs': prepare_prefs.main, 'sft': sft.main, 'dpo': dpo.main, 'sample': sample.main}
-SMALL = '--batch_size=16 --device=cpu --save_interval=1 --eval_interval=2 --log_interval=2 --schedule=constant --warmup_steps=2'.split()
-SFT = ['sft', '--name=own', '--init_from=scratch', '--n_layer=1', '--n_head=2', '--n_embd=16', '--dropout=0.1', *SMALL]
-DPO = ['dpo', '--name=own', '--learning_rate=1e-3', '--precompute_ref', *SMALL]
-PREPARE = ['prepare_prefs', '--name=own', '--source=pairs.jsonl', '--tokenizer=bytes', '--max_length=64', '--max_prompt_length=24',
-           '--val_fraction=0.2']
+SCRIPTS = {name: ROOT / f'{name}.py' for name in ('prepare_prefs', 'sft', 'dpo', 'sample')}
+SCRIPTS['draw_prefs'] = ROOT / 'repro/draw_prefs.py'
+MAINS = {name: importlib.import_module(name).main for name in SCRIPTS}          # imported before any fork
+
+
+def flags(text):
+    return text.split()
+
+
+SMALL = flags('--batch_size=16 --device=cpu --save_interval=1 --eval_interval=2 --log_interval=2 --schedule=constant '
+              '--warmup_steps=2')
+SFT = ['sft', *flags('--name=own --init_from=scratch --n_layer=1 --n_head=2 --n_embd=16 --dropout=0.1'), *SMALL]
+DPO = ['dpo', *flags('--name=own --learning_rate=1e-3 --precompute_ref'), *SMALL]
+KTO = ['dpo', *flags('--name=likes --init_from=out/own/sft --loss=kto --learning_rate=1e-3 --max_steps=2'), *SMALL]
+HF = ['dpo', *flags('--name=own --init_from=hf --learning_rate=1e-3 --max_steps=2'), *SMALL]
+PREPARE = ['prepare_prefs', *flags('--name=own --source=pairs.jsonl --tokenizer=bytes --max_length=64 '
+                                   '--max_prompt_length=24 --val_fraction=0.2')]
+DRAW = ['draw_prefs', *flags('--name=drawn --source=data/own --policy=out/own/sft --reward=reward.py --num_samples=2 '
+                             '--num_prompts=8 --max_new_tokens=4 --device=cpu')]
+SAMPLE = ['sample', *flags('--name=own --num_prompts=3 --max_new_tokens=8 --device=cpu')]
 COMMANDS = {        # what is run in a copy of the base, and what its result is
     'prepare': (PREPARE, 'data/own'),
     'replace': ([*PREPARE, '--seed=2'], 'data/own'),
-    'draw': ('prepare_prefs --name=drawn --source=data/own --policy=out/own/sft --reward=reward.py --num_samples=2 --num_prompts=8 '
-             '--max_new_tokens=4 --device=cpu'.split(), 'data/drawn'),
+    'draw': (DRAW, 'data/drawn'),
     'sft': ([*SFT, '--max_steps=8'], 'out/own/sft'),
     'dpo': ([*DPO, '--max_steps=8'], 'out/own/dpo'),
     'resume': ([*DPO, '--max_steps=8', '--resume'], 'out/own/dpo'),
-    'kto': (['dpo', '--name=likes', '--init_from=out/own/sft', '--loss=kto', '--learning_rate=1e-3', *SMALL, '--max_steps=2'], 'out/likes/dpo'),
-    'hf': (['dpo', '--name=own', '--init_from=hf', '--learning_rate=1e-3', *SMALL, '--max_steps=2'], 'out/own/dpo'),
-    'sample': ('sample --name=own --num_prompts=3 --max_new_tokens=8 --device=cpu'.split(), None),
+    'kto': (KTO, 'out/likes/dpo'),
+    'hf': (HF, 'out/own/dpo'),
+    'sample': (SAMPLE, None),
 }
 Done = collections.namedtuple('Done', 'status out err seconds')
 
 
-# -----------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # running a stage
 
 def behave(stage, args, cwd, before):
     """The child: the stage's main as its script would run it, then out."""
     status = 1
     try:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.chdir(cwd)
         for fd, name in ((1, 'stdout'), (2, 'stderr')):
-            file = os.open(f'{cwd}.{name}', os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            os.dup2(file, fd)
-        sys.stdout, sys.stderr = (io.TextIOWrapper(io.FileIO(fd, 'w', closefd=False), 'utf-8', line_buffering=True) for fd in (1, 2))
-        sys.argv = [f'{stage}.py', *args]
+            os.dup2(os.open(f'{cwd}.{name}', os.O_WRONLY | os.O_CREAT | os.O_TRUNC), fd)
+        sys.stdout, sys.stderr = (io.TextIOWrapper(io.FileIO(fd, 'w', closefd=False), 'utf-8', line_buffering=True)
+                                  for fd in (1, 2))
+        sys.argv = [str(SCRIPTS[stage]), *args]
         before()
-        STAGES[stage](args)
+        config.run(MAINS[stage])
         status = 0
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else int(end.code is not None)
-        if isinstance(end.code, str):
-            print(end.code, file=sys.stderr)
     except BaseException:
         traceback.print_exc()
     finally:
@@ -111,28 +120,31 @@ def behave(stage, args, cwd, before):
 
 
 def run(command, cwd, new=False, kill=None, before=lambda: None, limit=120):
-    """A stage in the folder `cwd`. new: by starting python; kill: a function of the seconds so far that says when to SIGKILL;
-    before: called in a forked child first. A run of more than `limit` seconds is a hang: status 'hang'. -> Done"""
+    """A stage in the folder `cwd`. -> Done
+
+    new: by starting python. kill: a function of the seconds so far that says when to SIGKILL. before: called in the
+    child first. A run of more than `limit` seconds is a hang: status 'hang'.
+    """
     stage, *args = command
     began = time.perf_counter()
     Path(f'{cwd}.stdout').touch()
     if new:
         with open(f'{cwd}.stdout', 'w') as out, open(f'{cwd}.stderr', 'w') as err:
-            child = subprocess.Popen([sys.executable, str(ROOT / f'{stage}.py'), *args], cwd=cwd, stdout=out, stderr=err,
+            child = subprocess.Popen([sys.executable, SCRIPTS[stage], *args], cwd=cwd, stdout=out, stderr=err,
                                      preexec_fn=before)
-        pid, poll = child.pid, lambda: child.poll() is not None
+        pid, poll = child.pid, child.poll
     else:
         sys.stdout.flush()
         pid = os.fork()
         if pid == 0:
             behave(stage, args, cwd, before)
-        left = []
 
         def poll():
-            left.extend([os.waitstatus_to_exitcode(code) for found, code in [os.waitpid(pid, os.WNOHANG)] if found])
-            return left
+            ended, code = os.waitpid(pid, os.WNOHANG)
+            return os.waitstatus_to_exitcode(code) if ended else None
+
     hung = False
-    while not poll():
+    while (status := poll()) is None:
         if kill and not os.path.getsize(f'{cwd}.stdout'):
             began = time.perf_counter()         # python is still importing: nothing to break
         seconds = time.perf_counter() - began
@@ -143,7 +155,6 @@ def run(command, cwd, new=False, kill=None, before=lambda: None, limit=120):
             hung = True
             os.kill(pid, signal.SIGKILL)
         time.sleep(2e-4 if kill else 5e-3)
-    status = child.returncode if new else left[0]
     out, err = (Path(f'{cwd}.{name}').read_text(errors='replace') for name in ('stdout', 'stderr'))
     return Done('hang' if hung else status, out, err, time.perf_counter() - began)
 
@@ -157,7 +168,7 @@ def tail(done):
     return f'status {done.status}: {(done.err.strip() or done.out.strip())[-300:]}'
 
 
-# -----------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # what there is
 
 def snapshot(folder):
@@ -168,7 +179,8 @@ def snapshot(folder):
 def digest(value):
     """A hash of nested plain values and tensors, to the bit."""
     if isinstance(value, torch.Tensor):
-        value = (str(value.dtype), tuple(value.shape), hashlib.sha256(value.contiguous().numpy().tobytes()).hexdigest())
+        content = hashlib.sha256(value.contiguous().numpy().tobytes()).hexdigest()
+        value = (str(value.dtype), tuple(value.shape), content)
     elif isinstance(value, dict):
         value = sorted((repr(k), digest(v)) for k, v in value.items())
     elif isinstance(value, (list, tuple)):
@@ -177,26 +189,27 @@ def digest(value):
 
 
 def result(cwd, folder, done):
-    """What a run has made, comparable: a data set's files; of a training run the kept checkpoints with their weights and
-    optimizer, and the log but for timing; of sample.py what it printed."""
+    """What a run has made, comparable: a data set's files; of sample.py what it printed; of a training run the kept
+    checkpoints with their weights and optimizer, and the log but for timing."""
     if folder is None:
         return {'printed': done.out}
-    found = Path(cwd, folder)
+    made = Path(cwd, folder)
     if folder.startswith('data'):
-        return snapshot(found)
-    parts = {'files': sorted(p.name for p in found.iterdir())}
-    for path in find_checkpoints(str(found)):
-        state = read_checkpoint(path)
+        return snapshot(made)
+    parts = {'files': sorted(p.name for p in made.iterdir())}
+    for path in checkpoint.find(str(made)):
+        state = checkpoint.read(path)
         state['config'].pop('resume')
         parts |= {f'{os.path.basename(path)} {key}': digest(value) for key, value in state.items()}
-    with open(found / 'log.jsonl') as f:
+    with open(made / 'log.jsonl') as f:
         parts['log'] = [{k: v for k, v in json.loads(line).items() if 'second' not in k} for line in f]
     return parts
 
 
 def leftovers(cwd):
     """Temporary files that stayed."""
-    return [str(p.relative_to(cwd)) for p in Path(cwd).rglob('*') if p.name.endswith('.tmp') or p.name.startswith('.tmp-')]
+    files = [p.relative_to(cwd) for p in Path(cwd).rglob('*') if p.is_file()]
+    return [str(p) for p in files if p.name.endswith('.tmp') or any(part.startswith('.tmp-') for part in p.parts)]
 
 
 def differs(ours, theirs):
@@ -205,7 +218,7 @@ def differs(ours, theirs):
     return ', '.join(keys[:4])
 
 
-# -----------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # the base: what all trials start from, made by the stages
 
 def sentence(rng, low, high):
@@ -216,19 +229,24 @@ def write_jsonl(path, rows):
     Path(path).write_text(''.join(json.dumps(row, ensure_ascii=False) + '\n' for row in rows))
 
 
+REWARD = 'def reward(prompts, responses):\n    return [float(sum(map(ord, r)) % 97) for r in responses]\n'
+
+
 def make_base(base, seed):
     """Data sets `own` (pairs) and `likes` (unpaired), a finished SFT run, six steps of a DPO run, an exported model."""
     base.mkdir()
     rng = np.random.default_rng(seed)
-    write_jsonl(base / 'pairs.jsonl', [dict(prompt=f'Q{i}' + sentence(rng, 1, 12), chosen=sentence(rng, 1, 20) + 'w',
-                                            rejected=sentence(rng, 1, 20) + 'l') for i in range(60)])
-    write_jsonl(base / 'likes.jsonl', [dict(prompt=f'Q{i}', completion=sentence(rng, 1, 20), label=bool(rng.random() < 0.6)) for i in range(60)])
-    (base / 'reward.py').write_text('def reward(prompts, responses):\n    return [float(sum(map(ord, r)) % 97) for r in responses]\n')
-    likes = [*(flag.replace('own', 'likes').replace('pairs', 'likes') for flag in PREPARE)]
+    write_jsonl(base / 'pairs.jsonl', [
+        dict(prompt=f'Q{i}' + sentence(rng, 1, 12), chosen=sentence(rng, 1, 20) + 'w',
+             rejected=sentence(rng, 1, 20) + 'l') for i in range(60)])
+    write_jsonl(base / 'likes.jsonl', [
+        dict(prompt=f'Q{i}', completion=sentence(rng, 1, 20), label=bool(rng.random() < 0.6)) for i in range(60)])
+    (base / 'reward.py').write_text(REWARD)
+    likes = [flag.replace('own', 'likes').replace('pairs', 'likes') for flag in PREPARE]
     for command in (PREPARE, likes, [*SFT, '--max_steps=4'], [*DPO, '--max_steps=6']):
         done = run(command, base)
         assert done.status == 0, tail(done)
-    load_model(str(base / 'out/own/sft'))[0].save_pretrained(str(base / 'hf'))
+    export.save_pretrained(checkpoint.load_model(str(base / 'out/own/sft')), str(base / 'hf'))
 
 
 def copy(base, where):
@@ -238,26 +256,28 @@ def copy(base, where):
 
 @functools.cache
 def undisturbed(base, name):
-    """What a command makes of a copy of the base that nobody disturbs, its seconds and its number of changes to folders.
-    It is done once, by the worker that first asks."""
-    file, (command, folder) = base.parent / f'undisturbed-{name}.json', COMMANDS[name]
+    """What a command makes of a copy of the base that nobody disturbs: its result, seconds and number of changes to
+    folders. It is done once, by the worker that first asks."""
+    file = base.parent / f'undisturbed-{name}.json'
+    command, folder = COMMANDS[name]
     if not file.exists():
         cwd = copy(base, base.parent / f'undisturbed-{name}-{os.getpid()}')
         Path(f'{cwd}.changes').touch()
         done = run(command, cwd, before=lambda: stop_at_change(-1, f'{cwd}.changes'))
         assert done.status == 0, tail(done)
-        found = dict(result=result(cwd, folder, done), seconds=done.seconds, changes=os.path.getsize(f'{cwd}.changes'))
-        Path(f'{cwd}.json').write_text(json.dumps(found))
+        facts = dict(result=result(cwd, folder, done), seconds=done.seconds, changes=os.path.getsize(f'{cwd}.changes'))
+        Path(f'{cwd}.json').write_text(json.dumps(facts))
         os.replace(f'{cwd}.json', file)
         shutil.rmtree(cwd)
     return json.loads(file.read_text())
 
 
-# -----------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # kills
 
 def stop_at_change(n, count):
-    """From here on this process dies right before its n-th call that changes a folder; the file `count` grows by a byte each."""
+    """From here on this process dies right before its n-th call that changes a folder; the file `count` grows by a byte
+    each."""
     def deadly(function):
         def call(*args, **options):
             with open(count, 'ab') as f:
@@ -271,26 +291,27 @@ def stop_at_change(n, count):
         setattr(os, name, deadly(getattr(os, name)))
 
 
-def whole(cwd, name, base):
+def unreadable(cwd, name, base):
     """'' where after a kill all that is finished can be read, else what cannot."""
     folder = COMMANDS[name][1]
+    made = cwd / folder
     if folder.startswith('data'):
-        now = {k: v for k, v in snapshot(cwd / folder).items() if not k.startswith('.tmp-')} if (cwd / folder).is_dir() else {}
-        old = snapshot(base / folder) if (base / folder).is_dir() else {}
-        if now in (old, undisturbed(base, name)['result'], {}):
+        now = {k: v for k, v in snapshot(made).items() if not k.startswith('.tmp-')}
+        if now in (snapshot(base / folder), undisturbed(base, name)['result'], {}):
             return ''
         try:
             for split in ('train', 'val'):
-                Groups(str(cwd / folder), split)
+                Groups(str(made), split)
         except UserError:
             return ''           # neither old nor new, and refused
         return 'a mixed set is read as whole'
+    paths = checkpoint.find(str(made))
     try:
-        for path in find_checkpoints(str(cwd / folder)):
-            read_checkpoint(path)
-    except CheckpointError as error:
-        return str(error)
-    if name == 'resume' and not find_checkpoints(str(cwd / folder)):
+        for path in paths:
+            checkpoint.read(path)
+    except UserError as error:
+        return error.message
+    if name == 'resume' and not paths:
         return 'no checkpoint is left'
     for cache in (cwd / 'out/own').glob('reference-*.npz'):
         with np.load(cache) as file:
@@ -300,7 +321,7 @@ def whole(cwd, name, base):
 
 def again(command):
     """The command that goes on after a kill."""
-    return command if command[0] == 'prepare_prefs' or '--resume' in command else [*command, '--resume']
+    return [*command, '--resume'] if command[0] in ('sft', 'dpo') and '--resume' not in command else command
 
 
 def aimed(rng, cwd, folder, seconds):
@@ -308,17 +329,20 @@ def aimed(rng, cwd, folder, seconds):
     if rng.random() < 0.5:
         at = rng.uniform(0, seconds)
         return lambda now: now > at
-    nth, delay, seen = int(rng.integers(1, 7)), float(rng.choice([0, rng.uniform(0, 5e-3)])), [0, False, 0.0]
-    pattern = '.tmp-*/meta.json' if folder.startswith('data') else '*.tmp'
-    nth = 1 if folder.startswith('data') else nth
+    nth = int(rng.integers(1, 7))
+    delay = float(rng.choice([0, rng.uniform(0, 5e-3)]))
+    pattern = '*.tmp'
+    if folder.startswith('data'):
+        pattern, nth = '.tmp-*/meta.json', 1
+    seen = dict(count=0, there=False, at=0.0)
 
     def now_is_the_time(now):
         there = any((cwd / folder).glob(pattern))
-        seen[0] += there and not seen[1]
-        seen[1] = there
-        if seen[0] >= nth and not seen[2]:
-            seen[2] = now
-        return seen[2] and now >= seen[2] + delay
+        seen['count'] += there and not seen['there']
+        seen['there'] = there
+        if seen['count'] >= nth and not seen['at']:
+            seen['at'] = now
+        return seen['at'] and now >= seen['at'] + delay
     return now_is_the_time
 
 
@@ -329,7 +353,9 @@ def to_the_end(cwd, name, base, new):
     if done.status:
         return f'does not go on: {tail(done)}'
     wrong = differs(result(cwd, folder, done), undisturbed(base, name)['result'])
-    return f'not what an undisturbed run makes: {wrong}' if wrong else ', '.join(f'{left} stays' for left in leftovers(cwd))
+    if wrong:
+        return f'not what an undisturbed run makes: {wrong}'
+    return ', '.join(f'{left} stays' for left in leftovers(cwd))
 
 
 def start(name, base, cwd):
@@ -337,27 +363,28 @@ def start(name, base, cwd):
     copy(base, cwd)
     if name in ('sft', 'dpo'):
         shutil.rmtree(cwd / COMMANDS[name][1])
-    return cwd
 
 
 def kill(seed, rng, base, cwd, new):
     name = ('sft', 'dpo', 'replace', 'resume', 'draw')[seed % 5]
     command, folder = COMMANDS[name]
+    expected = undisturbed(base, name)
     start(name, base, cwd)
-    kills, tries = 0, 0
+    kills = tries = 0
     while kills < 2 and tries < 30:
         tries += 1
-        done = run(command if not kills else again(command), cwd, new, kill=aimed(rng, cwd, folder, undisturbed(base, name)['seconds']))
-        if done.status == -9:
+        done = run(again(command) if kills else command, cwd, new, kill=aimed(rng, cwd, folder, expected['seconds']))
+        if done.status == -signal.SIGKILL:
             kills += 1
-            if wrong := whole(cwd, name, base):
+            if wrong := unreadable(cwd, name, base):
                 return f'{name}, after a kill: {wrong}', kills
             continue
-        if wrong := tail(done) if done.status else differs(result(cwd, folder, done), undisturbed(base, name)['result']):
+        if wrong := tail(done) if done.status else differs(result(cwd, folder, done), expected['result']):
             return f'{name}, restarted: {wrong}', kills
         shutil.rmtree(cwd)              # it was faster than the kill
         start(name, base, cwd)
-    return (wrong := to_the_end(cwd, name, base, new)) and f'{name}: {wrong}', kills
+    wrong = to_the_end(cwd, name, base, new)
+    return wrong and f'{name}: {wrong}', kills
 
 
 def rename(seed, rng, base, cwd, new):
@@ -369,12 +396,13 @@ def rename(seed, rng, base, cwd, new):
     done = run(command, cwd, before=lambda: stop_at_change(n, f'{cwd}.changes'))
     if done.status == 0:
         return '', 0                # its last changes, of which a fresh run has one or two fewer
-    wrong = f'status {done.status} instead of a kill' if done.status != -9 else whole(cwd, name, base)
-    wrong = wrong or to_the_end(cwd, name, base, new)
+    if done.status != -signal.SIGKILL:
+        return f'{name}, before change {n}: status {done.status} instead of a kill', 1
+    wrong = unreadable(cwd, name, base) or to_the_end(cwd, name, base, new)
     return wrong and f'{name}, killed before change {n}: {wrong}', 1
 
 
-# -----------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # a full disk
 
 def resize(cwd, size):
@@ -383,54 +411,75 @@ def resize(cwd, size):
 
 def full(seed, rng, base, cwd, new):
     name = ('sft', 'dpo', 'replace', 'resume', 'draw')[seed % 5]
-    command, folder = COMMANDS[name]
     cwd.mkdir()
-    room = int(rng.uniform(0, 40_000 if folder.startswith('data') else 250_000))
-    mounted = subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=100m', 'tmpfs', str(cwd)], stderr=subprocess.DEVNULL).returncode == 0
+    mount = ['mount', '-t', 'tmpfs', '-o', 'size=100m', 'tmpfs', str(cwd)]
+    mounted = subprocess.run(mount, stderr=subprocess.DEVNULL).returncode == 0
     try:
-        shutil.copytree(base, cwd, dirs_exist_ok=True)
-        if name in ('sft', 'dpo'):
-            shutil.rmtree(cwd / folder)
-            for cache in (cwd / 'out/own').glob('reference-*') if name == 'dpo' else ():
-                cache.unlink()
-        before = snapshot(cwd)
-        if mounted:
-            space = os.statvfs(cwd)
-            resize(cwd, (space.f_blocks - space.f_bfree) * space.f_frsize + room)
-
-        def limit():
-            if not mounted:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (room // 4, resource.RLIM_INFINITY))
-        done = run(command, cwd, new, before=limit)
-        if done.status:
-            after = snapshot(cwd)
-            if not one_line(done):
-                return f'{name} with {room:,} bytes left: {tail(done)}', 0
-            lost = [k for k in before if before[k] != after.get(k) and (folder.startswith('data') or not k.startswith(folder))]
-            if lost or leftovers(cwd):
-                return f'{name} with {room:,} bytes left: changed {lost}, left {leftovers(cwd)}', 0
-            if wrong := whole(cwd, name, base):
-                return f'{name} with {room:,} bytes left: {wrong}', 0
-            if mounted:
-                resize(cwd, '100m')
-        wrong = to_the_end(cwd, name, base, new)
-        return wrong and f'{name} with {room:,} bytes left, then room: {wrong}', int(done.status != 0)
+        room = int(rng.uniform(0, 40_000 if COMMANDS[name][1].startswith('data') else 250_000))
+        wrong, refused = fill_up(name, base, cwd, new, room, mounted)
+        return wrong and f'{name} with {room:,} bytes left: {wrong}', refused
     finally:
         if mounted:
             subprocess.run(['umount', '-l', str(cwd)], check=True)
 
 
-# -----------------------------------------------------------------------------
+def fill_up(name, base, cwd, new, room, mounted):
+    """Run a command with `room` bytes left, then with enough. -> '' or what is wrong, whether it was refused"""
+    command, folder = COMMANDS[name]
+    shutil.copytree(base, cwd, dirs_exist_ok=True)
+    if name in ('sft', 'dpo'):
+        shutil.rmtree(cwd / folder)
+    if name == 'dpo':
+        for cache in (cwd / 'out/own').glob('reference-*'):
+            cache.unlink()
+    before = snapshot(cwd)
+    if mounted:
+        space = os.statvfs(cwd)
+        resize(cwd, (space.f_blocks - space.f_bfree) * space.f_frsize + room)
+
+    def limit():
+        if not mounted:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (room // 4, resource.RLIM_INFINITY))
+    done = run(command, cwd, new, before=limit)
+    if done.status:
+        after = snapshot(cwd)
+        if not one_line(done):
+            return tail(done), 0
+        lost = [k for k in before if before[k] != after.get(k)]
+        if folder.startswith('out'):
+            lost = [k for k in lost if not k.startswith(folder)]
+        if lost or leftovers(cwd):
+            return f'changed {lost}, left {leftovers(cwd)}', 0
+        if wrong := unreadable(cwd, name, base):
+            return wrong, 0
+        if mounted:
+            resize(cwd, '100m')
+    wrong = to_the_end(cwd, name, base, new)
+    return wrong and f'then room: {wrong}', int(done.status != 0)
+
+
+# ----------------------------------------------------------------------------------------------------
 # damaged files
 
-DATA = [f'data/own/{file}' for file in ('train.bin', 'val.bin', 'train.idx.npy', 'val.idx.npy', 'tokenizer.json', 'meta.json')]
-LIKES = [path.replace('own', 'likes') for path in DATA] + ['data/likes/train.labels.npy', 'data/likes/val.labels.npy']
-START, RUN = (['out/own/sft/step-000004.pt', 'out/own/sft/step-000004.json'], ['out/own/dpo/step-000006.pt', 'out/own/dpo/step-000006.json',
-                                                                              'out/own/dpo/step-000005.pt', 'out/own/dpo/step-000005.json'])
+DATA = [f'data/own/{file}' for file in ('train.bin', 'val.bin', 'train.idx.npy', 'val.idx.npy', 'tokenizer.json',
+                                        'meta.json')]
+LABELS = ['data/likes/train.labels.npy', 'data/likes/val.labels.npy']
+LIKES = [path.replace('own', 'likes') for path in DATA] + LABELS
+START = ['out/own/sft/step-000004.pt', 'out/own/sft/step-000004.json']
+RUN = [f'out/own/dpo/step-{step}.{end}' for step in ('000006', '000005') for end in ('pt', 'json')]
 CACHE = ['out/own/reference-train.npz', 'out/own/reference-val.npz']
-READS = {'sft': DATA, 'dpo': DATA + START + CACHE, 'resume': DATA + START + CACHE + RUN + ['out/own/dpo/log.jsonl'], 'kto': LIKES,
-         'hf': ['hf/config.json', 'hf/model.safetensors'], 'sample': DATA + START + RUN[:2], 'prepare': DATA, 'draw': DATA + START}
-CELLS = [(name, path, how) for name, paths in READS.items() for path in paths for how in ('cut', 'flip', 'empty', 'swap')]
+READS = {
+    'sft': DATA,
+    'dpo': DATA + START + CACHE,
+    'resume': DATA + START + CACHE + RUN + ['out/own/dpo/log.jsonl'],
+    'kto': LIKES,
+    'hf': ['hf/config.json', 'hf/model.safetensors'],
+    'sample': DATA + START + RUN[:2],
+    'prepare': DATA,
+    'draw': DATA + START,
+}
+HARMS = 'cut', 'flip', 'empty', 'swap'
+CELLS = [(name, path, how) for name, paths in READS.items() for path in paths for how in HARMS]
 
 
 def harm(path, how, rng, other):
@@ -441,7 +490,8 @@ def harm(path, how, rng, other):
         path.write_bytes(content[:at])
         return f'cut at {at}'
     if how == 'flip':
-        at, bit = int(rng.integers(len(content))), int(rng.integers(8))
+        at = int(rng.integers(len(content)))
+        bit = int(rng.integers(8))
         content[at] ^= 1 << bit
         path.write_bytes(content)
         return f'bit {bit} of byte {at} flipped'
@@ -453,17 +503,16 @@ def damage(seed, rng, base, cwd, new):
     name, path, how = CELLS[seed % len(CELLS)]
     command, folder = COMMANDS[name]
     copy(base, cwd)
-    where = harm(cwd / path, how, rng, base.parent / 'other' / path)
+    what = f'{name}, {path} {harm(cwd / path, how, rng, base.parent / "other" / path)}: '
     before = snapshot(cwd)
     done = run(command, cwd, new)
-    what = f'{name}, {path} {where}: '
     if done.status:
-        after = snapshot(cwd)
-        wrong = '' if one_line(done) else tail(done)
-        return wrong and what + wrong or (differs(before, after) and what + f'changed {differs(before, after)}'), 1
+        changed = differs(before, snapshot(cwd))
+        wrong = (changed and f'changed {changed}') if one_line(done) else tail(done)
+        return wrong and what + wrong, 1
     wrong = differs(result(cwd, folder, done), undisturbed(base, name)['result'])
-    if path.endswith('log.jsonl'):      # what cannot be read of it is lost, or what was flipped stays; nothing depends on it
-        wrong = wrong if wrong != 'log' else ''
+    if path.endswith('log.jsonl') and wrong == 'log':
+        wrong = ''                      # what cannot be read of it is lost; nothing depends on it
     if wrong and name == 'hf':
         return '', 'unseen'
     if not wrong and name == 'resume' and path == RUN[0] and 'refused: ' not in done.out:
@@ -471,76 +520,99 @@ def damage(seed, rng, base, cwd, new):
     return wrong and what + f'accepted, and its result is another one: {wrong}', 0
 
 
-# -----------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # mutated lines
 
+KINDS = 'pairs', 'rankings', 'unpaired', 'documents', 'conversations', 'demonstrations', 'translated'
+TRANSLATE = '''name = 'own'
+
+
+def row(raw):
+    if not isinstance(raw, dict):
+        return raw
+    if type(raw.get('gap')) in (int, float) and raw['gap'] < 1:
+        return None
+    return {'prompt': raw.get('question'), 'chosen': raw.get('good'), 'rejected': raw.get('bad')}
+'''
+
+
 def good_row(kind, rng, i):
-    text = lambda: sentence(rng, 1, 30)         # noqa: E731
+    text = functools.partial(sentence, rng, 1, 30)
+    prompt = f'Q{i}' + text()
     if kind == 'documents':
-        return dict(text=f'{i}' + text())
-    if kind in ('pairs', 'scored'):
-        low, gap = round(float(rng.uniform(-5, 5)), 2), float(rng.choice([0.5, 1.25, 2.5])) if i > 1 else 2
-        scores = dict(score_chosen=low + gap, score_rejected=low) if kind == 'scored' else {}
-        return dict(prompt=f'Q{i}' + text(), chosen=text() + 'w', rejected=text() + 'l') | scores
+        return dict(text=prompt)
+    if kind == 'pairs':
+        return dict(prompt=prompt, chosen=text() + 'w', rejected=text() + 'l')
+    if kind == 'translated':
+        gap = float(rng.choice([0.5, 1.25, 2.5])) if i > 1 else 2
+        return dict(question=prompt, good=text() + 'w', bad=text() + 'l', gap=gap)
     if kind == 'conversations':
-        roles = ['system'] * int(rng.integers(2)) + ['user', 'assistant'] * int(rng.integers(3)) + ['user']
-        before = [dict(role=role, content=f'{i}' + text()) for role in roles]
-        sides = [dict(role='assistant', content=text() + mark) for mark in 'wl']
-        how = rng.integers(5)               # what stands in `prompt`, and under the sides
-        if how < 3:
-            prompt = {0: {}, 1: dict(prompt=before), 2: dict(prompt=text())}[how]
-            return prompt | {key: before + [side] for key, side in zip(('chosen', 'rejected'), sides)}
-        if how == 3:
-            return dict(prompt=before, chosen=sides[:1], rejected=sides[1:] if rng.random() < 0.5 else sides[1]['content'])
-        return dict(prompt=f'Q{i}' + text(), chosen=sides[:1], rejected=sides[1:])
+        return good_conversations(rng, prompt, text)
     if kind == 'demonstrations':
-        return dict(prompt=f'Q{i}' + text(), completion=text())
+        return dict(prompt=prompt, completion=text())
     if kind == 'rankings':
-        row = dict(prompt=f'Q{i}' + text(), responses=[text() + mark for mark in 'abc'])
+        row = dict(prompt=prompt, responses=[text() + mark for mark in 'abc'])
         return row | (dict(scores=rng.permutation(3).tolist()) if rng.random() < 0.5 else {})
-    return dict(prompt=f'Q{i}' + text(), completion=text(), label=bool(rng.random() < 0.5))
+    return dict(prompt=prompt, completion=text(), label=bool(rng.random() < 0.5))
+
+
+def good_conversations(rng, prompt, text):
+    """A pair of which the prompt, the sides or both are messages."""
+    roles = ['system'] * int(rng.integers(2)) + ['user', 'assistant'] * int(rng.integers(3)) + ['user']
+    before = [dict(role=role, content=prompt + text()) for role in roles]
+    chosen, rejected = (dict(role='assistant', content=text() + mark) for mark in 'wl')
+    how = rng.integers(5)
+    if how < 3:                     # whole conversations, with or without their beginning or a string in `prompt`
+        row = [{}, dict(prompt=before), dict(prompt=text())][how]
+        return row | dict(chosen=before + [chosen], rejected=before + [rejected])
+    if how == 3:
+        return dict(prompt=before, chosen=[chosen], rejected=[rejected] if rng.random() < 0.5 else rejected['content'])
+    return dict(prompt=prompt, chosen=[chosen], rejected=[rejected])
+
+
+def is_text(value, blank=False):
+    """The oracle's: a string that can be written down, and holds something."""
+    return isinstance(value, str) and not any('\ud800' <= c <= '\udfff' for c in value) and bool(blank or value.strip())
 
 
 def expected(kind, line):
-    """What the documented format says of a line (bytes): None of a blank one, False of a bad one, () of a pair whose scores are
-    less than 1 apart, else [prompt, response, ...] and the label. Written from the docstrings of prepare_prefs.py alone."""
+    """What the documented format says of a line, bytes.
+
+    None of a blank one, False of a bad one, () of one that is left out and nobody's mistake, else [prompt, response,
+    ...] and the label. Written from the docstring of nanodpo/sources.py alone.
+    """
     if not line.strip(b' \t\r\n\v\f'):
         return None
     try:
         row = json.loads(line.decode('utf-8').removeprefix('\ufeff'))
     except (ValueError, RecursionError):
         return False
-
-    def is_text(value, blank=False):
-        return isinstance(value, str) and not any('\ud800' <= c <= '\udfff' for c in value) and bool(blank or value.strip())
+    if not isinstance(row, dict):
+        return False
     if kind == 'documents':
-        return isinstance(row, dict) and is_text(row.get('text')) and (['', row['text']], None)
+        return is_text(row.get('text')) and (['', row['text']], None)
     if kind == 'conversations':
-        return isinstance(row, dict) and expected_of_messages(row, is_text)
-    if not isinstance(row, dict) or not is_text(row.get('prompt'), blank=True):
+        return expected_of_messages(row)
+    if kind == 'translated':
+        return expected_of_translated(row)
+    if not is_text(row.get('prompt'), blank=True):
         return False
     if kind == 'unpaired':
-        good = is_text(row.get('completion')) and row.get('label') in (True, False) and isinstance(row['label'], bool)
+        good = is_text(row.get('completion')) and isinstance(row.get('label'), bool)
         return good and ([row['prompt'], row['completion']], row['label'])
     if kind == 'demonstrations':
         return is_text(row.get('completion')) and 'label' not in row and ([row['prompt'], row['completion']], None)
-    if kind in ('pairs', 'scored'):
-        responses = [row.get('chosen'), row.get('rejected')]
-        if not all(map(is_text, responses)) or responses[0] == responses[1]:
-            return False
-        if kind == 'scored':
-            scores = [row.get('score_chosen'), row.get('score_rejected')]
-            if any(type(score) not in (int, float) or not abs(score) <= sys.float_info.max for score in scores):
-                return False
-            if float(scores[0]) - float(scores[1]) < 1:
-                return ()
-        return [row['prompt'], *responses], None
-    responses = row.get('responses')
-    if not isinstance(responses, list) or len(responses) != 3 or not all(map(is_text, responses)) or len(set(responses)) < 3:
+    responses = [row.get('chosen'), row.get('rejected')] if kind == 'pairs' else row.get('responses')
+    count = 2 if kind == 'pairs' else 3
+    if not isinstance(responses, list) or len(responses) != count or not all(map(is_text, responses)):
         return False
-    if 'scores' in row:
+    if len(set(responses)) < count:
+        return False
+    if kind == 'rankings' and 'scores' in row:
         scores = row['scores']
-        if not isinstance(scores, list) or any(type(s) not in (int, float) or s != s or s in (np.inf, -np.inf) for s in scores):
+        if not isinstance(scores, list) or any(type(s) not in (int, float) for s in scores):
+            return False
+        if any(s != s or abs(s) == np.inf for s in scores):
             return False
         if len(scores) != 3 or len(set(scores)) < 3:
             return False
@@ -548,51 +620,80 @@ def expected(kind, line):
     return [row['prompt'], *responses], None
 
 
-def expected_of_messages(row, is_text):
+def expected_of_translated(row):
+    """expected, of what TRANSLATE reads: a blank or a repeated response is nobody's mistake there."""
+    if type(row.get('gap')) in (int, float) and row['gap'] < 1:
+        return ()
+    texts = [row.get('question'), row.get('good'), row.get('bad')]
+    prompt, chosen, rejected = texts
+    if not is_text(prompt, blank=True):
+        return False
+    for text in (chosen, rejected):
+        if not is_text(text, blank=True):
+            return False
+        if not is_text(text):
+            return ()
+    return () if chosen == rejected else (texts, None)
+
+
+def turns_of(value, role):
+    """[(role, content), ...] of messages or of what `role` says; None where it is neither."""
+    if isinstance(value, str):
+        return [(role, value)] if is_text(value, blank=True) else None
+    if not isinstance(value, list) or not value:
+        return None
+    good = all(isinstance(m, dict) and m.get('role') in ('system', 'user', 'assistant')
+               and is_text(m.get('content'), blank=True) for m in value)
+    return [(m['role'], m['content']) for m in value] if good else None
+
+
+def expected_of_messages(row):
     """expected, of an object of pairs that are conversations, or answers to one."""
-    def turns(value, role):
-        """[(role, content), ...], or None."""
-        if isinstance(value, str):
-            return [(role, value)] if is_text(value, blank=True) else None
-        if not isinstance(value, list) or not value:
-            return None
-        good = all(isinstance(m, dict) and m.get('role') in ('system', 'user', 'assistant') and is_text(m.get('content'), blank=True)
-                   for m in value)
-        return [(m['role'], m['content']) for m in value] if good else None
-    prompt, sides = row.get('prompt'), [row.get('chosen'), row.get('rejected')]
-    before = [] if prompt is None else turns(prompt, 'user')
-    sides = [turns(side, 'assistant') for side in sides]
+    prompt = row.get('prompt')
+    before = [] if prompt is None else turns_of(prompt, 'user')
+    sides = [turns_of(row.get(key), 'assistant') for key in ('chosen', 'rejected')]
     if before is None or None in sides:
         return False
-    whole = [before + side if side[0][0] == 'assistant' else side for side in sides]
-    for side in whole:
+    sides = [before + side if side[0][0] == 'assistant' else side for side in sides]
+    for side in sides:
         roles = [role for role, _ in side]
         roles = roles[roles[0] == 'system':]
-        if not roles or len(roles) % 2 or roles != ['user', 'assistant'] * (len(roles) // 2) or not side[-1][1].strip():
+        if not roles or roles != ['user', 'assistant'] * (len(roles) // 2) or not side[-1][1].strip():
             return False
         if isinstance(prompt, list) and side[:len(before)] != before:
             return False
-    if whole[0][:-1] != whole[1][:-1] or whole[0][-1] == whole[1][-1]:
+    if sides[0][:-1] != sides[1][:-1] or sides[0][-1] == sides[1][-1]:
         return False
 
     def after(content):
         return content if content[:1].isspace() else ' ' + content
-    if isinstance(prompt, str) and whole[0][:-1] == before and prompt.startswith('\n\nHuman: ') and prompt.endswith('\n\nAssistant:'):
+    text = ''
+    for role, content in sides[0][:-1]:
+        text += {'system': content, 'user': f'\n\nHuman: {content}\n\nAssistant:', 'assistant': after(content)}[role]
+    framed = isinstance(prompt, str) and prompt.startswith('\n\nHuman: ') and prompt.endswith('\n\nAssistant:')
+    if framed and sides[0][:-1] == before:
         text = prompt
-    else:
-        text = ''.join({'system': content, 'user': f'\n\nHuman: {content}\n\nAssistant:', 'assistant': after(content)}[role]
-                       for role, content in whole[0][:-1])
-    return [text, *(after(side[-1][1]) for side in whole)], None
+    return [text, *(after(side[-1][1]) for side in sides)], None
 
 
-def mutate(row, rng):
-    """A line (bytes, without line feed) made from a good row by one to three changes."""
-    row, odd = dict(row), [None, True, 3, 2.5, [], {}, '', ' ', '\n\t', ['x'], {'a': 'b'}, 'x' * 3, '\u2028', '\u3000', '\x00', '\ufeff',
-                           '\U0001f469\u200d\U0001f680', '<|endoftext|>', 'é' * 1000, '\ud800', '\udfff\ud800', -1, 10**30, 1e308, 0]
-    key = rng.choice(list(row))
-    how = rng.integers(22)
+ODD = [None, True, 3, 2.5, [], {}, '', ' ', '\n\t', ['x'], {'a': 'b'}, 'x' * 3, '\u2028', '\u3000', '\x00', '\ufeff',
+       '\U0001f469\u200d\U0001f680', '<|endoftext|>', 'é' * 1000, '\ud800', '\udfff\ud800', -1, 10**30, 1e308, 0]
+NUMBERS = [b'1' * 5000, b'1e999', b'-Infinity', b'NaN', b'1' * 400, b'0.' + b'3' * 5000, b'-0']
+INSIDE = [b'\x00', b'\\u0000', b'\r', b'\xe2\x80\xa8', b'\\ud83d', b'\xed\xa0\x80', b'\xf0\x9f\x98', b'\\', b'"',
+          b'\x85']
+WHOLE = [b'', b'   ', b'\t\r', b'\x0c', b'null', b'[]', b'"text"', b'3', b'{}', b'[' * 100_000, b'\xef\xbb\xbf', b'//',
+         b'{' * 50]
+BOM = b'\xef\xbb\xbf'
+
+
+def pick(rng, values):
+    return values[rng.integers(len(values))]
+
+
+def mutate_object(how, row, key, rng):
+    """One change to a good row, in place; most values of `how` are a change to its line instead."""
     if how == 0:
-        row[key] = odd[rng.integers(len(odd))]
+        row[key] = pick(rng, ODD)
     elif how == 1:
         del row[key]
     elif how == 2:
@@ -601,97 +702,124 @@ def mutate(row, rng):
         other = rng.choice(list(row))
         row[key], row[other] = row[other], row[key]
     elif how == 4:
-        row = dict(reversed(row.items())) | {'extra': odd[rng.integers(len(odd))], '': 1}
+        values = dict(reversed(row.items()))
+        row.clear()
+        row.update(values, extra=pick(rng, ODD), **{'': 1})
     elif how == 5 and isinstance(row[key], list):
-        row[key], at, new = list(row[key]), rng.integers(len(row[key])), odd[rng.integers(len(odd))]
+        row[key] = list(row[key])
+        at = rng.integers(len(row[key]))
+        new = pick(rng, ODD)
         if isinstance(row[key][at], dict) and rng.random() < 0.8:
-            field = str(rng.choice(['role', 'content', 'name']))
-            new = row[key][at] | {field: str(rng.choice(['system', 'user', 'assistant', 'tool'])) if rng.random() < 0.5 else new}
+            if rng.random() < 0.5:
+                new = str(rng.choice(['system', 'user', 'assistant', 'tool']))
+            new = row[key][at] | {str(rng.choice(['role', 'content', 'name'])): new}
         row[key][at] = new
     elif how == 6 and isinstance(row[key], list):
         row[key] = row[key] + row[key][:1] if rng.random() < 0.5 else row[key][1:]
     elif how == 7:
         row[key] = str(rng.choice(list('a \n1é^'))) * int(rng.choice([1000, 30_000, 1_000_000], p=[0.6, 0.37, 0.03]))
-    line = json.dumps(row, ensure_ascii=bool(rng.random() < 0.3)).encode(errors='surrogatepass')
+
+
+def mutate_line(how, line, key, rng):
+    """One change to a line, bytes."""
     at = int(rng.integers(len(line) + 1))
+    before, after = line[:at], line[at:]
     if how == 8:
-        line = line[:at] + bytes(rng.integers(0, 256, rng.integers(1, 4), dtype=np.uint8)) + line[at:]
-    elif how == 9:
-        line = line[:at] + line[at + int(rng.integers(1, 5)):]
-    elif how == 10:
-        line = line[:at]
-    elif how == 11 and at < len(line):
-        line = line[:at] + bytes([line[at] ^ 1 << int(rng.integers(8))]) + line[at + 1:]
-    elif how == 12:
+        return before + bytes(rng.integers(0, 256, rng.integers(1, 4), dtype=np.uint8)) + after
+    if how == 9:
+        return before + after[int(rng.integers(1, 5)):]
+    if how == 10:
+        return before
+    if how == 11 and after:
+        return before + bytes([after[0] ^ 1 << int(rng.integers(8))]) + after[1:]
+    if how == 12:
         deep = int(rng.choice([50, 100_000]))
-        opening, closing = [(b'[', b']'), (b'{"a":', b'}')][rng.integers(2)]
-        line = line[:-1] + b', "%s": ' % str(rng.choice([key, 'deep'])).encode() + opening * deep + b'1' + closing * deep + b'}'
-    elif how == 13:
-        number = [b'1' * 5000, b'1e999', b'-Infinity', b'NaN', b'1' * 400, b'0.' + b'3' * 5000, b'-0'][rng.integers(7)]
-        line = line[:-1] + b', "%s": %s}' % (str(rng.choice([key, 'number'])).encode(), number)
-    elif how == 14:
-        line = line[:-1] + b', "%s": "twice"}' % str(key).encode()
-    elif how == 15:
-        line = [b'\xef\xbb\xbf' + line, b'\xef\xbb\xbf' * 2 + line, line[:at] + b'\xef\xbb\xbf' + line[at:], b'\xff\xfe' + line][rng.integers(4)]
-    elif how == 16:
-        line = line[:at] + [b'\x00', b'\\u0000', b'\r', b'\xe2\x80\xa8', b'\\ud83d', b'\xed\xa0\x80', b'\xf0\x9f\x98', b'\\', b'"', b'\x85'][
-            rng.integers(10)] + line[at:]
-    elif how == 17:
-        line = [b'', b'   ', b'\t\r', b'\x0c', b'null', b'[]', b'"text"', b'3', b'{}', b'[' * 100_000, b'\xef\xbb\xbf', b'//', b'{' * 50][rng.integers(13)]
-    elif how == 18:
-        line = line + [b'\r', b' ', b',', b'}', line, b'\x1a', b' \r\r'][rng.integers(7)]
-    elif how == 19:
-        line = line.replace(b'"', b"'") if rng.random() < 0.5 else line.decode(errors='replace').encode('utf-16')
-    elif how == 20:
-        line = bytes(rng.integers(0, 256, rng.integers(1, 60), dtype=np.uint8))
-    elif how == 21:
-        line = b' ' + line + b'\t'
-    return line.replace(b'\n', b'\r')
+        opening, closing = pick(rng, [(b'[', b']'), (b'{"a":', b'}')])
+        name = str(rng.choice([key, 'deep'])).encode()
+        return line[:-1] + b', "%s": ' % name + opening * deep + b'1' + closing * deep + b'}'
+    if how == 13:
+        return line[:-1] + b', "%s": %s}' % (str(rng.choice([key, 'number'])).encode(), pick(rng, NUMBERS))
+    if how == 14:
+        return line[:-1] + b', "%s": "twice"}' % str(key).encode()
+    if how == 15:
+        return pick(rng, [BOM + line, BOM * 2 + line, before + BOM + after, b'\xff\xfe' + line])
+    if how == 16:
+        return before + pick(rng, INSIDE) + after
+    if how == 17:
+        return pick(rng, WHOLE)
+    if how == 18:
+        return line + pick(rng, [b'\r', b' ', b',', b'}', line, b'\x1a', b' \r\r'])
+    if how == 19:
+        return line.replace(b'"', b"'") if rng.random() < 0.5 else line.decode(errors='replace').encode('utf-16')
+    if how == 20:
+        return bytes(rng.integers(0, 256, rng.integers(1, 60), dtype=np.uint8))
+    if how == 21:
+        return b' ' + line + b'\t'
+    return line
+
+
+def mutate(row, rng):
+    """A line (bytes, without line feed) made from a good row by one change."""
+    row = dict(row)
+    key = rng.choice(list(row))
+    how = int(rng.integers(22))
+    mutate_object(how, row, key, rng)
+    line = json.dumps(row, ensure_ascii=bool(rng.random() < 0.3)).encode(errors='surrogatepass')
+    return mutate_line(how, line, key, rng).replace(b'\n', b'\r')
 
 
 def kept_texts(folder):
     """Every group of a set of bytes, back as texts with its label, and how many rows were dropped."""
-    meta, rows = json.loads((folder / 'meta.json').read_text()), []
-    for split, info in meta['splits'].items():
-        tokens, index = np.fromfile(folder / f'{split}.bin', info['dtype']), np.load(folder / f'{split}.idx.npy')
-        labels = np.load(folder / f'{split}.labels.npy').tolist() if 'labels_sha256' in info else [None] * len(index)
+    splits = json.loads((folder / 'meta.json').read_text())['splits']
+    rows = []
+    for split, info in splits.items():
+        tokens = np.fromfile(folder / f'{split}.bin', info['dtype'])
+        index = np.load(folder / f'{split}.idx.npy')
+        labels = [None] * len(index)
+        if 'labels_sha256' in info:
+            labels = np.load(folder / f'{split}.labels.npy').tolist()
         for bounds, label in zip(index, labels):
             pieces = [tokens[a:b] for a, b in zip(bounds, bounds[1:])]
             rows.append(([bytes(piece[piece < 256].tolist()).decode() for piece in pieces], label))
-    return rows, sum(sum(info['dropped'].values()) for info in meta['splits'].values())
+    return rows, sum(sum(info['dropped'].values()) for info in splits.values())
 
 
 def lines(seed, rng, base, cwd, new, n=250):
-    kind = ('pairs', 'rankings', 'unpaired', 'documents', 'conversations', 'demonstrations', 'scored')[seed % 7]
+    kind = KINDS[seed % len(KINDS)]
     content, mutated = [], 0
     while mutated < n:
-        row, good = good_row(kind, rng, len(content)), len(content) < 2 or rng.random() < 0.2
+        row = good_row(kind, rng, len(content))
+        good = len(content) < 2 or rng.random() < 0.2
         mutated += not good
         content.append(json.dumps(row).encode() if good else mutate(row, rng))
     cwd.mkdir()
+    (cwd / 'own.py').write_text(TRANSLATE)
     (cwd / 'own.jsonl').write_bytes(b'\n'.join(content) + b'\n' * int(rng.integers(2)))
-    content = b'\n'.join(content).split(b'\n')
     verdicts = [expected(kind, line) for line in content]
-    good, bad, close = [v for v in verdicts if v], [i for i, v in enumerate(verdicts, 1) if v is False], verdicts.count(())
-    command = f'prepare_prefs --name=own --{"documents" if kind == "documents" else "source"}=own.jsonl --tokenizer=bytes --max_length=3000000 --max_prompt_length=1000000'.split()
-    command += ['--min_gap=1'] * (kind == 'scored')
+    good = [v for v in verdicts if v]
+    bad = [i for i, v in enumerate(verdicts, 1) if v is False]
+    knob = 'documents' if kind == 'documents' else 'source'
+    command = ['prepare_prefs', *flags(f'--name=own --{knob}=own.jsonl --tokenizer=bytes --max_length=3000000 '
+                                       '--max_prompt_length=1000000'), *(['own.py'] if kind == 'translated' else [])]
     done = run([*command, '--max_bad_lines=100000'], cwd, new, limit=60)
     what = f'{kind}, {len(good)} good and {len(bad)} bad lines: '
     if done.status or 'Traceback' in done.err or 'panicked' in done.err:
         return what + tail(done), mutated
     kept, dropped = kept_texts(cwd / 'data/own')
-    if sorted(kept, key=repr) != sorted(good, key=repr) or dropped != len(bad) + close:
-        lost = [repr(row)[:150] for row in good if row not in kept] + [repr(row)[:150] for row in kept if row not in good]
+    if sorted(kept, key=repr) != sorted(good, key=repr) or dropped != len(bad) + verdicts.count(()):
+        lost = [repr(row)[:150] for row in good if row not in kept]
+        lost += [repr(row)[:150] for row in kept if row not in good]
         return what + f'kept {len(kept)}, dropped {dropped}; such as {lost[:3]}', mutated
     before = snapshot(cwd)
     done = run(command, cwd, new, limit=60)
     named = [int(number) for number in re.findall(r'^(?:error: )?own\.jsonl line (\d+): ', done.err, re.M)]
-    if bad and (done.status != 1 or named != bad[:10] or not done.err.rstrip().endswith('with --max_bad_lines=N)') or snapshot(cwd) != before):
+    refused = done.status == 1 and named == bad[:10] and done.err.rstrip().endswith('with --max_bad_lines=N)')
+    if bad and not (refused and snapshot(cwd) == before):
         return what + f'none allowed, names {named}, {tail(done)}', mutated
     return '', mutated
 
 
-# -----------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # code and foreign content
 
 class Payload:
@@ -706,14 +834,18 @@ class Foreign:
 
 def as_checkpoint(path, content):
     """Put bytes, or what torch.save makes of an object, in place of a checkpoint, with the hash that fits."""
-    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
     path.with_suffix('.json').write_text(json.dumps({'step': int(path.stem[5:]), 'sha256': sha256_file(path)}))
 
 
 def zipped(pickled):
     file = io.BytesIO()
     with zipfile.ZipFile(file, 'w') as z:
-        for name, content in (('data.pkl', pickled), ('version', b'3\n'), ('byteorder', b'little'), ('data/0', b'\0' * 64)):
+        files = {'data.pkl': pickled, 'version': b'3\n', 'byteorder': b'little', 'data/0': b'\0' * 64}
+        for name, content in files.items():
             z.writestr(f'archive/{name}', content)
     return file.getvalue()
 
@@ -728,6 +860,10 @@ def scripted():
     file = io.BytesIO()
     torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), file)
     return file.getvalue()
+
+
+def other_config(state, **changes):
+    return state | {'model_config': state['model_config'] | changes}
 
 
 CHECKPOINTS = {     # what stands in place of a checkpoint: a function of the real one's state
@@ -749,8 +885,8 @@ CHECKPOINTS = {     # what stands in place of a checkpoint: a function of the re
     'a step that is no number': lambda state: state | {'step': 'x'},
     'no step': lambda state: {k: v for k, v in state.items() if k != 'step'},
     'a model_config that is a list': lambda state: state | {'model_config': [1]},
-    'no heads': lambda state: state | {'model_config': state['model_config'] | {'n_head': 0}},
-    'a negative width': lambda state: state | {'model_config': state['model_config'] | {'n_embd': -16}},
+    'no heads': lambda state: other_config(state, n_head=0),
+    'a negative width': lambda state: other_config(state, n_embd=-16),
     'weights of other shapes': lambda state: state | {'model': {k: v[:1] for k, v in state['model'].items()}},
     'an optimizer that is none': lambda state: state | {'optimizer': {}},
     'weights that are no tensors': lambda state: state | {'model': {k: 1 for k in state['model']}},
@@ -759,16 +895,32 @@ CHECKPOINTS = {     # what stands in place of a checkpoint: a function of the re
 }
 
 
-def sealed(folder, **changes):
-    write_meta(str(folder), prepare_prefs.read_meta(str(folder)) | changes)
+def sealed(folder, change):
+    """Change meta.json by a function or a dict, with the hash that fits."""
+    path = folder / 'meta.json'
+    meta = json.loads(path.read_text())
+    del meta['sha256']
+    if callable(change):
+        change(meta)
+    else:
+        meta |= change
+    path.write_text(json.dumps(meta | {'sha256': sha256_json(meta)}))
 
 
-def replaced(folder, file, content, key):
+def replaced(path, content):
     """Put bytes in place of a file of a data set, with the hash that fits."""
-    (folder / file).write_bytes(content)
-    meta = prepare_prefs.read_meta(str(folder))
-    meta['splits'][file.split('.')[0]][key] = sha256_file(folder / file)
-    write_meta(str(folder), meta)
+    path.write_bytes(content)
+    split, kind, *_ = path.name.split('.')
+    sealed(path.parent, lambda meta: meta['splits'][split].update({f'{kind}_sha256': sha256_file(path)}))
+
+
+def odd_tokenizer(folder, changes):
+    changed_json(folder / 'tokenizer.json', changes)
+    sealed(folder, dict(tokenizer_sha256=sha256_file(folder / 'tokenizer.json')))
+
+
+def changed_json(path, changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def object_array():
@@ -777,66 +929,57 @@ def object_array():
     return file.getvalue()
 
 
-def odd_tokenizer(folder, **changes):
-    saved = json.loads((folder / 'tokenizer.json').read_text())
-    (folder / 'tokenizer.json').write_text(json.dumps(saved | changes))
-    meta = json.loads((folder / 'meta.json').read_text())
-    meta.pop('sha256')
-    write_meta(str(folder), meta)
+def pickled_model(folder):
+    (folder / 'model.safetensors').unlink()
+    torch.save({'wte.weight': Payload()}, folder / 'pytorch_model.bin')
 
 
-def pickled_hf(cwd):
-    (cwd / 'hf/model.safetensors').unlink()
-    torch.save({'wte.weight': Payload()}, cwd / 'hf/pytorch_model.bin')
+def pickled_cache(path):
+    np.savez(path, key=np.array([Payload()], object), logps=np.array([Payload()], object))
 
 
-def pickled_cache(cwd):
-    np.savez(cwd / 'out/own/reference-train.npz', key=np.array([Payload()], object), logps=np.array([Payload()], object))
+def remote_code(folder):
+    changed_json(folder / 'config.json', {'auto_map': {'AutoModelForCausalLM': 'evil.Model'}})
+    (folder / 'evil.py').write_text("open('code-was-run', 'w')")
 
 
-def hf_config(cwd, **changes):
-    path = cwd / 'hf/config.json'
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-FILES = {           # other files: (the command that reads them, what is done to the folder)
-    'an index with code': ('dpo', lambda cwd: replaced(cwd / 'data/own', 'train.idx.npy', object_array(), 'idx_sha256')),
-    'labels with code': ('kto', lambda cwd: replaced(cwd / 'data/likes', 'train.labels.npy', object_array(), 'labels_sha256')),
-    'an index that is text': ('dpo', lambda cwd: replaced(cwd / 'data/own', 'val.idx.npy', b'hello', 'idx_sha256')),
-    'an empty bin': ('dpo', lambda cwd: replaced(cwd / 'data/own', 'train.bin', b'', 'bin_sha256')),
-    'a bin of another length': ('dpo', lambda cwd: replaced(cwd / 'data/own', 'train.bin', b'\0' * 200, 'bin_sha256')),
-    'a tokenizer of no tokens': ('sample', lambda cwd: odd_tokenizer(cwd / 'data/own', tokens=[])),
-    'a tokenizer of numbers': ('sample', lambda cwd: odd_tokenizer(cwd / 'data/own', tokens=[1, 2])),
-    'a tokenizer without a pattern': ('sample', lambda cwd: odd_tokenizer(cwd / 'data/own', pattern='(')),
-    'a tokenizer whose name is a path': ('sample', lambda cwd: sealed(cwd / 'data/own', tokenizer='../../pairs.jsonl')),
-    'a tokenizer that is not there': ('dpo', lambda cwd: sealed(cwd / 'data/own', tokenizer='no-such-tokenizer')),
-    'splits that are a list': ('dpo', lambda cwd: sealed(cwd / 'data/own', splits=[])),
-    'a split that is a number': ('dpo', lambda cwd: sealed(cwd / 'data/own', splits={'train': 1, 'val': 2})),
-    'a type with code': ('dpo', lambda cwd: (meta := prepare_prefs.read_meta(str(cwd / 'data/own')), meta['splits']['train'].update(dtype='object'),
-                                             write_meta(str(cwd / 'data/own'), meta))),
-    'max_length that is text': ('sft', lambda cwd: sealed(cwd / 'data/own', max_length='long')),
-    'a vocabulary that is text': ('sft', lambda cwd: sealed(cwd / 'data/own', vocab_size='many')),
-    'a template that is a number': ('sample', lambda cwd: sealed(cwd / 'data/own', template=7)),
-    'meta.json that is a list': ('dpo', lambda cwd: (cwd / 'data/own/meta.json').write_text('[1]')),
-    'meta.json, deeply nested': ('dpo', lambda cwd: (cwd / 'data/own/meta.json').write_text('[' * 100_000)),
-    'a pickled Hugging Face model': ('hf', pickled_hf),
-    'a Hugging Face config that is a list': ('hf', lambda cwd: (cwd / 'hf/config.json').write_text('[]')),
-    'a Hugging Face config of no heads': ('hf', lambda cwd: hf_config(cwd, n_head=0)),
-    'a Hugging Face config of words': ('hf', lambda cwd: hf_config(cwd, n_embd='wide', n_layer=None)),
-    'a Hugging Face config, negative': ('hf', lambda cwd: hf_config(cwd, n_layer=-1)),
+OWN, HF_CONFIG = 'data/own', 'hf/config.json'
+FILES = {           # other files: (the command that reads them, what is done to a path, the path and what it is given)
+    'an index with code': ('dpo', replaced, f'{OWN}/train.idx.npy', object_array()),
+    'labels with code': ('kto', replaced, 'data/likes/train.labels.npy', object_array()),
+    'an index that is text': ('dpo', replaced, f'{OWN}/val.idx.npy', b'hello'),
+    'an empty bin': ('dpo', replaced, f'{OWN}/train.bin', b''),
+    'a bin of another length': ('dpo', replaced, f'{OWN}/train.bin', b'\0' * 200),
+    'a tokenizer of no tokens': ('sample', odd_tokenizer, OWN, dict(tokens=[])),
+    'a tokenizer of numbers': ('sample', odd_tokenizer, OWN, dict(tokens=[1, 2])),
+    'a tokenizer without a pattern': ('sample', odd_tokenizer, OWN, dict(pattern='(')),
+    'a tokenizer whose name is a path': ('sample', sealed, OWN, dict(tokenizer='../../pairs.jsonl')),
+    'a tokenizer that is not there': ('dpo', sealed, OWN, dict(tokenizer='no-such-tokenizer')),
+    'splits that are a list': ('dpo', sealed, OWN, dict(splits=[])),
+    'a split that is a number': ('dpo', sealed, OWN, dict(splits={'train': 1, 'val': 2})),
+    'a type with code': ('dpo', sealed, OWN, lambda meta: meta['splits']['train'].update(dtype='object')),
+    'max_length that is text': ('sft', sealed, OWN, dict(max_length='long')),
+    'a vocabulary that is text': ('sft', sealed, OWN, dict(vocab_size='many')),
+    'a template that is a number': ('sample', sealed, OWN, dict(template=7)),
+    'meta.json that is a list': ('dpo', Path.write_text, f'{OWN}/meta.json', '[1]'),
+    'meta.json, deeply nested': ('dpo', Path.write_text, f'{OWN}/meta.json', '[' * 100_000),
+    'a pickled Hugging Face model': ('hf', pickled_model, 'hf'),
+    'a Hugging Face config that is a list': ('hf', Path.write_text, HF_CONFIG, '[]'),
+    'a Hugging Face config of no heads': ('hf', changed_json, HF_CONFIG, dict(n_head=0)),
+    'a Hugging Face config of words': ('hf', changed_json, HF_CONFIG, dict(n_embd='wide', n_layer=None)),
+    'a Hugging Face config, negative': ('hf', changed_json, HF_CONFIG, dict(n_layer=-1)),
 }
 HARMLESS = {        # code that nobody asks for: the result is as ever
-    'a reference cache with code': ('dpo', pickled_cache),
-    'remote code in a Hugging Face config': ('hf', lambda cwd: (hf_config(cwd, auto_map={'AutoModelForCausalLM': 'evil.Model'}),
-                                                                (cwd / 'hf/evil.py').write_text("open('code-was-run', 'w')"))),
-    'code as text in a step file': ('dpo', lambda cwd: (path := cwd / START[1]) and path.write_text(json.dumps(
-        json.loads(path.read_text()) | {'config': "__import__('os').system('touch code-was-run')"}))),
+    'a reference cache with code': ('dpo', pickled_cache, CACHE[0]),
+    'remote code in a Hugging Face config': ('hf', remote_code, 'hf'),
+    'code as text in a step file': ('dpo', changed_json, START[1],
+                                    dict(config="__import__('os').system('touch code-was-run')")),
 }
-NOT_RESUMED = {'a model_config that is a list', 'no heads', 'a negative width'}      # a run that resumes has it from where it began
+NOT_RESUMED = {'a model_config that is a list', 'no heads', 'a negative width'}      # a run that resumes has it already
 RESUMED = {'an optimizer that is none'}                                              # nobody else reads that
-CODE = ([(reader, what) for what in CHECKPOINTS for reader in ('dpo', 'resume', 'sample', 'draw')
-         if what not in (NOT_RESUMED if reader == 'resume' else RESUMED)] +
-        [(reader, what) for what, (reader, _) in (FILES | HARMLESS).items()])
+CODE = [(reader, what) for what in CHECKPOINTS for reader in ('dpo', 'resume', 'sample', 'draw')
+        if what not in (NOT_RESUMED if reader == 'resume' else RESUMED)]
+CODE += [(reader, what) for what, (reader, *_) in (FILES | HARMLESS).items()]
 
 
 def code(seed, rng, base, cwd, new):
@@ -844,25 +987,27 @@ def code(seed, rng, base, cwd, new):
     command, folder = COMMANDS[reader]
     copy(base, cwd)
     if what in CHECKPOINTS:
-        places = RUN[::2] if reader == 'resume' else [RUN[0] if reader == 'sample' else START[0]]
+        places = {'resume': RUN[::2], 'sample': RUN[:1]}.get(reader, START[:1])
         for path in places:         # a run that resumes would go back to the one before
-            as_checkpoint(cwd / path, CHECKPOINTS[what](read_checkpoint(str(base / path))))
+            as_checkpoint(cwd / path, CHECKPOINTS[what](checkpoint.read(str(base / path))))
     else:
-        (FILES | HARMLESS)[what][1](cwd)
+        _, change, path, *content = (FILES | HARMLESS)[what]
+        change(cwd / path, *content)
     before = snapshot(cwd)
     done = run(command, cwd, new)
-    what = f'{reader}, {what}: '
-    if 'code-was-run' in snapshot(cwd):
-        return what + 'THE CODE WAS RUN', 0
-    if what.split(', ', 1)[1][:-2] in HARMLESS:
+    after = snapshot(cwd)
+    if 'code-was-run' in after:
+        return f'{reader}, {what}: THE CODE WAS RUN', 0
+    if what in HARMLESS:
         wrong = tail(done) if done.status else differs(result(cwd, folder, done), undisturbed(base, reader)['result'])
-        return wrong and what + wrong, 0
+        return wrong and f'{reader}, {what}: {wrong}', 0
     if not one_line(done):
-        return what + tail(done), 0
-    return differs(before, snapshot(cwd)) and what + f'changed {differs(before, snapshot(cwd))}', 1
+        return f'{reader}, {what}: {tail(done)}', 0
+    changed = differs(before, after)
+    return changed and f'{reader}, {what}: changed {changed}', 1
 
 
-# -----------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # the campaign
 
 CLASSES = {         # name: (function, trials, what its second number counts)
@@ -879,14 +1024,15 @@ def trial(job):
     """One trial, in a worker. -> dict"""
     name, seed, work = job
     began, cwd = time.perf_counter(), work / f'{name}-{seed}'
+    rng = np.random.default_rng([list(CLASSES).index(name), seed])
     try:
-        wrong, n = CLASSES[name][0](seed, np.random.default_rng([list(CLASSES).index(name), seed]), work / 'base', cwd, seed % 8 == 7)
-    except Exception:
+        wrong, n = CLASSES[name][0](seed, rng, work / 'base', cwd, new=seed % 8 == 7)
+    except (Exception, UserError):
         wrong, n = traceback.format_exc()[-600:], 0
     shutil.rmtree(cwd, ignore_errors=True)
     for left in work.glob(f'{cwd.name}.*'):
         left.unlink()
-    return dict(name=name, seed=seed, wrong=wrong, n=n, seconds=time.perf_counter() - began)
+    return dict(name=name, seed=seed, wrong=wrong, n=n, seconds=round(time.perf_counter() - began, 3))
 
 
 def campaign(names, seed, trials, workers, work):
@@ -899,22 +1045,27 @@ def campaign(names, seed, trials, workers, work):
         for name in names:
             jobs = [(name, seed + i, work) for i in range(min(trials or 10**9, CLASSES[name][1]))]
             with tqdm(total=len(jobs), desc=name, unit=' trials', disable=None, leave=False) as bar:
-                for found in pool.imap_unordered(trial, jobs):
-                    results.append(found)
+                for done in pool.imap_unordered(trial, jobs):
+                    results.append(done)
                     bar.update()
-                    if found['wrong']:
-                        tqdm.write(f'{name} FAILED, again with --only={name} --seed={found["seed"]} --trials=1\n    {found["wrong"]}')
+                    if done['wrong']:
+                        tqdm.write(f'{name} FAILED, again with {repeat(done)}\n    {done["wrong"]}')
             print(row_of(name, results), flush=True)
     return results
 
 
+def repeat(done):
+    return f'--only={done["name"]} --seed={done["seed"]} --trials=1'
+
+
 def row_of(name, results):
     """A line of the table: class, trials, passed, what it counts, seconds."""
-    some = [r for r in results if r['name'] == name]
-    count = sum(r['n'] for r in some if not isinstance(r['n'], str))
-    unseen = sum(r['n'] == 'unseen' for r in some)
+    own = [r for r in results if r['name'] == name]
+    count = sum(r['n'] for r in own if r['n'] != 'unseen')
+    unseen = sum(r['n'] == 'unseen' for r in own)
     counted = f'{count:,} {CLASSES[name][2]}' + (f', {unseen} unseen' if unseen else '')
-    return f'{name:10}{len(some):>8,}{sum(not r["wrong"] for r in some):>9,}   {counted:26}{sum(r["seconds"] for r in some):>7,.0f} s'
+    passed = sum(not r['wrong'] for r in own)
+    return f'{name:10}{len(own):>8,}{passed:>9,}   {counted:26}{sum(r["seconds"] for r in own):>7,.0f} s'
 
 
 def main(argv=None):
@@ -925,21 +1076,24 @@ def main(argv=None):
     parser.add_argument('--workers', type=int, default=os.cpu_count())
     parser.add_argument('--out', default='', help='default: repro/results/faults, where all was run')
     options = parser.parse_args(argv)
-    names, began = [options.only] if options.only else list(CLASSES), time.perf_counter()
+    names = [options.only] if options.only else list(CLASSES)
+    began = time.perf_counter()
     head = f'{"class":10}{"trials":>8}{"passed":>9}   {"of which":26}{"of a core":>9}'
     print(f'seed {options.seed}, {options.workers} trials at a time\n{head}', flush=True)
     with tempfile.TemporaryDirectory() as work:
         results = campaign(names, options.seed, options.trials, options.workers, Path(work))
+    results.sort(key=lambda r: (names.index(r['name']), r['seed']))
     failed = [r for r in results if r['wrong']]
     table = '\n'.join([head, *(row_of(name, results) for name in names)])
-    verdict = f'{len(results) - len(failed):,} of {len(results):,} trials passed, seed {options.seed}, {time.perf_counter() - began:,.0f} s'
+    verdict = (f'{len(results) - len(failed):,} of {len(results):,} trials passed, seed {options.seed}, '
+               f'{time.perf_counter() - began:,.0f} s')
     print(f'\n{table}\n{verdict}')
     out = options.out or (str(ROOT / 'repro/results/faults') if not options.only and not options.trials else '')
     if out:
-        again = [f'- `--only={r["name"]} --seed={r["seed"]} --trials=1`: {" ".join(r["wrong"].split())}\n' for r in failed]
-        Path(out + '.md').write_text(f'# Faults\n\n`python repro/faults.py --seed={options.seed}`; what the classes are says its docstring.\n\n```\n{table}\n```\n\n'
-                                     f'{verdict}.\n{"".join(again)}')
-        Path(out + '.json').write_text(json.dumps(sorted(results, key=lambda r: (names.index(r['name']), r['seed'])), indent=0) + '\n')
+        again = ''.join(f'- `{repeat(r)}`: {" ".join(r["wrong"].split())}\n' for r in failed)
+        title = f'# Faults\n\n`python repro/faults.py --seed={options.seed}`; what the classes are says its docstring.'
+        Path(out + '.md').write_text(f'{title}\n\n```\n{table}\n```\n\n{verdict}.\n{again}')
+        write_json(out + '.json', results)
         print(f'written: {out}.md, .json')
     return int(bool(failed))
 
