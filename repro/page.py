@@ -44,7 +44,8 @@ section { border-top: 1px solid rgb(var(--line)); margin: 1.5rem 0; padding-top:
 .t { border-radius: 2px; -webkit-box-decoration-break: clone; box-decoration-break: clone; cursor: default; }
 .t:hover, .picked { outline: 2px solid rgb(var(--quiet)); }
 .t i::before { content: "↵"; font-style: normal; }
-.end { unicode-bidi: isolate; border: 1px solid rgb(var(--quiet)); font-size: .75rem; padding: 0 .3em; margin: 0 .15em; }
+.end { unicode-bidi: isolate; border: 1px solid rgb(var(--quiet)); }
+.end { font-size: .75rem; padding: 0 .3em; margin: 0 .15em; }
 .end, .none { user-select: none; }
 .legend { position: sticky; top: 0; background: rgb(var(--paper)); padding: .5rem 0; font-size: .8rem; }
 .scale { display: flex; list-style: none; margin: 0; padding: 0; border: 1px solid rgb(var(--line)); }
