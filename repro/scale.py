@@ -3,7 +3,7 @@
     python repro/scale.py                                       # pairs with HH's lengths, drawn at random
     python repro/scale.py --data=data/hh --out=scale            # your prepared pairs; writes scale.json, .md and .png
 
-Real: the pairs' lengths, the planner (step_groups and plan_rows of prepare_prefs.py, over --steps full batches), the FLOPs
+Real: the pairs' lengths, the planner (step_groups and plan_rows of nanodpo/data.py, over --steps full batches), the FLOPs
 (Groups.forward_flops' formula), and the CPU time of `pack` and `plan_rows`, taken here. A model: everything else. NOTHING
 HERE WAS MEASURED ON A GPU; the constants below are data sheets and assumptions, and the utilisation above all is a guess.
 
@@ -27,11 +27,12 @@ import time
 from types import SimpleNamespace
 
 import numpy as np
+import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from config import UserError                                                            # noqa: E402
 from model import GPTConfig                                                             # noqa: E402
-from prepare_prefs import Groups, pack, plan_rows, row_limit, step_groups               # noqa: E402
+from nanodpo.data import Groups, pack, plan_rows, row_limit, step_groups                # noqa: E402
 from sweep import write_json                                                            # noqa: E402
 from throughput import HH_CORRELATION, HH_MEAN, HH_STD                                  # noqa: E402
 
@@ -212,7 +213,7 @@ def planner_row(groups, batch_size, world, works, planning, packing):
 
 def measure(groups, what, options):
     """-> the report, a dict of lists of numbers."""
-    row_tokens = options.row_tokens or row_limit([groups], 0, 'cuda')
+    row_tokens = options.row_tokens or row_limit(0, torch.device('cuda'), groups)
     report = dict(data=what, pairs=len(groups.lengths), tokens_a_pair=float(groups.lengths.mean()), row_tokens=row_tokens,
                   options={key: value for key, value in vars(options).items() if key not in ('data', 'out')},
                   constants={k: v for k, v in globals().items() if k.isupper() and not k.startswith('HH')},

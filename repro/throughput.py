@@ -8,9 +8,11 @@
 
 Contenders, each in a process of its own, all with RMSprop, the same learning rate, clipping, precision (bfloat16 is
 autocast over float32 weights) and pairs a step:
-  ours        dpo.py with its defaults; ours+compile, ours-compile, ours+precomputed, ours+checkpointing change one
+  ours        dpo.py with its defaults, but for its checkpoints; ours+compile, ours-compile, ours+precomputed,
+              ours+checkpointing change one
   padded      what most people write (child_padded below): chosen and rejected as 2B right-padded sequences, the prompt
               in both, causal attention, logits of every position, log_softmax, gather, mask, sum; 8 pairs a micro-step
+  padded-nocudnn   the same without cuDNN's attention, which plans for every new length, on CUDA
   trl         TRL's DPOTrainer as it comes. Its defaults, read in 1.16.0: 8 pairs a micro-step, gradient checkpointing
               ON, random order, a live reference, and a head in chunks that scores completion tokens alone on CUDA but
               every position, padding too, on CPU. It is spared its tokenisation: it gets the same ids
@@ -27,12 +29,14 @@ responses. waste is the share of the tokens run through the policy that repeat a
 those of distinct tokens with heads at response tokens alone (Groups.forward_flops), times 4 for the reference's forward,
 the policy's and two for its backward, times 3 where the reference is precomputed, whatever a contender computes. "of peak"
 is against the fastest of several matmuls of the same type, timed before and after the contenders with nothing else running.
-Memory is the process's largest resident size (CPU) or CUDA's largest allocation, 1 GB = 1e9 bytes. "besides" is the
-wall-clock of the process but for its epochs at median speed: imports, loading, compiling, precomputing, and ours its
-evaluations and checkpoint. "1 epoch" is pairs/s with the precomputing spread over one epoch.
+Memory is the process's largest resident size (CPU) or CUDA's largest allocation, 1 GB = 1e9 bytes; "reserved" is what
+CUDA's allocator held for it. "besides" is the wall-clock of the process but for its epochs at median speed: imports,
+loading, compiling, precomputing, and ours its evaluations. "first" is part of it: what the first step, and ours the
+first evaluation, took beyond a later one, which is compiling. "1 epoch" is pairs/s with the precomputing spread over
+one epoch.
 
-No network is needed: the weights are random, and without --data so are the tokens, with lengths by HH's law. Temporary
-files (the weights, a checkpoint at a time) go to $TMPDIR: some 20 GB for gpt2-xl.
+No network is needed: the weights are random, and without --data so are the tokens, with lengths by HH's law. The
+weights go to $TMPDIR: 6 GB for gpt2-xl. --out is written anew after every contender, so a run that is cut loses one.
 """
 import argparse
 import importlib.util
@@ -47,7 +51,6 @@ import sys
 import tempfile
 import threading
 import time
-from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -55,14 +58,17 @@ import torch
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 from model import GPT, GPTConfig                        # noqa: E402
-from prepare_prefs import Groups, sha256_file, write_meta           # noqa: E402
+from nanodpo import checkpoint                          # noqa: E402
+from nanodpo.data import Groups, write_meta, write_split            # noqa: E402
+from nanodpo.export import save_pretrained              # noqa: E402
+from nanodpo.run import pick_autocast                   # noqa: E402
 from sweep import write_json                            # noqa: E402
 
 MODELS = {'tiny': (2, 2, 64), 'gpt2': (12, 12, 768), 'gpt2-medium': (24, 16, 1024), 'gpt2-large': (36, 20, 1280),
           'gpt2-xl': (48, 25, 1600)}                    # layers, heads, width; tiny is for a look at this script
 OURS = {'ours': [], 'ours+compile': ['--compile=True'], 'ours-compile': ['--compile=False'],
         'ours+precomputed': ['--precompute_ref=True'], 'ours+checkpointing': ['--activation_checkpointing=True']}
-PEERS = ['padded', 'trl', 'trl-best']
+PEERS = ['padded', 'padded-nocudnn', 'trl', 'trl-best']
 SECTIONS = ['train', 'prepare', 'eval', 'sample', 'rows', 'largest']
 LEARNING_RATE, GRAD_CLIP = 1e-6, 10.0
 
@@ -97,10 +103,11 @@ def child_padded(job):
     pairs, B, micro, device = read_pairs(job), job['batch_size'], job['micro'], job['device']
     policy, reference = (GPT2LMHeadModel.from_pretrained('init', dtype=torch.float32, attn_implementation='sdpa').to(device)
                          for _ in range(2))
+    torch.backends.cuda.enable_cudnn_sdp(job['cudnn'])
     policy.train()                  # the weights' config has no dropout
     reference.eval()
     optimizer = torch.optim.RMSprop(policy.parameters(), lr=LEARNING_RATE)
-    autocast = torch.autocast(device, torch.bfloat16) if job['dtype'] == 'bfloat16' else nullcontext()
+    autocast, _ = pick_autocast(job['dtype'], device)
 
     def sequence_logps(model, ids, scored):
         # causal attention never looks right, where the padding is: no mask, which is sdpa's fastest path
@@ -222,7 +229,7 @@ def child_sample(job):
     device, new = job['device'], job['new_tokens']
     model = GPT.from_pretrained('init').to(device).eval()
     prompts = [pair[0][-256:] for pair in read_pairs(job)]
-    autocast = torch.autocast(device, torch.bfloat16) if job['dtype'] == 'bfloat16' else nullcontext()
+    autocast, _ = pick_autocast(job['dtype'], device)
     rows = []
     for B in (1, 64):
         some = [prompts[i % len(prompts)] for i in range(B)]
@@ -239,14 +246,23 @@ def child_sample(job):
     return dict(rows=rows)
 
 
+def child_dpo(job):
+    """dpo.py, without its checkpoints: gpt2-xl's has 12 GB."""
+    import dpo
+    checkpoint.save = lambda *args: None
+    dpo.main(job['flags'])
+    return {}
+
+
 def child(kind, job, result):
     job = json.loads(job)
     try:
-        found = dict(padded=child_padded, trl=child_trl, sample=child_sample)[kind](job)
+        found = dict(dpo=child_dpo, padded=child_padded, trl=child_trl, sample=child_sample)[kind](job)
     except ModuleNotFoundError as error:
         raise SystemExit(f'{error.name} is not installed: pip install {(error.name or "").partition(".")[0]}') from None
     if job['device'] == 'cuda':
         found['memory_gb'] = torch.cuda.max_memory_allocated() / 1e9
+        found['reserved_gb'] = torch.cuda.max_memory_reserved() / 1e9
     with open(result, 'w') as f:
         json.dump(found, f)
 
@@ -308,16 +324,18 @@ def run_child(label, kind, options, cwd, **more):
 
 
 def run_dpo(label, options, flags, cwd, name='bench'):
-    """dpo.py as a user runs it. -> (what watch saw, the training records of log.jsonl)"""
-    ran = watch(label, 'dpo.py', [
-        f'--name={name}', '--init_from=init', '--optimizer=rmsprop', f'--learning_rate={LEARNING_RATE}', '--warmup_steps=0',
-        f'--grad_clip={GRAD_CLIP}', '--log_interval=1', '--eval_interval=0', '--kl_prompts=0', '--save_interval=0', f'--seed={options.seed}',
-        f'--batch_size={options.batch_size}', f'--device={options.device}', f'--dtype={options.dtype}', *options.ours, *flags], cwd)
+    """dpo.py's main on these flags. -> (what watch saw and child_dpo measured, the training records of log.jsonl)"""
+    flags = [f'--name={name}', '--init_from=init', '--optimizer=rmsprop', f'--learning_rate={LEARNING_RATE}',
+             '--warmup_steps=0', f'--grad_clip={GRAD_CLIP}', '--log_interval=1', '--eval_interval=0', '--kl_prompts=0',
+             '--save_interval=0', f'--seed={options.seed}', f'--batch_size={options.batch_size}',
+             f'--device={options.device}', f'--dtype={options.dtype}', *options.ours, *flags]
+    ran, result = run_child(label, 'dpo', options, cwd, flags=flags)
     records = []
-    if not ran['error']:
+    if result is not None:
+        ran.update(result)
         with open(os.path.join(cwd, 'out', name, 'dpo', 'log.jsonl')) as f:
             records = [record for record in map(json.loads, f) if 'pairs_per_second' in record]
-    shutil.rmtree(os.path.join(cwd, 'out'), ignore_errors=True)         # a checkpoint is large; a cache would be reused
+    shutil.rmtree(os.path.join(cwd, 'out'), ignore_errors=True)         # a cache of the reference would be reused
     return ran, records
 
 
@@ -337,21 +355,26 @@ def measure_ours(contender, options, data, cwd, flags=()):
     marks = [second for second, line in ran['lines'] if line.startswith('reference log-probs of ')]     # train's, then val's
     computed = [record['tokens_per_second'] / record['pairs_per_second'] * options.batch_size / (1 - record['padding'])
                 for record in records if 'padding' in record]
+    began = next((second for second, line in ran['lines'] if line.startswith('policy from ')), 0.0)
+    evaluated = line_times(ran['lines'], 'eval')
+    first_evaluation = 0.0
+    if {0, len(records)} <= evaluated.keys():
+        first_evaluation = evaluated[0] - began - (evaluated[len(records)] - shown[len(records)])
     return finish(dict(
         contender=contender, note=' '.join(flags), first_loss=records[0]['loss'],
         seconds=[options.batch_size / record['pairs_per_second'] for record in records],
         computed=sum(computed) if len(computed) == len(records) else None,
         recompiles=sum(shown[steps] < second <= shown[len(records)] for second in recompiled),
-        precompute_seconds=marks[1] - marks[0] if len(marks) == 2 else None,
-        memory_gb=max(record.get('memory_gb', 0) for record in records) or None if options.device == 'cuda' else ran['rss_gb'],
-        ), ran, options, data, '--precompute_ref=True' in flags)
+        precompute_seconds=marks[1] - marks[0] if len(marks) == 2 else None, first_evaluation=first_evaluation,
+        memory_gb=ran.get('memory_gb', ran['rss_gb']), reserved_gb=ran.get('reserved_gb')), ran, options, data, '--precompute_ref=True' in flags)
 
 
 def measure_peer(contender, options, data, cwd):
     best, rows = contender == 'trl-best', []
     sizes = list(options.micro_batch) if best else [math.gcd(8, options.batch_size)]
     for micro in sizes:                         # trl-best: each of them; the others: half as many where memory is short
-        ran, result = run_child(f'{contender} ({micro})', contender.partition('-')[0], options, cwd, micro=micro, best=best)
+        ran, result = run_child(f'{contender} ({micro})', contender.partition('-')[0], options, cwd, micro=micro, best=best,
+                                cudnn=contender != 'padded-nocudnn')
         row = dict(contender=contender, micro_batch=micro, error=ran['error'])
         if result:
             result.setdefault('memory_gb', ran['rss_gb'])
@@ -371,11 +394,13 @@ def finish(row, ran, options, data, precomputed):
     """Add what follows from the seconds of the steps: the first epoch is warm-up, the others are measured."""
     epochs = np.array(row['seconds']).reshape(options.epochs + 1, -1).sum(1)
     seconds, computed = float(np.median(epochs[1:])), row.pop('computed')
+    first = row['seconds'][0] - float(np.median(row['seconds'][len(row['seconds']) // len(epochs):]))
     computed = computed and computed / len(epochs)                              # an epoch's; each has another order
     row.update(error='', epoch_seconds=epochs.tolist(), wall_seconds=ran['seconds'], pairs_per_second=options.pairs / seconds,
                tokens_per_second=data['distinct_tokens'] / seconds, computed_tokens=computed,
                waste=computed and 1 - data['distinct_tokens'] / computed,
                useful_flops_per_second=data['forward_flops'] * (3 if precomputed else 4) / seconds,
+               first_seconds=first + row.pop('first_evaluation', 0.0),
                besides_seconds=ran['seconds'] - len(epochs) * seconds)
     if row.get('precompute_seconds'):
         row['pairs_per_second_1_epoch'] = options.pairs / (seconds + row['precompute_seconds'])
@@ -402,24 +427,21 @@ def write_bench(cwd, name, train, val, options):
     source, folder = os.path.join(cwd, 'data', 'all'), os.path.join(cwd, 'data', name)
     shutil.copytree(source, folder)
     rng, meta = np.random.default_rng(options.seed), Groups(source, 'train').meta
+    vocab = meta['vocab_size'] if options.data else options.vocab
     for split, n in (('train', train), ('val', val)):
         groups = Groups(source, split if split == 'train' or n <= 8 else 'train')       # a long val: of train's pairs
-        pieces = [piece for i in rng.permutation(len(groups))[:n] for piece in groups[i]]
-        tokens = np.concatenate(pieces)
+        drawn = [[piece.tolist() for piece in groups[i]] for i in rng.permutation(len(groups))[:n]]
         if not options.data:
-            end = options.vocab - 1
-            tokens = np.where(tokens == meta['eot_token'], end, rng.integers(0, end, len(tokens))).astype(np.uint16)
-        ends = np.cumsum([len(piece) for piece in pieces]).reshape(-1, 3)                       # (N, K+1)
-        index = np.column_stack((np.append(0, ends[:-1, -1]), ends)).astype(np.int64)           # (N, K+2)
-        path = os.path.join(folder, split)
-        tokens.tofile(f'{path}.bin')
-        np.save(f'{path}.idx.npy', index)
-        meta['splits'][split].update(groups=len(index), tokens=len(tokens), dtype=tokens.dtype.name,
-                                     longest=int((index[:, -1] - index[:, 0]).max()),
-                                     bin_sha256=sha256_file(f'{path}.bin'), idx_sha256=sha256_file(f'{path}.idx.npy'))
+            drawn = [[random_ids(piece, meta['eot_token'], vocab, rng) for piece in pair] for pair in drawn]
+        meta['splits'][split] |= write_split(folder, split, drawn, vocab)
     if not options.data:
         meta.update(vocab_size=options.vocab, eot_token=options.vocab - 1)
     write_meta(folder, meta)
+
+
+def random_ids(ids, end, vocab, rng):
+    """As many ids of the model's vocabulary, whose last one is the end token, where `ids` have theirs."""
+    return [vocab - 1 if token == end else int(rng.integers(0, vocab - 1)) for token in ids]
 
 
 def model_config(model, options):
@@ -428,7 +450,10 @@ def model_config(model, options):
 
 def write_weights(cwd, model, options):
     torch.manual_seed(options.seed)
-    GPT(model_config(model, options)).save_pretrained(os.path.join(cwd, 'init'))
+    shutil.rmtree(os.path.join(cwd, 'init'), ignore_errors=True)
+    with torch.device(options.device):          # a GPU draws 1.5 billion numbers in no time
+        weights = GPT(model_config(model, options))
+    save_pretrained(weights, os.path.join(cwd, 'init'))
 
 
 def matmul_rates(options, dtype):
@@ -453,8 +478,9 @@ def matmul_rates(options, dtype):
 # -----------------------------------------------------------------------------
 # sections: each -> rows of one table
 
-def section_train(options, data, cwd):
-    rows = []
+def section_train(options, data, cwd, report):
+    """Fill report['train'], and write the report after every row."""
+    rows = report['train'] = []
     for contender in options.contenders:
         if contender == 'ours+compile' and options.device == 'cpu' and not any(map(shutil.which, ('c++', 'g++', 'clang++'))):
             row = dict(contender=contender, error='no C++ compiler')
@@ -462,10 +488,13 @@ def section_train(options, data, cwd):
             row = (measure_peer if contender in PEERS else measure_ours)(contender, options, data, cwd)
         rows.append(row)
         print(progress(contender, row), flush=True)
-    for peer in (row for row in rows if row['contender'] in PEERS and not row['error']):
-        for row in (row for row in rows if not row['error']):
-            row[f'times_{peer["contender"]}'] = row['pairs_per_second'] / peer['pairs_per_second']
-    return rows
+        ran = [row for row in rows if not row['error']]
+        for row in ran:
+            row['of_peak'] = row['useful_flops_per_second'] / report['peak']['flops_per_second']
+            for peer in ran:
+                if peer['contender'] in PEERS:
+                    row[f'times_{peer["contender"]}'] = row['pairs_per_second'] / peer['pairs_per_second']
+        write(report, options.out)
 
 
 def progress(label, row):
@@ -543,8 +572,9 @@ TABLES = {          # section: (title, {column: text of a row})
         'contender': column('contender'), 'pairs/s': column('pairs_per_second', '{:,.2f}'),
         **{f'x {peer}': column(f'times_{peer}', '{:.2f}') for peer in PEERS},
         'tokens/s': column('tokens_per_second', '{:,.0f}'), 'waste': column('waste', '{:.0%}'),
-        'memory GB': column('memory_gb', '{:.2f}'), 'of peak': column('of_peak', '{:.1%}'),
-        'besides s': column('besides_seconds', '{:,.1f}'), 'recompiles': column('recompiles'),
+        'memory GB': column('memory_gb', '{:.2f}'), 'reserved GB': column('reserved_gb', '{:.2f}'),
+        'of peak': column('of_peak', '{:.1%}'), 'besides s': column('besides_seconds', '{:,.1f}'),
+        'first s': column('first_seconds', '{:,.1f}'), 'recompiles': column('recompiles'),
         'precompute s': column('precompute_seconds', '{:,.1f}'), '1 epoch': column('pairs_per_second_1_epoch', '{:,.2f}'),
         'note': note}),
     'prepare': ('prepare_prefs.py', {
@@ -626,7 +656,8 @@ def parse(argv):
     check(4 <= options.max_length <= 1024, f'max_length={options.max_length} must be 4 to 1024')
     several('sections', SECTIONS, SECTIONS)
     same = 'ours+compile' if cuda else 'ours-compile'           # as ours, which compiles on CUDA
-    several('contenders', [name for name in [*OURS, *PEERS] if name != same], [*OURS, *PEERS])
+    of_no_use = [same] if cuda else [same, 'padded-nocudnn']
+    several('contenders', [name for name in [*OURS, *PEERS] if name not in of_no_use], [*OURS, *PEERS])
     several('row_tokens', [4096, 8192, 16384, 32768] if cuda else [1024, 2048, 4096])
     several('micro_batch', sorted({math.gcd(n, options.batch_size) for n in ((8, 16, 32, 64) if cuda else (4, 8))}))
     for micro in options.micro_batch:
@@ -673,38 +704,48 @@ def measure(options, cwd):
                f'{options.batch_size}; {options.epochs} epoch{"s" * (options.epochs > 1)} after one of warm-up.')
     print(heading, flush=True)
 
-    report = dict(options=vars(options) | dict(data=what), load_average=busy, torch=torch.__version__, device=where, data=data)
+    report = dict(heading=heading, options=vars(options) | dict(data=what), load_average=busy, torch=torch.__version__, device=where, data=data)
     if 'prepare' in options.sections:
         report['prepare'] = [dict(tokenizer=tokenizer, rows=rows, seconds=ran['seconds'], rows_per_second=rows / ran['seconds'],
                                   note='the whole process, its start included')]
     if 'train' in options.sections:
-        report['train'] = section_train(options, data, cwd)
+        report['peak'] = dict(before=rates, flops_per_second=max(rates[options.dtype].values()))
+        section_train(options, data, cwd, report)
         after = matmul_rates(options, options.dtype)
-        report['peak'] = dict(before=rates, after=after, flops_per_second=max(*rates[options.dtype].values(), *after.values()))
+        peak = max(*rates[options.dtype].values(), *after.values())
+        report['peak'].update(after=after, flops_per_second=peak)
         for row in report['train']:
             if not row['error']:
-                row['of_peak'] = row['useful_flops_per_second'] / report['peak']['flops_per_second']
-        timed = [*((dtype, some, 'before') for dtype, some in rates.items()), (options.dtype, after, 'after')]
-        heading += '\nFastest matmul, GFLOP/s: ' + ', '.join(
-            f'{dtype} {max(some.values()) / 1e9:,.0f} {when}' for dtype, some, when in timed) + '.'
+                row['of_peak'] = row['useful_flops_per_second'] / peak
+        timed = [*((dtype, found, 'before') for dtype, found in rates.items()), (options.dtype, after, 'after')]
+        report['heading'] += '\nFastest matmul, GFLOP/s: ' + ', '.join(
+            f'{dtype} {max(found.values()) / 1e9:,.0f} {when}' for dtype, found, when in timed) + '.'
     for name, section in (('eval', section_eval), ('sample', section_sample), ('rows', section_rows), ('largest', section_largest)):
         if name in options.sections:
             report[name] = section(options, data, cwd)
-    report['heading'] = heading
+            write(report, options.out)
     return report
+
+
+def text(report):
+    """The report as Markdown."""
+    tables = [f'## {title}\n\n{table(report[name], columns)}' for name, (title, columns) in TABLES.items() if name in report]
+    return '\n\n'.join([report['heading'], *tables])
+
+
+def write(report, out):
+    if out:
+        write_json(f'{out}.json', report)
+        with open(f'{out}.md', 'w') as f:
+            f.write(text(report) + '\n')
 
 
 def main(argv=None):
     options = parse(argv)
     with tempfile.TemporaryDirectory(prefix='throughput-') as cwd:
         report = measure(options, cwd)
-    parts = [report['heading']] + [f'## {title}\n\n{table(report[name], columns)}'
-                                   for name, (title, columns) in TABLES.items() if name in report]
-    print('\n' + '\n\n'.join(parts))
-    if options.out:
-        write_json(f'{options.out}.json', report)
-        with open(f'{options.out}.md', 'w') as f:
-            f.write('\n\n'.join(parts) + '\n')
+    print('\n' + text(report))
+    write(report, options.out)
 
 
 if __name__ == '__main__':

@@ -8,7 +8,7 @@ import torch
 
 from conftest import ROOT, random_groups, run_stage, write_data
 from model import GPT, GPTConfig, packed_mask
-from prepare_prefs import Groups, pack, plan_rows, step_groups
+from nanodpo.data import Groups, pack, plan_rows, step_groups
 
 sys.path.insert(0, str(ROOT / 'repro'))
 import scale                    # noqa: E402

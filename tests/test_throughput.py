@@ -27,7 +27,8 @@ def test_throughput_counts_what_was_computed_and_says_which_peer_is_missing(tmp_
 
     rng, computed = np.random.default_rng(5), 0                 # two epochs, micro-steps of 4 pairs: 8 rows of the longest
     for order in (rng.permutation(16), rng.permutation(16)):
-        computed += sum(8 * max(int(sizes[i, 0] + sizes[i, 1:].max()) for i in some) for some in order.reshape(4, 4))
+        longest = (sizes[:, 0] + sizes[:, 1:].max(1))[order.reshape(4, 4)].max(1)
+        computed += 8 * int(longest.sum())
     assert padded['computed_tokens'] == computed / 2
     assert padded['waste'] == pytest.approx(1 - 2 * sizes.sum() / computed)
     for row in (ours, padded):
@@ -37,7 +38,7 @@ def test_throughput_counts_what_was_computed_and_says_which_peer_is_missing(tmp_
         assert row['tokens_per_second'] == pytest.approx(sizes.sum() / seconds)
         assert row['of_peak'] == pytest.approx(4 * report['data']['forward_flops'] / seconds / report['peak']['flops_per_second'])
         assert row['first_loss'] == pytest.approx(math.log(2), abs=1e-5)
-        assert 0.1 < row['memory_gb'] < 8
+        assert 0.1 < row['memory_gb'] < 8 and row['first_seconds'] < row['wall_seconds']
     assert ours['times_padded'] == pytest.approx(ours['pairs_per_second'] / padded['pairs_per_second'])
     text = (tmp_path / 'bench.md').read_text()
     assert all(f'\n| {row["contender"]} ' in text for row in report['train']) and trl['error'] in text
@@ -64,5 +65,20 @@ def test_recompilations_count_only_after_the_epoch_of_warm_up(monkeypatch, tmp_p
     monkeypatch.setattr(throughput, 'run_dpo', lambda *args: (ran, [record] * 4))
     options = throughput.parse(['--device=cpu', '--pairs=4', '--batch_size=2', '--epochs=1'])
     row = throughput.measure_ours('ours', options, dict(distinct_tokens=100, forward_flops=1.0), str(tmp_path))
-    assert row['recompiles'] == 1
+    assert row['recompiles'] == 1 and row['first_seconds'] == 0
     assert row['pairs_per_second'] == 4 and row['computed_tokens'] == 200 and row['waste'] == 0.5 and row['besides_seconds'] == 7
+
+
+def test_a_run_that_is_cut_keeps_the_contenders_before(monkeypatch, tmp_path):
+    def measure(contender, *args):
+        if contender == 'trl':
+            raise KeyboardInterrupt
+        return dict(contender=contender, error='', pairs_per_second=4.0, tokens_per_second=100.0, memory_gb=1.0,
+                    useful_flops_per_second=3.0, besides_seconds=1.0)
+    monkeypatch.setattr(throughput, 'measure_ours', measure)
+    monkeypatch.setattr(throughput, 'measure_peer', measure)
+    options = throughput.parse(['--device=cpu', '--contenders=ours,padded,trl', f'--out={tmp_path}/cut'])
+    with pytest.raises(KeyboardInterrupt):
+        throughput.section_train(options, {}, str(tmp_path), dict(heading='of a test', peak=dict(flops_per_second=6.0)))
+    ours, padded = json.loads((tmp_path / 'cut.json').read_text())['train']
+    assert ours['times_padded'] == 1 and padded['of_peak'] == 0.5 and '| padded ' in (tmp_path / 'cut.md').read_text()
