@@ -5,9 +5,24 @@
 #     sbatch repro/slurm.sh dpo.py config/hh.py --beta=0.2
 #     sbatch --nodes=1 repro/slurm.sh dpo.py config/hh.py             # another size: the results are the same
 #
-# One torchrun a node; it starts one process a GPU, and all again when one dies, up to three times: they go on from the
-# run's last checkpoint. Two minutes before the time limit the run saves and leaves, and the job is queued again; so it is
-# when a node fails. A queued-again job goes on with --resume. Set account, partition and modules for your cluster.
+# Without Slurm, on every node:
+#
+#     torchrun --nnodes=4 --nproc_per_node=8 --max-restarts=3 --rdzv-backend=c10d \
+#         --rdzv-endpoint=NODE0:29500 --rdzv-id=1 dpo.py config/hh.py
+#
+# The nodes run the same command each, and read data/ and out/: share a disk, or copy both. Rank 0 alone writes. A rank
+# that sees other data, weights, checkpoints or knobs than rank 0 is named at the start, and the run ends.
+#
+# torchrun starts one process a GPU. When one dies, it starts all again, up to three times, and they go on from this
+# launch's last checkpoint. With as many processes as before, CPUs give the same bits as without the accident; on GPUs
+# that is not measured yet. `save_interval` is what can be lost. With --nnodes=1:4 a run goes on with the nodes that
+# are left, as long as the one at the rendezvous address lives.
+#
+# Two minutes before the time limit the run saves and leaves. Then the job is queued again, as it is
+# when a node fails, and goes on with --resume. This script was tested with stand-ins for Slurm's commands, not on a
+# cluster. Set account, partition and modules for yours.
+#
+# How a step of 8 or 32 GPUs splits into compute, all-reduce and input: repro/README.md, "Scale".
 
 #SBATCH --job-name=nanodpo
 #SBATCH --nodes=4
@@ -20,7 +35,7 @@
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
 
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=100       # seconds for the step and the checkpoint after SIGTERM; torchrun's own is 30
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=100       # seconds for the step and the checkpoint after SIGTERM; the usual is 30
 # export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0       # where nodes have several networks, or ranks cannot connect
 
 first_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
