@@ -1,4 +1,4 @@
-"""What a training stage needs around its loop: processes, device, log, checkpoints, signals. Nothing here knows a loss.
+"""What a training stage needs around its loop: processes, device, log, checkpoints, signals; and no loss.
 
     run = Run(cfg, 'dpo')                               # one process, or one a GPU under torchrun
     start = run.resume(policy, optimizer, train, val)   # the step to go on after, 0 for a new run
@@ -84,7 +84,7 @@ def learning_rate(cfg, step, total_steps):
 
 
 class Worker:
-    """One process: its device, the type of its matmuls, and its place among `world` ranks that share the work."""
+    """One process: its device, the type of its matmuls, its place among `world` ranks that share the work."""
     def __init__(self, device='auto', dtype='auto', world=1, rank=0, local_rank=0):
         self.world = world
         self.rank = rank
@@ -94,7 +94,7 @@ class Worker:
             self.device = torch.device(device_type, local_rank)
             torch.cuda.set_device(self.device)
         self.autocast, self.bf16 = pick_autocast(dtype, device_type)
-        self.exact = torch.float32 if device_type == 'mps' else torch.float64       # of sums; MPS has no float64
+        self.exact = torch.float32 if device_type == 'mps' else torch.float64   # of sums; MPS has no float64
 
     def sum(self, tensor):
         """The sum over ranks, in place."""
@@ -120,11 +120,11 @@ class Run(Worker):
         device_type = pick_device(cfg.device)
         super().__init__(cfg.device, cfg.dtype, *ranks(device_type))
         self.compile = self.device.type == 'cuda' if cfg.compile is None else cfg.compile
-        need(cfg.batch_size >= self.world, f'batch_size={cfg.batch_size} is smaller than the {self.world} processes '
-             'that share it')
+        need(cfg.batch_size >= self.world,
+             f'batch_size={cfg.batch_size} is smaller than the {self.world} processes that share it')
         self.launch, self.restarted = join(self.world, self.rank, device_type, cfg.join_timeout)
-        self.stopped_by = torch.zeros(1, dtype=torch.int32)     # this rank's signal; on the CPU: asking costs no sync
-        self.signalled = 0                                      # any rank's
+        self.own_signal = torch.zeros(1, dtype=torch.int32)     # on the CPU: asking for it never waits for a GPU
+        self.signalled = 0                                      # the signal of any rank
 
     # ------------------------------------------------------------------------------------------------
     # all ranks together
@@ -136,7 +136,7 @@ class Run(Worker):
     def on_first(self, function, what):
         """Call function() on rank 0 alone. -> its result there, None elsewhere.
 
-        Where it fails, all ranks end with one line: a UserError's own, or `what` and the reason that the disk gave.
+        If it fails, all ranks end with one line: a UserError's own, or `what` and the reason that the disk gave.
         """
         result, error = None, ''
         if self.rank == 0:
@@ -164,9 +164,9 @@ class Run(Worker):
         first, *others = self.gather(facts)
         for rank, other in enumerate(others, 1):
             for what in first:
-                need(other[what] == first[what], f'rank {rank} has another {what} than rank 0 ({other[what]!r}, not '
-                     f'{first[what]!r}): all nodes need the same command, and the same data/ and out/, on a shared '
-                     'disk or copied')
+                need(other[what] == first[what],
+                     f'rank {rank} has another {what} than rank 0 ({other[what]!r}, not {first[what]!r}): all nodes '
+                     'need the same command, and the same data/ and out/, on a shared disk or copied')
 
     # ------------------------------------------------------------------------------------------------
     # the model
@@ -193,10 +193,12 @@ class Run(Worker):
     def resume(self, policy, optimizer, train, val, **weights):
         """Load the last checkpoint into policy and optimizer, if --resume or torchrun's restart asks for it.
 
-        train, val: the Groups. weights: {name: fingerprint} of the weights that the run starts from. A checkpoint
-        records them, and a run with other data or weights is refused. -> the step of the checkpoint, 0 for none.
+        weights: {name: fingerprint} of the weights that the run starts from. A checkpoint records them, and a run
+        with other data or weights cannot resume it. -> the step of the checkpoint, 0 for none.
         """
-        self.policy, self.optimizer, self.train = policy, optimizer, train
+        self.policy = policy
+        self.optimizer = optimizer
+        self.train = train
         knobs = {key: getattr(self.cfg, key) for key in ('batch_size', 'seed', 'optimizer')}
         self.origin = dict(data=train.fingerprint, **weights, **knobs)
         step, state, path = 0, None, ''
@@ -209,15 +211,20 @@ class Run(Worker):
             step = state['step']
         elif self.cfg.resume or self.restarted:
             self.say(f'nothing to resume in {self.out_dir}: starting at step 0')
-        facts = asdict(self.cfg) | {f'{self.data_dir}/{groups.split}': groups.fingerprint for groups in (train, val)}
-        facts |= {ORIGIN[key]: weights[key] for key in weights} | {f'step to start from, by {self.out_dir},': step}
+        facts = asdict(self.cfg)
+        for groups in (train, val):
+            facts[f'{self.data_dir}/{groups.split}'] = groups.fingerprint
+        for key in weights:
+            facts[ORIGIN[key]] = weights[key]
+        facts[f'step to start from, by {self.out_dir},'] = step
         self.check_alike(facts)
         return step
 
     def _load(self, state, path):
         for key, now in self.origin.items():
             then = state.get('origin', {}).get(key)
-            need(then == now, f'cannot resume {path}: {ORIGIN.get(key, key)} changed since ({then} then, {now} now)')
+            need(then == now,
+                 f'cannot resume {path}: {ORIGIN.get(key, key)} changed since ({then} then, {now} now)')
         try:
             self.policy.load_state_dict(state['model'])
         except (RuntimeError, TypeError, AttributeError):
@@ -226,7 +233,7 @@ class Run(Worker):
             self.optimizer.load_state_dict(state['optimizer'])
         except (LookupError, TypeError, ValueError, AttributeError):
             raise UserError(f'cannot resume {path}: it holds no state of the optimizer') from None
-        self.optimizer.param_groups[0]['weight_decay'] = self.cfg.weight_decay      # the knob's, not the saved one
+        self.optimizer.param_groups[0]['weight_decay'] = self.cfg.weight_decay      # not the saved one
         then = state.get('config', {})
         changed = [f'{key} {then.get(key)!r} -> {now!r}' for key, now in asdict(self.cfg).items()
                    if key != 'resume' and then.get(key) != now]
@@ -245,8 +252,8 @@ class Run(Worker):
         if self.bf16 and slow:
             self.say('note: this CPU has no bfloat16 instructions: --dtype=float32 is many times faster here')
         if self.cfg.warmup_steps >= total_steps:
-            self.say(f'note: the run of {total_steps:,} steps ends within its warm-up of {self.cfg.warmup_steps:,}: '
-                     'set --warmup_steps')
+            self.say(f'note: the run of {total_steps:,} steps ends within its warm-up of '
+                     f'{self.cfg.warmup_steps:,}: set --warmup_steps')
         what = f'cannot write to {self.out_dir}'
         self.wandb = self.on_first(self._open_wandb, what) if self.cfg.track else None
         self.log_file = self.on_first(lambda: checkpoint.open_run(self.out_dir, start), what)
@@ -256,14 +263,16 @@ class Run(Worker):
         os.makedirs(folder, exist_ok=True)
         try:
             import wandb
-            return wandb.init(project='nanodpo', name=f'{self.cfg.name}-{self.stage}', config=asdict(self.cfg), dir=folder)
+            return wandb.init(project='nanodpo', name=f'{self.cfg.name}-{self.stage}', config=asdict(self.cfg),
+                              dir=folder)
         except ImportError as error:
             raise UserError(f'track=wandb needs {error.name}: pip install {error.name}') from None
         except Exception as error:      # wandb's own: no key, no network
-            raise UserError(f'track=wandb: {error} WANDB_MODE=offline needs neither a login nor a network') from None
+            raise UserError(f'track=wandb: {error} WANDB_MODE=offline needs neither a login nor a '
+                            'network') from None
 
     def bar(self, steps):
-        """`steps` with a progress bar on rank 0. From here on a signal ends the run at the end of its step."""
+        """`steps` with a progress bar on rank 0. From now on a signal stops the run at the end of its step."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
         return tqdm(steps, self.stage, total=self.total_steps, initial=self.start, unit='step',
@@ -272,7 +281,8 @@ class Run(Worker):
     def log(self, step, record, prefix=''):
         """One aligned line to the terminal, one JSON line to log.jsonl."""
         label = f'{prefix.strip("/") or "step":5}{step:>7,}/{self.total_steps:,}'
-        self.say(' | '.join([label] + [text.format(record[key]) for key, text in COLUMNS.items() if key in record]))
+        columns = [text.format(record[key]) for key, text in COLUMNS.items() if key in record]
+        self.say(' | '.join([label, *columns]))
         record = {prefix + key: value for key, value in record.items()}
 
         def write():
@@ -293,13 +303,13 @@ class Run(Worker):
     # stopping
 
     def _on_signal(self, number, frame):
-        self.stopped_by[0] = number
+        self.own_signal[0] = number
         self.say(f'signal {number}: finishing this step, then saving')
         signal.signal(signal.SIGINT, signal.SIG_DFL)        # a second Ctrl-C stops at once
 
     def stopping(self):
         """The signal that any rank got, 0 for none: all ranks leave together."""
-        signalled = self.stopped_by.clone()
+        signalled = self.own_signal.clone()
         if self.world > 1:
             dist.all_reduce(signalled, dist.ReduceOp.MAX)
         self.signalled = signalled.item()
@@ -308,27 +318,29 @@ class Run(Worker):
     def check_finite(self, unread):
         """Stop if a loss or a gradient is not finite, and name the pairs.
 
-        unread: for each step since the last check its number, its gradient norm, and (ids, losses) of its micro-steps.
+        unread: (step, gradient norm, [(ids, losses) of each micro-step]) of every step since the last check.
         """
-        finite = torch.stack([norm for step, norm, micros in unread]).isfinite().tolist()      # waits for the GPU
+        norms = torch.stack([norm for step, norm, micros in unread])
+        finite = norms.isfinite().tolist()          # waits for the GPU
         if all(finite):
             return
         step, norm, micros = unread[finite.index(False)]
-        mine = {}                       # {group: whether its loss is finite}
+        bad, every = [], []
         for ids, losses in micros:
-            mine.update(zip(ids, losses.isfinite().tolist()))
-        groups = {group: good for of_rank in self.gather(mine) for group, good in of_rank.items()}
-        bad = [group for group, good in groups.items() if not good] or groups       # a gradient has no one pair
+            every += ids
+            bad += [group for group, good in zip(ids, losses.isfinite().tolist()) if not good]
+        bad = sum(self.gather(bad), [])
+        every = sum(self.gather(every), [])         # a gradient that is not finite may be of any of them
         raise UserError(f'step {step}: the loss or its gradient is not finite; groups of {self.data_dir}/'
-                        f'{self.train.split}: {sorted(bad)}; nothing since the last checkpoint is saved; lower the '
-                        'learning rate, or look at these groups')
+                        f'{self.train.split}: {sorted(bad or every)}; nothing since the last checkpoint is saved; '
+                        'lower the learning rate, or look at these groups')
 
     def close(self):
         """The end of the run on every rank, with the exit status of the signal that ended it."""
         if self.wandb:
             self.wandb.finish()
         if self.world > 1:
-            gc.collect()        # the DDP wrapper goes before the process group, whose threads it would wait for
+            gc.collect()        # the DDP wrapper goes before the process group: it would wait for its threads
             dist.destroy_process_group()
         if self.signalled:
             self.say(f'stopped by signal {self.signalled}, saved at step {self.saved_step}: --resume goes on from there')
@@ -369,7 +381,8 @@ class Meter:
         """{name: value} for the log; then begin again."""
         device = self.run.device
         computed = self.run.sum(torch.tensor([self.computed])).item()
-        record = dict(tokens_per_second=self.tokens / self.seconds, pairs_per_second=self.pairs / self.seconds,
+        record = dict(tokens_per_second=self.tokens / self.seconds,
+                      pairs_per_second=self.pairs / self.seconds,
                       padding=1 - self.tokens / computed)
         if device.type == 'cuda':
             record['memory_gb'] = torch.cuda.max_memory_allocated(device) / 1e9

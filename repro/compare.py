@@ -1,14 +1,15 @@
-"""Two checkouts of this repository on one machine: the same bytes of data, the same logged numbers to the last bit?
+"""Two checkouts of this repository: the same bytes of data, and the same logged numbers to the last bit?
 
     git worktree add ../before COMMIT
     python repro/compare.py ../before                           # that one against this one
     python repro/compare.py ../before --source=hh-rlhf          # HH too, from a folder in the hub's layout
 
-Each check runs the stages of both checkouts as a user would, side by side in temporary folders, and compares the files
-that they leave: data/<name>/ byte by byte, log.jsonl number by number. Times do not count. All of it takes 10 minutes
-on 2 CPU cores. A line a check is printed, and the exit status is 1 where one differs. A result: repro/logs/compare.txt.
+A check runs a stage of both checkouts side by side, as a user would, in temporary folders. Then it compares what they
+leave: data/<name>/ byte by byte, log.jsonl number by number. Times do not count. All checks together take 10 minutes
+on 2 CPU cores. The exit status is 1 where one differs. A result: repro/logs/compare.txt.
 """
 import argparse
+import itertools
 import json
 import os
 import random
@@ -37,7 +38,9 @@ def rows_of(kind, n=300):
     rng = random.Random(kind)
 
     def text():
-        return ' ' + ' '.join(rng.choice('one two three four five six seven'.split()) for _ in range(rng.randint(1, 12)))
+        words = 'one two three four five six seven'.split()
+        return ' ' + ' '.join(rng.choice(words) for _ in range(rng.randint(1, 12)))
+
     for i in range(n):
         if kind == 'unpaired':
             yield dict(prompt=f'{i}{text()}', completion=text(), label=rng.random() < 0.6)
@@ -90,18 +93,20 @@ def compare_data(old, new):
 
 
 def compare_logs(old, new):
-    """-> '' and how many numbers two logs hold, or the first number that differs. Times do not count."""
-    count = 0
+    """-> '' and how many numbers two logs hold, or where and by how much they differ. Times do not count."""
     logs = [[json.loads(line) for line in (folder / 'log.jsonl').open()] for folder in (old, new)]
-    if len(logs[0]) != len(logs[1]):
-        return f'{len(logs[0])} lines, then {len(logs[1])}', ''
-    for before, after in zip(*logs):
-        for key in sorted(before.keys() | after.keys()):
-            if 'second' in key:
-                continue
-            if before.get(key) != after.get(key):
-                return f'step {after["step"]}: {key} {before.get(key)}, then {after.get(key)}', ''
-            count += 1
+    count, other = 0, []
+    for before, after in itertools.zip_longest(*logs, fillvalue={}):
+        keys = [key for key in before | after if 'second' not in key]
+        count += len(keys)
+        for key in keys:
+            a, b = before.get(key), after.get(key)
+            if a is None or b is None:
+                return f'{key} in line {before or after} of one log alone', ''
+            if a != b:
+                other.append((abs(a - b) / max(abs(a), abs(b)), f'step {after["step"]}: {key} {a}, then {b}'))
+    if other:
+        return f'{len(other)} of {count} numbers, by at most {max(other)[0]:.0e} of their size; first {other[0][1]}', ''
     return '', f'{len(logs[0])} lines, {count:,} numbers'
 
 
