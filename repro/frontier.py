@@ -92,7 +92,7 @@ LABELS = {'dpo': 'DPO', 'ppo': 'PPO, learned reward', 'ppo_gt': 'PPO-GT, true re
 COLOURS = dict(zip(LABELS, ('C0', 'C3', 'C1', 'C5', 'C2', 'C4', 'C6')))
 
 
-# -----------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # the optimum: the grammar's own frontier, exactly
 
 def grammar_log_z(start, lam):
@@ -131,7 +131,7 @@ def grammar_frontier(starts, betas):
     return torch.stack([lam * reward - log_z, reward], 1).detach().numpy()
 
 
-# -----------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # jobs: a dict of settings each, done by a worker process, as sweep.py says
 
 def needs(job, jobs):
@@ -277,7 +277,7 @@ def summary(result):
             + ', '.join(f'{budget}: {best_at(points, budget)[0]:+.2f}' for budget in BUDGETS))
 
 
-# -----------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # the table and the figure
 
 def mean_and_error(values):
@@ -314,7 +314,7 @@ def table(results, optimum):
             shares = [point.get('well_formed', math.nan) for point in points]
             cells.append('-' if math.isnan(sum(shares)) else f'{np.mean(shares):.0%}')
         samples = max(point.get('samples', 0) for points in seeds.values() for point in points)
-        cells.append(f'{samples:,}' if samples else '-')
+        cells.append('-' if method.startswith('best_of_n') else f'{samples:,}')
         lines.append(f'| {LABELS[method]} | ' + ' | '.join(cells) + ' |')
     exact = np.interp(BUDGETS, *optimum.T)
     lines.append("| the grammar's optimum | " + ' | '.join(f'{r:+.2f}' for r in exact) + ' | 100% | 100% | |')
@@ -368,7 +368,7 @@ def figure(results, optimum, path):
     plot.savefig(path, dpi=110)
 
 
-# -----------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # the knobs
 
 @dataclass

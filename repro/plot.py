@@ -4,9 +4,9 @@
     python repro/plot.py out/reviews/dpo --out=tests/assets/reviews.png    # the README's figure
     python repro/plot.py out/a/dpo out/b/dpo --out=compare.png             # a colour a run
 
-Of dpo.py: loss, accuracy, margins, chosen and rejected rewards, KL; of sft.py: loss, perplexity, learning rate. Thin
-lines are training batches (means over log_interval steps), markers the whole validation split; the band around the KL is
-its standard error. The torn last line of a run that is still writing is skipped. Needs matplotlib.
+Of dpo.py it draws loss, accuracy, margins, chosen and rejected rewards, KL; of sft.py loss, perplexity, learning
+rate. Thin lines are training batches (means over log_interval steps), markers the whole validation split. The band
+around the KL is its standard error. The torn last line of a run that is still writing is skipped. Needs matplotlib.
 """
 import json
 import math
@@ -14,7 +14,8 @@ import os
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from config import UserError        # noqa: E402
+import config                           # noqa: E402
+from config import UserError, need      # noqa: E402
 
 PANELS = [      # title, keys (the second one dashed), a level to compare with
     ('loss', ['loss'], (math.log(2), 'ln 2: policy = reference')),
@@ -25,7 +26,8 @@ PANELS = [      # title, keys (the second one dashed), a level to compare with
     ('KL(policy || reference), nats a response', ['kl'], None),
     ('learning rate', ['lr'], None),
 ]
-COLOURS = '#0072b2', '#d55e00', '#009e73', '#cc79a7', '#e69f00', '#56b4e9', '#000000'      # told apart by the colour-blind, too
+# colours that the colour-blind tell apart, too
+COLOURS = '#0072b2', '#d55e00', '#009e73', '#cc79a7', '#e69f00', '#56b4e9', '#000000'
 MARKERS = 'os^Dv'
 
 
@@ -41,17 +43,23 @@ def read_run(folder):
         raise UserError(f'{path} cannot be read: {error}') from None
     records = []
     for number, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line)
-            if type(record) is not dict or 'step' not in record or not all(type(v) in (int, float) for v in record.values()):
-                raise ValueError
+        record = read_record(line)
+        need(record or number == len(lines),        # what follows the last line break is empty, or torn
+             f"{path} line {number} is no record of a run, an object of numbers with 'step': {line!r:.60}")
+        if record:
             records.append(record)
-        except ValueError:
-            if number < len(lines):         # what follows the last line break is empty, or torn
-                raise UserError(f"{path} line {number} is no record of a run, an object of numbers with 'step': {line!r:.60}") from None
-    if not records:
-        raise UserError(f'{path} holds no record yet')
+    need(records, f'{path} holds no record yet')
     return records
+
+
+def read_record(line):
+    """A line of a log as a dict of numbers, or None where it is something else."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    is_record = type(record) is dict and 'step' in record and all(type(v) in (int, float) for v in record.values())
+    return record if is_record else None
 
 
 def names_of(folders):
@@ -70,50 +78,26 @@ def plot(folders, out):
     runs = [read_run(folder) for folder in folders]
     logged = {key.removeprefix('eval/') for records in runs for record in records for key in record}
     preferences = 'rewards/margins' in logged
-    panels = [panel for panel in PANELS if logged & set(panel[1]) and not (panel[0] == 'learning rate' and preferences)]
-    if not panels:
-        raise UserError(f'nothing to draw: {", ".join(folders)} logged {", ".join(sorted(logged))}')
+    panels = [panel for panel in PANELS
+              if logged & set(panel[1]) and not (panel[0] == 'learning rate' and preferences)]
+    need(panels, f'nothing to draw: {", ".join(folders)} logged {", ".join(sorted(logged))}')
     try:
         import matplotlib
     except ImportError as error:
         raise UserError(f'the figure needs {error.name}: pip install {error.name}') from None
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
-    import numpy as np
-    from matplotlib.lines import Line2D
     columns = 3 if len(panels) > 3 else 2
     rows = len(panels) // columns + 1               # one place is the legend's
     figure, axes = plt.subplots(rows, columns, figsize=(4.6 * columns, 3.2 * rows), constrained_layout=True)
-    styles = [dict(color=COLOURS[i % len(COLOURS)], marker=MARKERS[i // len(COLOURS) % len(MARKERS)]) for i in range(len(runs))]
-    for ax, (title, keys, level) in zip(axes.flat, panels):
-        for records, style in zip(runs, styles):
-            for key, dashes in zip(keys, ('-', '--')):
-                for prefix, look in (('', dict(lw=0.8, alpha=0.45, marker='')), ('eval/', dict(ms=4, lw=1.6))):
-                    points = [(r['step'], r[prefix + key]) for r in records if prefix + key in r]
-                    if points:              # kto's batches may lack one side
-                        ax.plot(*zip(*points), **{**style, 'ls': dashes, **look})
-            if keys == ['kl']:
-                band = np.array([(r['step'], r['eval/kl'], r['eval/kl_error']) for r in records if 'eval/kl_error' in r]).reshape(-1, 3)
-                ax.fill_between(band[:, 0], *(band[:, 1] + sign * band[:, 2] for sign in (-1, 1)), color=style['color'], alpha=0.15, lw=0)
-        starts = [records[0].get('eval/loss', math.nan) for records in runs]
-        if level and (title != 'loss' or all(math.isclose(start, level[0], abs_tol=1e-3) for start in starts)):     # DPO's alone
-            ax.axhline(level[0], color='0.6', lw=0.8, ls=':', zorder=0)
-            ax.annotate(level[1], (1, level[0]), xycoords=('axes fraction', 'data'), ha='right', va='bottom', fontsize=7, color='0.4')
-        if title == 'perplexity':
-            ax.set_yscale('log')
-        elif title == 'learning rate':
-            ax.ticklabel_format(axis='y', style='sci', scilimits=(-2, 3))
-        ax.set_title(title, fontsize=9)
-        ax.set_xlabel('step', fontsize=8)
-        ax.tick_params(labelsize=8)
-        ax.grid(alpha=0.2)
-        ax.spines[['top', 'right']].set_visible(False)
+    styles = [dict(color=COLOURS[i % len(COLOURS)], marker=MARKERS[i // len(COLOURS) % len(MARKERS)])
+              for i in range(len(runs))]
+    for ax, panel in zip(axes.flat, panels):
+        draw(ax, *panel, runs, styles)
     for ax in axes.flat[len(panels):]:
         ax.set_axis_off()
-    lines = [Line2D([], [], **style, label=name.replace('$', r'\$')) for style, name in zip(styles, names_of(folders))]
-    lines += [Line2D([], [], color='0.3', lw=0.8, label='training'), Line2D([], [], color='0.3', marker='o', ms=4, label='validation')]
-    lines += [Line2D([], [], color='0.3', ls='--', label='rejected, dashed')] * preferences
-    axes.flat[len(panels)].legend(handles=lines, loc='center left', fontsize=9, frameon=False)
+    axes.flat[len(panels)].legend(handles=handles(names_of(folders), styles, preferences), loc='center left',
+                                  fontsize=9, frameon=False)
     try:
         figure.savefig(out + '.tmp', dpi=110, format='png')
         os.replace(out + '.tmp', out)
@@ -121,6 +105,47 @@ def plot(folders, out):
         raise UserError(f'cannot write {out}: {error.strerror}') from None
     finally:
         plt.close(figure)
+
+
+def draw(ax, title, keys, level, runs, styles):
+    """One panel: `keys` of every run, and a level to compare with, (value, label)."""
+    for records, style in zip(runs, styles):
+        for key, dashes in zip(keys, ('-', '--')):
+            for prefix, look in (('', dict(lw=0.8, alpha=0.45, marker='')), ('eval/', dict(ms=4, lw=1.6))):
+                points = [(r['step'], r[prefix + key]) for r in records if prefix + key in r]
+                if points:              # kto's batches may lack one side
+                    ax.plot(*zip(*points), **{**style, 'ls': dashes, **look})
+        measured = [r for r in records if keys == ['kl'] and 'eval/kl_error' in r]
+        if measured:
+            low, high = ([r['eval/kl'] + sign * r['eval/kl_error'] for r in measured] for sign in (-1, 1))
+            ax.fill_between([r['step'] for r in measured], low, high, color=style['color'], alpha=0.15, lw=0)
+    starts = [records[0].get('eval/loss', math.nan) for records in runs]
+    if title == 'loss' and not all(math.isclose(start, math.log(2), abs_tol=1e-3) for start in starts):
+        level = None                    # ln 2 is DPO's alone
+    if level:
+        ax.axhline(level[0], color='0.6', lw=0.8, ls=':', zorder=0)
+        ax.annotate(level[1], (1, level[0]), xycoords=('axes fraction', 'data'), ha='right', va='bottom', fontsize=7,
+                    color='0.4')
+    if title == 'perplexity':
+        ax.set_yscale('log')
+    elif title == 'learning rate':
+        ax.ticklabel_format(axis='y', style='sci', scilimits=(-2, 3))
+    ax.set_title(title, fontsize=9)
+    ax.set_xlabel('step', fontsize=8)
+    ax.tick_params(labelsize=8)
+    ax.grid(alpha=0.2)
+    ax.spines[['top', 'right']].set_visible(False)
+
+
+def handles(names, styles, preferences):
+    """The entries of the legend."""
+    from matplotlib.lines import Line2D
+    entries = [Line2D([], [], **style, label=name.replace('$', r'\$')) for style, name in zip(styles, names)]
+    entries.append(Line2D([], [], color='0.3', lw=0.8, label='training'))
+    entries.append(Line2D([], [], color='0.3', marker='o', ms=4, label='validation'))
+    if preferences:
+        entries.append(Line2D([], [], color='0.3', ls='--', label='rejected, dashed'))
+    return entries
 
 
 def main(argv=None):
@@ -132,16 +157,13 @@ def main(argv=None):
         if flag in ('-h', '--help'):
             print(__doc__.strip())
             return
-        if not flag.startswith('--out='):
-            raise UserError(f'{flag} is unknown: there is --out=FILE.png')
+        need(flag.startswith('--out='), f'{flag} is unknown: there is --out=FILE.png')
         out = flag.removeprefix('--out=')
-    if not folders:
-        raise UserError('name the folder of a run, or of several, such as out/reviews/dpo')
-    if not out.endswith('.png'):
-        raise UserError(f'--out={out} must end with .png')
+    need(folders, 'name the folder of a run, or of several, such as out/reviews/dpo')
+    need(out.endswith('.png'), f'--out={out} must end with .png')
     plot(folders, out)
     print(out)
 
 
 if __name__ == '__main__':
-    main()
+    config.run(main)
