@@ -13,11 +13,12 @@ import pytest
 import torch
 
 import dpo
-import prepare_prefs
 from config import UserError
 from conftest import ROOT, random_groups, read_log, small_gpt, write_data
-from model import CheckpointError, find_checkpoints, load_model, open_run, read_checkpoint, save_checkpoint
-from prepare_prefs import Groups, load_tokenizer, read_meta, text_ids, write_meta
+from nanodpo import checkpoint
+from nanodpo.data import Groups, read_meta, replacing, sha256_file
+from nanodpo.export import save_pretrained
+from nanodpo.text import load_tokenizer, make_tokenizer, text_ids
 
 sys.path.insert(0, str(ROOT / 'repro'))
 import faults                                           # noqa: E402
@@ -29,14 +30,31 @@ def content(folder):
     return {p.name: p.read_bytes() for p in Path(folder).iterdir() if p.is_file()}
 
 
+def some_groups(seed=0):
+    return {'train': random_groups(4, 2, np.random.default_rng(seed))}
+
+
+# ----------------------------------------------------------------------------------------------------
+# the campaign itself
+
 def test_a_slice_of_the_campaign_passes(tmp_path):
-    done = subprocess.run([sys.executable, ROOT / 'repro/faults.py', '--trials=1', '--workers=1', '--seed=2', f'--out={tmp_path}/faults'],
-                          capture_output=True, text=True)
+    flags = ['--trials=1', '--workers=1', '--seed=2', f'--out={tmp_path}/faults']
+    done = subprocess.run([sys.executable, ROOT / 'repro/faults.py', *flags], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    results = json.loads((tmp_path / 'faults.json').read_text())
+    text = (tmp_path / 'faults.json').read_text()
+    results = json.loads(text)
     assert {r['name'] for r in results} == set(faults.CLASSES) and len(results) == len(faults.CLASSES)
+    assert len(text.splitlines()) == len(results) + 2, 'a record a line'
     assert sum(r['n'] for r in results if r['name'] == 'kill') == 2, 'two kills a trial'
     assert '6 of 6 trials passed' in (tmp_path / 'faults.md').read_text()
+
+
+def test_the_published_score_is_of_this_campaign():
+    results = json.loads((ROOT / 'repro/results/faults.json').read_text())
+    trials = {name: sum(r['name'] == name for r in results) for name in faults.CLASSES}
+    assert trials == {name: trials for name, (_, trials, _) in faults.CLASSES.items()}
+    passed = sum(not r['wrong'] for r in results)
+    assert f'{passed:,} of {len(results):,} trials passed' in (ROOT / 'repro/results/faults.md').read_text()
 
 
 def test_the_campaign_fails_where_a_stage_does_not_check_what_it_reads():
@@ -45,7 +63,8 @@ def test_the_campaign_fails_where_a_stage_does_not_check_what_it_reads():
         import json, sys
         sys.path.insert(0, {str(ROOT / 'repro')!r})
         import faults
-        faults.prepare_prefs.read_meta = lambda folder: json.load(open(folder + '/meta.json'))
+        from nanodpo import data
+        data.read_meta = lambda folder: json.load(open(folder + '/meta.json'))
         sys.exit(faults.main(['--only=damage', '--seed={cell}', '--trials=1', '--workers=1']))'''
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert done.returncode == 1 and 'sft, data/own/tokenizer.json bit' in done.stdout, done.stdout + done.stderr
@@ -54,18 +73,25 @@ def test_the_campaign_fails_where_a_stage_does_not_check_what_it_reads():
 
 @pytest.mark.parametrize('kind, line, says', [
     ('pairs', b'{"prompt": "", "chosen": "a", "rejected": "b"}\r', (['', 'a', 'b'], None)),
-    ('pairs', '\ufeff{"prompt": "\\u0000", "rejected": "b", "chosen": "\u2028a", "x": NaN}'.encode(), (['\0', '\u2028a', 'b'], None)),
+    ('pairs', '\ufeff{"prompt": "\\u0000", "rejected": "b", "chosen": "\u2028a", "x": NaN}'.encode(),
+     (['\0', '\u2028a', 'b'], None)),
     ('pairs', b'{"prompt": "", "chosen": "a", "rejected": "b", "chosen": "b"}', False),
-    ('pairs', b' \t\r', None), ('pairs', b'[1]', False), ('pairs', b'{"prompt": "", "chosen": "\\ud800", "rejected": "b"}', False),
+    ('pairs', b' \t\r', None),
+    ('pairs', b'[1]', False),
+    ('pairs', b'null', False),
+    ('pairs', b'{"prompt": "", "chosen": "\\ud800", "rejected": "b"}', False),
     ('rankings', b'{"prompt": "p", "responses": ["a", "b", "c"], "scores": [1, 3, 2.5]}', (['p', 'b', 'c', 'a'], None)),
     ('rankings', b'{"prompt": "p", "responses": ["a", "b", "c"], "scores": [1, 1.0, 2]}', False),
     ('unpaired', b'{"prompt": "p", "completion": "a", "label": false}', (['p', 'a'], False)),
-    ('unpaired', b'{"prompt": "p", "completion": "a", "label": 1}', False), ('documents', b'{"text": " a"}', (['', ' a'], None)),
+    ('unpaired', b'{"prompt": "p", "completion": "a", "label": 1}', False),
+    ('documents', b'{"text": " a"}', (['', ' a'], None)),
     ('demonstrations', b'{"prompt": " ", "completion": "a"}', ([' ', 'a'], None)),
     ('demonstrations', b'{"prompt": "p", "completion": "a", "label": true}', False),
-    ('scored', b'{"prompt": "p", "chosen": "a", "rejected": "b", "score_chosen": 2, "score_rejected": 1.0}', (['p', 'a', 'b'], None)),
-    ('scored', b'{"prompt": "p", "chosen": "a", "rejected": "b", "score_chosen": 2, "score_rejected": 1.5}', ()),
-    ('scored', b'{"prompt": "p", "chosen": "a", "rejected": "b", "score_chosen": 1e999, "score_rejected": 1}', False),
+    ('translated', b'{"question": "p", "good": "a", "bad": "b", "gap": 1.0}', (['p', 'a', 'b'], None)),
+    ('translated', b'{"question": "p", "good": "a", "bad": "b", "gap": 0.5}', ()),
+    ('translated', b'{"question": "p", "good": "a", "bad": " "}', ()),
+    ('translated', b'{"question": "p", "good": "a"}', False),
+    ('translated', b'null', False),
     ('conversations', b'{"prompt": "p", "chosen": [{"role": "assistant", "content": "a"}], "rejected": "\\nb"}',
      (['\n\nHuman: p\n\nAssistant:', ' a', '\nb'], None)),
     ('conversations', b'{"prompt": [{"role": "system", "content": "s"}], "chosen": "a", "rejected": "b"}', False)])
@@ -73,46 +99,54 @@ def test_the_oracle_says_what_the_format_says(kind, line, says):
     assert faults.expected(kind, line) == says
 
 
+# ----------------------------------------------------------------------------------------------------
+# data sets
+
 def test_any_bit_of_meta_json_or_tokenizer_json_that_matters_is_refused(tmp_path):
     rng = np.random.default_rng(0)
-    folder = write_data(tmp_path / 'd', {'train': random_groups(4, 2, rng)})
+    folder = write_data(tmp_path / 'd', some_groups())
     good = read_meta(folder)
     refused = 0
     for file in ('meta.json', 'tokenizer.json'):
-        path, whole = folder / file, (folder / file).read_bytes()
-        for at in rng.integers(0, len(whole), 150):
-            path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << int(rng.integers(8))]) + whole[at + 1:])
+        path, undamaged = folder / file, (folder / file).read_bytes()
+        for at in rng.integers(0, len(undamaged), 150):
+            flipped = undamaged[at] ^ 1 << int(rng.integers(8))
+            path.write_bytes(undamaged[:at] + bytes([flipped]) + undamaged[at + 1:])
             try:
                 assert read_meta(folder) == good
             except UserError as error:
                 assert file in error.message
                 refused += 1
-        path.write_bytes(whole)
+        path.write_bytes(undamaged)
     assert refused > 250
     (folder / 'meta.json').write_text(json.dumps(good))         # without its hash
     with pytest.raises(UserError, match="KeyError: 'sha256'"):
         read_meta(folder)
 
 
-def test_killed_between_any_two_renames_a_set_is_old_or_new_or_refused_and_the_next_run_brings_it_back(tmp_path):
+@pytest.mark.parametrize('changes', [
+    dict(max_length='long'), dict(template=None), dict(vocab_size=2.5), dict(splits=[]), dict(splits={'train': 3})])
+def test_a_set_with_the_right_hash_and_foreign_content_is_one_line(tmp_path, changes):
+    folder = write_data(tmp_path / 'd', some_groups())
+    faults.sealed(folder, changes)
+    with pytest.raises(UserError) as caught:
+        Groups(folder, 'train')
+    assert 'meta.json' in caught.value.message or 'train' in caught.value.message
+    assert re.search('max_length|splits|template|vocab_size|prepare_prefs', caught.value.message)
+
+
+def test_killed_between_any_two_renames_a_set_is_old_or_new_or_refused_and_the_next_run_makes_it(tmp_path):
     def replace_set(folder, other):
-        with prepare_prefs.new_files(str(folder)) as aside:
+        with replacing(str(folder)) as aside:
             for file in content(other):
                 shutil.copy(other / file, aside)
-    old, new = (write_data(tmp_path / str(seed), {'train': random_groups(4, 2, np.random.default_rng(seed))}) for seed in (1, 2))
+    old, new = (write_data(tmp_path / str(seed), some_groups(seed)) for seed in (1, 2))
     refused = 0
     for n in range(20):
         folder = Path(shutil.copytree(old, tmp_path / 'd'))
         pid = os.fork()
         if pid == 0:
-            calls, replace = [], os.replace
-
-            def deadly(*args):
-                calls.append(args)
-                if len(calls) > n:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                replace(*args)
-            os.replace = deadly
+            faults.stop_at_change(n, tmp_path / f'changes-{n}')
             try:
                 replace_set(folder, new)
             finally:
@@ -122,92 +156,102 @@ def test_killed_between_any_two_renames_a_set_is_old_or_new_or_refused_and_the_n
             with pytest.raises(UserError):
                 Groups(folder, 'train')
             refused += 1
-        prepare_prefs.sweep(str(folder))
-        assert content(folder) == (content(old) if killed else content(new)) and len(list(folder.iterdir())) == len(content(old))
+        assert killed or content(folder) == content(new)
+        replace_set(folder, new)
+        assert content(folder) == content(new)
+        assert len(list(folder.iterdir())) == len(content(old)), 'nothing else is left'
         shutil.rmtree(folder)
         if not killed:
             break
-    assert n == 8 and refused == 7, 'four files, out and in'
+    assert not killed and refused >= 5, 'three files go, and come back before meta.json'
 
 
 def test_a_million_spaces_are_tokenised(tmp_path):
-    prepare_prefs.make_tokenizer('bytes', [], str(tmp_path))
+    make_tokenizer('bytes', [], str(tmp_path))
     tokenizer = load_tokenizer(str(tmp_path), 'tokenizer.json')
     for text in ('a' + ' ' * 1_000_000 + 'b', '\n' * 250_000, 'x y\u3000' * 60_000):
         assert bytes(text_ids(tokenizer, text)).decode() == text
 
 
+@pytest.mark.parametrize('changes', [dict(tokens=[]), dict(tokens=[1, 2]), dict(pattern='(')])
+def test_a_tokenizer_with_the_right_hash_and_foreign_content_is_one_line(tmp_path, changes):
+    folder = write_data(tmp_path / 'd', some_groups())
+    faults.odd_tokenizer(folder, changes)
+    with pytest.raises(UserError, match='tokenizer.json .*: run prepare_prefs.py again'):
+        load_tokenizer(str(folder), read_meta(folder)['tokenizer'])
+
+
+# ----------------------------------------------------------------------------------------------------
+# checkpoints and models
+
 def test_what_a_killed_run_left_goes_and_foreign_names_stay(tmp_path):
     run, state, model = tmp_path / 'run', dict(config={}), small_gpt()
     os.makedirs(run)
     for step in (1, 2, 3):
-        save_checkpoint(str(run), step, model, state, keep=9)      # killed before it removed the first
+        checkpoint.save(str(run), step, model, state, keep=9)      # killed before it removed the first
     for left in ('step-000000.pt', 'step-000004.pt.tmp', 'step-000004.json.tmp', 'step-000004.pt'):
         (run / left).write_text('half')
     (run / 'step-000003 (copy).json').write_text('mine')
-    assert [p[-9:] for p in find_checkpoints(str(run))] == ['000001.pt', '000002.pt', '000003.pt']
+    assert [p[-9:] for p in checkpoint.find(str(run))] == ['000001.pt', '000002.pt', '000003.pt']
     (run / 'log.jsonl').write_bytes(b'{"step": 3}\n{"st\xffp": 3}\n{"step": 4}\n')
-    open_run(str(run), 3).close()
-    assert sorted(p.name for p in run.iterdir()) == ['log.jsonl', 'step-000002.json', 'step-000002.pt', 'step-000003 (copy).json',
-                                                     'step-000003.json', 'step-000003.pt']
+    checkpoint.open_run(str(run), 3).close()
+    assert sorted(p.name for p in run.iterdir()) == [
+        'log.jsonl', 'step-000002.json', 'step-000002.pt', 'step-000003 (copy).json', 'step-000003.json',
+        'step-000003.pt']
     assert (run / 'log.jsonl').read_text() == '{"step": 3}\n'
-    open_run(str(run), 1).close()                   # a run that goes on before damaged ones keeps them until it saves
-    assert len(find_checkpoints(str(run))) == 2
+    checkpoint.open_run(str(run), 1).close()        # a run that goes on before damaged ones keeps them until it saves
+    assert len(checkpoint.find(str(run))) == 2
 
 
 def test_a_checkpoint_under_the_name_of_another_step_is_refused(tmp_path):
-    save_checkpoint(str(tmp_path), 2, small_gpt(), dict(config={}))
+    checkpoint.save(str(tmp_path), 2, small_gpt(), dict(config={}))
     for end in ('pt', 'json'):
         shutil.copy(tmp_path / f'step-000002.{end}', tmp_path / f'step-000005.{end}')
         shutil.copy(tmp_path / f'step-000002.{end}', tmp_path / f'best.{end}')
-    with pytest.raises(CheckpointError, match='step-000005.pt is not what its name says, but step 2'):
-        load_model(str(tmp_path))
-    assert read_checkpoint(str(tmp_path / 'best.pt'))['step'] == 2
+    with pytest.raises(UserError, match='step-000005.pt is not what its name says, but step 2'):
+        checkpoint.load_model(str(tmp_path))
+    assert checkpoint.read(str(tmp_path / 'best.pt'))['step'] == 2
 
 
 def test_a_damaged_hugging_face_directory_is_one_line(tmp_path):
-    small_gpt().save_pretrained(str(tmp_path))
-    path = tmp_path / 'config.json'
+    folder = str(tmp_path / 'hf')
+    save_pretrained(small_gpt(), folder)
+    path = Path(folder, 'config.json')
     good = json.loads(path.read_text())
     for change in ({'n_head': 0}, {'n_embd': '32'}, {'n_layer': -1}, {'vocab_size': 2.5}):
         path.write_text(json.dumps(good | change))
-        with pytest.raises(CheckpointError):
-            load_model(str(tmp_path))
+        with pytest.raises(UserError):
+            checkpoint.load_model(folder)
     path.write_text('[]')
-    with pytest.raises(CheckpointError, match='holds no JSON object'):
-        load_model(str(tmp_path))
+    with pytest.raises(UserError, match='hf cannot be read as GPT-2 weights'):
+        checkpoint.load_model(folder)
 
 
 @pytest.mark.parametrize('change, says', [
-    (dict(optimizer={}), 'no state of the optimizer'), (dict(model={}), 'weights do not fit'), (dict(data_fingerprint=None, config={}), 'data changed'),
-    (dict(config={}), 'batch_size changed')])
+    (dict(optimizer={}), 'no state of the optimizer'), (dict(model={}), 'weights do not fit'),
+    (dict(origin={}), 'data .*changed since')])
 def test_a_foreign_checkpoint_is_not_resumed(experiment, change, says):
     dpo.main([*DPO, '--max_steps=1'])
-    state = read_checkpoint(find_checkpoints('out/tiny/dpo')[-1]) | change
+    state = checkpoint.read(checkpoint.find('out/tiny/dpo')[-1]) | change
     torch.save(state, 'out/tiny/dpo/step-000001.pt')
-    Path('out/tiny/dpo/step-000001.json').write_text(json.dumps({'sha256': prepare_prefs.sha256_file('out/tiny/dpo/step-000001.pt')}))
+    record = {'sha256': sha256_file('out/tiny/dpo/step-000001.pt')}
+    Path('out/tiny/dpo/step-000001.json').write_text(json.dumps(record))
     before = content('out/tiny/dpo')
     with pytest.raises(UserError, match=f'cannot resume .*{says}'):
         dpo.main([*DPO, '--resume'])
     assert content('out/tiny/dpo') == before
 
 
+def timeless(rows):
+    return [{key: value for key, value in row.items() if 'second' not in key} for row in rows if 'loss' in row]
+
+
 def test_a_resumed_log_sums_up_the_same_steps_whatever_the_intervals(experiment):
     args = [*DPO, '--log_interval=5', '--save_interval=3']
     dpo.main(args)
-    whole = read_log('out/tiny/dpo')
+    undisturbed = timeless(read_log('out/tiny/dpo'))
     shutil.rmtree('out/tiny/dpo')
     dpo.main([*args, '--max_steps=3'])
     dpo.main([*args, '--resume'])
-    timeless = lambda rows: [{k: v for k, v in r.items() if 'second' not in k} for r in rows if 'loss' in r]       # noqa: E731
-    assert timeless(read_log('out/tiny/dpo')) == timeless(whole)
-    assert [r['step'] for r in timeless(whole)] == [1, 3, 5, 6, 8]
-
-
-@pytest.mark.parametrize('changes', [dict(max_length='long'), dict(splits=[]), dict(splits={'train': 3}), dict(template=None)])
-def test_a_set_with_the_right_hash_and_foreign_content_is_one_line(tmp_path, changes):
-    folder = write_data(tmp_path / 'd', {'train': random_groups(4, 2, np.random.default_rng(0))})
-    write_meta(folder, read_meta(folder) | changes)
-    with pytest.raises(UserError) as caught:
-        Groups(folder, 'train')
-    assert re.search('max_length|splits|split|template|prepare_prefs', caught.value.message)
+    assert timeless(read_log('out/tiny/dpo')) == undisturbed
+    assert [row['step'] for row in undisturbed] == [1, 3, 5, 6, 8]

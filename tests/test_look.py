@@ -58,7 +58,7 @@ def notes(name='made'):
 def plain(n, seed=0):
     """n pairs in which nothing is odd."""
     rng = np.random.default_rng(seed)
-    return [(f'What is {i + 10_000 * seed}?', 'yes ' * rng.integers(1, 9) + f'{i}', 'no ' * rng.integers(1, 11) + f'{i}')
+    return [(f'What is {i + 10_000 * seed}?', 'yes ' * rng.integers(1, 9) + str(i), 'no ' * rng.integers(1, 11) + str(i))
             for i in range(n)]
 
 
@@ -141,7 +141,8 @@ def test_long_texts_are_shortened_in_the_middle_and_say_by_how_much(capfd):
 def test_the_histograms_count_what_a_recount_counts(capfd, scale):
     rng = np.random.default_rng(scale)
     sizes = rng.integers(1, 20 * scale, (200, 3))
-    write_rows([('p' * (p - 1) + str(i % 10), 'c' * c, 'r' * (r - 1) + 's') for i, (p, c, r) in enumerate(sizes)], plain(5))
+    rows = [('p' * (p - 1) + str(i % 10), 'c' * c, 'r' * (r - 1) + 's') for i, (p, c, r) in enumerate(sizes)]
+    write_rows(rows, plain(5))
     dry = run(capfd, '--source=rows', f'--max_length={30 * scale}', f'--max_prompt_length={13 * scale}', '--dry_run')
     picture = dry[dry.index('before anything is cut'):dry.index('are longer than')].split('\n')
     assert max(map(len, picture)) <= 80
@@ -232,7 +233,8 @@ def test_messages_are_compared_like_strings(capfd):
     write_jsonl('rows/train.jsonl', [row(f'Q{i}', i) for i in range(20)] + [row('Q3', 3)])
     write_jsonl('rows/val.jsonl', [row('Q5', 50), row('new', 51)])
     run(capfd, '--source=rows')
-    assert numbers(note('train: ', 'exact duplicates'))[:4] == [1, 21, 20, 3] and note('exact').endswith("'Human: Q3 Assistant:'")
+    line = note('train: ', 'exact duplicates')
+    assert numbers(line)[:4] == [1, 21, 20, 3] and line.endswith("'Human: Q3 Assistant:'")
     assert numbers(note('overlap'))[:5] == [1, 2, 0, 0, 5]
 
 
@@ -244,7 +246,8 @@ def test_equal_responses_are_named_whether_dropped_or_made_equal_by_truncation(c
 
 @pytest.mark.parametrize('longer, suspicious', [(100, False), (118, False), (125, True), (190, True), (60, True)])
 def test_length_bias_is_always_printed_and_called_odd_only_when_large(longer, suspicious, capfd):
-    rows = [(f'{i}', f'{i:03} {"long" if i < longer else ""}', f'{i:03} {"long" if i >= longer else ""}') for i in range(200)]
+    rows = [(f'{i}', f'{i:03} {"long" if i < longer else ""}', f'{i:03} {"long" if i >= longer else ""}')
+            for i in range(200)]
     write_rows(rows + [(f'tie {i}', f'{i:03}', f'{i + 1:03}') for i in range(50)], [('v', 'w', 'x')])
     table = table_of(run(capfd, '--source=rows'))
     assert table['chosen longer'] == [str(longer), '0'] and table['as long'] == ['50', '1']
@@ -256,7 +259,8 @@ def test_length_bias_is_always_printed_and_called_odd_only_when_large(longer, su
 
 
 def test_one_text_too_often_and_responses_without_an_end_are_named(capfd):
-    rows = [('' if i < 12 else f'p{i}', f'{"c" * 60} {i}', 'I cannot help.' if i % 2 else f'no {i}') for i in range(40)]
+    rows = [('' if i < 12 else f'p{i}', f'{"c" * 60} {i}', 'I cannot help.' if i % 2 else f'no {i}')
+            for i in range(40)]
     write_rows(rows, plain(12, 3))
     run(capfd, '--source=rows', '--max_length=30', '--max_prompt_length=5')
     line = note('train', "'prompt' is the same")
