@@ -545,7 +545,7 @@ def test_what_a_row_function_raises_is_one_line_with_the_row_and_the_error(sourc
     assert error_of('mine.py', f'--source={source}', '--max_bad_lines=9') == f'error: row() of {where[source]}'
     Path('mine.py').write_text(ROW.replace('rejected', 'reject'))
     write_rows('rows.jsonl', [dict(q='a', a='bc')])
-    assert "missing key 'rejected', it has 'prompt', 'chosen', 'reject'" in error_of('mine.py', '--source=rows.jsonl')
+    assert "rows.jsonl line 1: it has 'prompt', 'chosen', 'reject'; it needs chosen and rejected" in error_of('mine.py', '--source=rows.jsonl')
 
 
 # -----------------------------------------------------------------------------
