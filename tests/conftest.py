@@ -31,8 +31,9 @@ from nanodpo.text import load_tokenizer                 # noqa: E402
 VOCAB = 257         # bytes and the end token
 
 
-def write_data(folder, splits, max_length=64):
-    """data/<name>/ by hand, a byte vocabulary. splits: {split: list of [prompt, response_1, ...] of id lists}."""
+def write_data(folder, splits, max_length=64, labels={}):
+    """data/<name>/ by hand, a byte vocabulary. splits: {split: list of [prompt, response_1, ...] of id lists}.
+    labels: {split: list of bool}, of unpaired examples."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tokens = [base64.b64encode(bytes([i])).decode() for i in range(256)]
@@ -49,6 +50,9 @@ def write_data(folder, splits, max_length=64):
         meta['splits'][split] = dict(groups=len(groups), K=width - 1, dtype='uint16',
                                      bin_sha256=sha256_file(folder / f'{split}.bin'),
                                      idx_sha256=sha256_file(folder / f'{split}.idx.npy'))
+        if split in labels:
+            np.save(folder / f'{split}.labels.npy', np.array(labels[split], bool))
+            meta['splits'][split]['labels_sha256'] = sha256_file(folder / f'{split}.labels.npy')
     write_meta(folder, meta)
     return folder
 

@@ -1,7 +1,7 @@
 """The losses: each against its formula in 100 digits, its limits, its extremes, and dpo.py with it end to end.
 
-A new loss in LOSSES is tested without a line here: its gradient, its types, its extremes, its knobs, and dpo.py with it in
-one process and in two. With a function in FORMULAS it is compared with that, too.
+A new loss in LOSSES is tested without a line here: its gradient, types, extremes and knobs, and dpo.py with it in one
+process and in two. With a function in FORMULAS it is compared with that, too.
 """
 import decimal
 import gc
@@ -21,7 +21,7 @@ import dpo
 from conftest import ROOT, random_groups, read_log, run_stage, small_gpt, write_data
 from model import GPT
 from nanodpo import checkpoint
-from nanodpo.data import Groups, read_meta, sha256_file, step_groups, write_meta
+from nanodpo.data import Groups, step_groups
 from nanodpo.losses import LOSSES, kinds_of_data, relative_loss
 from test_exact import one_at_a_time
 from test_train import DPO, last_checkpoint, losses, worst_difference
@@ -137,8 +137,15 @@ def formula(name, policy, reference, tokens, desirable, z, **knobs):
     return list(FORMULAS[name](**{key: known[key] for key in inspect.signature(FORMULAS[name]).parameters}))
 
 
-class Examples(SimpleNamespace):
+class Examples:
     """What a loss is given: logps, ref_logps, tokens, (N, K), and of KTO labels, (N,) or None, and z."""
+    def __init__(self, logps, ref_logps=None, tokens=None, labels=None, z=0.0):
+        self.logps = logps
+        self.ref_logps = torch.zeros_like(logps) if ref_logps is None else ref_logps
+        self.tokens = torch.ones_like(logps, dtype=torch.long) if tokens is None else tokens
+        self.labels = labels
+        self.z = torch.tensor(z, dtype=logps.dtype)
+
     def desirable(self, i):
         return [j == 0 for j in range(self.logps.shape[1])] if self.labels is None else [bool(self.labels[i])]
 
@@ -175,10 +182,11 @@ def random_logps(*shape):
     return -torch.exp(torch.rand(*shape, dtype=torch.float64) * math.log(300))
 
 
-def random_examples(kind='pairs', size=40):
+def random_examples(kind='pairs', size=40, dtype=torch.float64):
     K = {'pairs': 2, 'rankings': 5, 'unpaired examples': 1}[kind]
-    return Examples(logps=random_logps(size, K), ref_logps=random_logps(size, K), tokens=torch.randint(1, 101, (size, K)),
-                    labels=torch.rand(size) < 0.5 if K == 1 else None, z=torch.tensor(1.7, dtype=torch.float64))
+    logps, ref_logps = random_logps(size, K).to(dtype), random_logps(size, K).to(dtype)
+    labels = torch.rand(size) < 0.5 if K == 1 else None
+    return Examples(logps, ref_logps, torch.randint(1, 101, (size, K)), labels, z=1.7)
 
 
 def assert_equal(ours, exact, rtol, atol):
@@ -222,13 +230,13 @@ def test_gradients_equal_differences_of_the_loss_itself(name, kind):
 
 
 @pytest.mark.parametrize('name, kind', LOSS_AND_KIND)
-def test_losses_of_bfloat16_log_probs_are_float32(name, kind):
-    given = random_examples(kind)
-    given.logps, given.ref_logps, given.z = given.logps.bfloat16(), given.ref_logps.bfloat16(), given.z.float()
+def test_losses_of_bfloat16_log_probs_are_float32_and_no_sum_is_taken_in_bfloat16(name, kind):
+    given = random_examples(kind, dtype=torch.bfloat16)
+    given.z = given.z.float()
     values, rewards, _ = by_autograd(name, given, usual(name))
     assert values.dtype == rewards.dtype == torch.float32
-    wider = Examples(**vars(given) | dict(logps=given.logps.double(), ref_logps=given.ref_logps.double()))
-    assert_equal((values, rewards), by_autograd(name, wider, usual(name))[:2], 1e-3, 1e-3)      # the sums are not bfloat16's
+    given.logps, given.ref_logps = given.logps.double(), given.ref_logps.double()
+    assert_equal((values, rewards), by_autograd(name, given, usual(name))[:2], 1e-3, 1e-3)
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.bfloat16])
@@ -244,25 +252,17 @@ def test_dpo_loss_is_the_ratio_and_the_logistic_link_to_the_bit(dtype):
         assert_same_bits(by_autograd('dpo', given, dict(beta=0.1)), (values, torch.stack(rewards, 1), gradient))
 
 
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
 @pytest.mark.parametrize('name', ['cdpo', 'robust', 'plackett_luce'])
-def test_without_flipped_labels_and_with_two_responses_a_loss_is_dpo_to_the_bit(name):
-    for dtype in (torch.float32, torch.float64):
-        given = random_examples(size=500)
-        given.logps, given.ref_logps = given.logps.to(dtype), given.ref_logps.to(dtype)
-        ours = by_autograd(name, given, dict(beta=0.1, label_smoothing=0.0))
-        assert_same_bits(ours, by_autograd('dpo', given, dict(beta=0.1)))
-
-
-def margins_as_examples(margins, w=None):
-    """Pairs whose difference of log-ratios is `margins`, (N,), on one token."""
-    zero = torch.zeros_like(margins)
-    return Examples(logps=torch.stack([margins, zero], 1), ref_logps=torch.zeros(len(margins), 2, dtype=margins.dtype),
-                    tokens=torch.ones(len(margins), 2, dtype=torch.long), labels=None, z=zero[0])
+def test_without_flipped_labels_and_with_two_responses_a_loss_is_dpo_to_the_bit(name, dtype):
+    given = random_examples(size=500, dtype=dtype)
+    ours = by_autograd(name, given, dict(beta=0.1, label_smoothing=0.0))
+    assert_same_bits(ours, by_autograd('dpo', given, dict(beta=0.1)))
 
 
 def test_robust_s_mean_over_flipped_labels_is_dpo_on_the_true_ones():
     given = random_examples(size=200)
-    flipped = Examples(**vars(given) | dict(logps=given.logps.flip(1), ref_logps=given.ref_logps.flip(1)))
+    flipped = Examples(given.logps.flip(1), given.ref_logps.flip(1))
     for beta, eps in ((0.1, 0.1), (0.5, 0.3), (0.02, 0.45)):
         right, wrong = (by_autograd('robust', g, dict(beta=beta, label_smoothing=eps))[0] for g in (given, flipped))
         expected = by_autograd('dpo', given, dict(beta=beta))[0]
@@ -271,8 +271,9 @@ def test_robust_s_mean_over_flipped_labels_is_dpo_on_the_true_ones():
 
 def test_cdpo_is_least_where_the_model_s_doubt_is_the_labels():
     x = torch.linspace(-10, 10, 200_001, dtype=torch.float64)
+    given = Examples(torch.stack([x, torch.zeros_like(x)], 1))
     for eps in (0.05, 0.2, 0.4):
-        values = by_autograd('cdpo', margins_as_examples(x), dict(beta=1.0, label_smoothing=eps))[0]
+        values = by_autograd('cdpo', given, dict(beta=1.0, label_smoothing=eps))[0]
         assert torch.sigmoid(x[values.argmin()]).item() == pytest.approx(1 - eps, abs=1e-4)
 
 
@@ -283,8 +284,8 @@ def test_ipo_is_least_where_the_margin_is_1_over_2_tau(name, m, n, tau):
     goal = 1 / (2 * tau)
     h = goal + torch.linspace(-20, 20, 40_001, dtype=torch.float64)
     u, v, l = (torch.full_like(h, x) for x in (-20.0, -31.0, -17.0))
-    given = Examples(logps=torch.stack([u + m * (h + (l - v) / n), l], 1), ref_logps=torch.stack([u, v], 1),
-                     tokens=torch.tensor([m, n]).expand(len(h), 2), labels=None, z=h[0])
+    given = Examples(torch.stack([u + m * (h + (l - v) / n), l], 1), torch.stack([u, v], 1),
+                     torch.tensor([m, n]).expand(len(h), 2))
     values, _, slopes = by_autograd(name, given, dict(beta=tau))
     slope = slopes[:, 0]
     assert h[values.argmin()].item() == pytest.approx(goal, abs=1e-3) and values.min() < 1e-20
@@ -325,7 +326,7 @@ def test_kto_is_half_its_weight_at_the_reference_and_saturates_far_from_z():
 
 def test_apo_is_1_at_the_reference_and_what_each_side_is_pushed_to():
     """apo_zero raises the chosen side and lowers the rejected one; apo_down lowers both, the rejected one more."""
-    given = margins_as_examples(torch.zeros(1, dtype=torch.float64))
+    given = Examples(torch.zeros(1, 2, dtype=torch.float64))
     for name, up in (('apo_zero', [-1, 1]), ('apo_down', [0, 1])):
         values, _, slopes = by_autograd(name, given, dict(beta=0.4))
         assert values.tolist() == [1.0] and slopes[0].tolist() == pytest.approx([0.1 * s for s in up])
@@ -338,16 +339,15 @@ def test_losses_are_finite_and_right_for_log_probs_down_to_minus_ten_thousand(na
     eps times beta times 1e4, a few times over; ipo squares it, where the size of the result allows for as much."""
     values = torch.cartesian_prod(*[torch.tensor([-1e4, -1e2, -1.0, -0.5])] * 4).to(dtype)           # (256, 4)
     w, l, u, v = values.unbind(1)
-    eps, knobs = torch.finfo(dtype).eps, usual(name)
     pairs = torch.stack([w, l], 1), torch.stack([u, v], 1)
-    cases = [(*pairs, lengths, None, z) for lengths, z in (((1, 1), 0.0), ((64, 3), 500.0))]
+    cases = [Examples(*pairs), Examples(*pairs, torch.tensor([64, 3]).expand(256, 2), z=500.0)]
     if 'rankings' in kinds_of_data(name):
-        cases.append((torch.stack([w, l, v], 1), torch.stack([u, v, l], 1), (1, 1, 1), None, 0.0))
+        cases.append(Examples(torch.stack([w, l, v], 1), torch.stack([u, v, l], 1)))
     if 'unpaired examples' in kinds_of_data(name):
-        cases += [(w[:, None], u[:, None], (1,), torch.full((256,), good), z) for good in (True, False) for z in (0.0, 500.0)]
-    for logps, ref_logps, lengths, labels, z in cases:
-        given = Examples(logps=logps, ref_logps=ref_logps, tokens=torch.tensor(lengths).expand(logps.shape), labels=labels,
-                         z=torch.tensor(z, dtype=dtype))
+        cases += [Examples(w[:, None], u[:, None], labels=torch.full((256,), good), z=z)
+                  for good in (True, False) for z in (0.0, 500.0)]
+    eps, knobs = torch.finfo(dtype).eps, usual(name)
+    for given in cases:
         ours = by_autograd(name, given, knobs)
         assert all(x.isfinite().all() for x in ours)
         if name in FORMULAS:
@@ -361,19 +361,19 @@ def test_orpo_is_finite_and_right_as_p_goes_to_1(dtype):
     means = torch.tensor([-1.0, -1e-3, -1e-4, -1e-6, -1e-8, -1e-10, -1e-12, -1e-30, 0.0], dtype=dtype)
     pairs = torch.cartesian_prod(means, means)
     eps, knobs = torch.finfo(dtype).eps, dict(beta=0.1)
-
-    def examples(pairs):
-        return Examples(logps=8 * pairs, ref_logps=pairs, tokens=torch.full(pairs.shape, 8), labels=None, z=pairs[0, 0])
-    assert all(x.isfinite().all() for x in by_autograd('orpo', examples(pairs), knobs))
-    told = pairs[(pairs < -eps).all(1)]
-    assert len(told) >= 16
-    assert_equal(by_autograd('orpo', examples(told), knobs), by_formula('orpo', examples(told), knobs), 1e3 * eps, 1e2 * eps)
+    given = Examples(8 * pairs, tokens=torch.full(pairs.shape, 8))
+    assert all(x.isfinite().all() for x in by_autograd('orpo', given, knobs))
+    told = (pairs < -eps).all(1)
+    assert told.sum() >= 16
+    given = Examples(8 * pairs[told], tokens=given.tokens[told])
+    assert_equal(by_autograd('orpo', given, knobs), by_formula('orpo', given, knobs), 1e3 * eps, 1e2 * eps)
 
 
 def test_dpo_loss_stays_under_20_lines_before_the_plumbing_and_every_loss_names_its_source():
     text = inspect.getsource(dpo)
     assert len(inspect.getsource(dpo.dpo_loss).splitlines()) < 20
-    assert text[:text.index('def dpo_loss')].count('\n') < 60 and text.index('def dpo_loss') < text.index('class Config')
+    assert text[:text.index('def dpo_loss')].count('\n') < 60
+    assert text.index('def dpo_loss') < text.index('class Config')
     for name, (_, link, _) in LOSSES.items():
         assert re.search(r"arXiv \d{4}\.\d{5}|E\. Mitchell's note", link.__doc__), name
 
@@ -398,17 +398,6 @@ def test_a_loss_of_one_s_own_is_a_function_and_a_line(monkeypatch):
 # ----------------------------------------------------------------------------------------------------
 # dpo.py end to end
 
-def write_unpaired(folder, splits, labels, max_length=64):
-    """data/<name>/ of single responses and their labels, {split: list of bool}."""
-    write_data(folder, splits, max_length)
-    meta = read_meta(folder)
-    for split, values in labels.items():
-        path = Path(folder) / f'{split}.labels.npy'
-        np.save(path, np.array(values, bool))
-        meta['splits'][split]['labels_sha256'] = sha256_file(path)
-    write_meta(folder, meta)
-
-
 def write_models(**models):
     for name, model in models.items():
         os.makedirs(f'out/{name}', exist_ok=True)
@@ -420,11 +409,8 @@ def make_workplace():
     for kind, K in (('pairs', 2), ('rankings', 3), ('unpaired', 1)):
         rng = np.random.default_rng(0)
         splits = {'train': random_groups(48, K, rng), 'val': random_groups(10, K, rng)}
-        if kind == 'unpaired':
-            labels = {split: rng.random(len(groups)) < 0.6 for split, groups in splits.items()}
-            write_unpaired(f'data/{kind}', splits, labels)
-        else:
-            write_data(f'data/{kind}', splits)
+        labels = {split: rng.random(len(groups)) < 0.6 for split, groups in splits.items()}
+        write_data(f'data/{kind}', splits, labels=labels if kind == 'unpaired' else {})
     write_models(policy=small_gpt(seed=0), other=small_gpt(seed=1))
 
 
@@ -436,7 +422,7 @@ def workplace(tmp_path, monkeypatch):
 
 RUN = [*DPO, '--init_from=out/policy', '--eval_interval=0', '--save_interval=0']
 FOLDERS = {'pairs': 'pairs', 'rankings': 'rankings', 'unpaired examples': 'unpaired'}
-RUNS = {f'{name}, {kind}': (FOLDERS[kind], [f'--loss={name}']) for name, kind in LOSS_AND_KIND}     # of 1 and 2 processes
+RUNS = {f'{name}, {kind}': (FOLDERS[kind], [f'--loss={name}']) for name, kind in LOSS_AND_KIND}
 RUNS['dpo with nll'] = 'pairs', ['--nll_coef=0.5', '--ref_from=out/other']
 TWO = '''
 import os, sys
@@ -495,7 +481,7 @@ def test_the_logged_loss_is_the_formula_of_one_at_a_time_log_probs(workplace, na
     with torch.no_grad():
         logps, ref = (one_at_a_time(small_gpt(seed=seed), data).double() for seed in (0, 1))
     tokens = torch.tensor([[len(piece) for piece in group[1:]] for group in data])
-    given = Examples(logps=logps, ref_logps=ref, tokens=tokens, labels=None, z=torch.zeros(()))
+    given = Examples(logps, ref, tokens)
     values, rewards, _ = by_formula(name, given, knobs)
     nll = (-logps / tokens)[:, 0].mean().item()
     flags = [f'--{key}={value}' for key, value in knobs.items()]
@@ -538,12 +524,11 @@ def kto_data(kind):
         prompt = [7] * 6 if kind == 'one prompt' or i in (1, 2, 5) else piece(16 if i % 2 else 5)
         return [prompt, *([*piece(rng.integers(2, 6 if len(prompt) > 6 else 17)), 256] for _ in range(K))]
     splits = {'train': [group(i) for i in range(8)], 'val': [group(i) for i in range(3)]}
+    labels = {}
     if kind == 'unpaired':
         labels = {'train': [True, True, False, True, False, False, True, True], 'val': [False, True, True]}
-        write_unpaired('data/kto', splits, labels, 24)
-        return labels
-    write_data('data/kto', splits, 24)
-    return {split: None for split in splits}
+    write_data('data/kto', splits, 24, labels)
+    return labels
 
 
 @pytest.mark.parametrize('clamped', [False, True])
@@ -561,16 +546,18 @@ def test_kto_s_loss_z_and_gradient_are_those_of_one_at_a_time_log_probs(tmp_path
               '--desirable_weight=1.2', '--undesirable_weight=0.8', f'--nll_coef={nll_coef}', '--max_steps=1',
               '--grad_clip=0', '--row_tokens=64'])
     first, step, _ = read_log('out/kto/dpo')
-    for split, ids, logged in (('val', range(3), first['eval/loss']), ('train', step_groups(8, 8, 0, 1337), step['loss'])):
+    train_ids = step_groups(8, 8, 0, 1337)
+    for split, ids, logged in (('val', range(3), first['eval/loss']), ('train', train_ids, step['loss'])):
         data = read_groups('data/kto', split, ids)
         z, free = z_by_hand(*models, data, beta, 24)
         logps, ref = one_at_a_time(models[0], data), one_at_a_time(models[1], data).detach()
-        good = torch.tensor([[True, False]] * len(data) if labels[split] is None else [[labels[split][i]] for i in ids])
+        good = torch.tensor([[labels[split][i]] for i in ids] if labels else [[True, False]] * len(data))
         signs, rewards = torch.where(good, 1.0, -1.0), beta * (logps - ref)
         nll = -logps[:, 0] / torch.tensor([len(group[1]) for group in data]) * good[:, 0]
 
         def loss(z):
-            return (torch.where(good, *weights) * (1 - torch.sigmoid(signs * (rewards - z)))).mean() + nll_coef * nll.mean()
+            values = torch.where(good, *weights) * (1 - torch.sigmoid(signs * (rewards - z)))
+            return values.mean() + nll_coef * nll.mean()
         assert logged == pytest.approx(loss(z).item(), rel=1e-5)
         if kind == 'one prompt':
             assert z == 0
@@ -615,7 +602,8 @@ def error_of(*flags):
     return error.value.message
 
 
-KNOBS = {'label_smoothing': ('cdpo', 'robust'), 'gamma': ('simpo',), 'desirable_weight': ('kto',), 'undesirable_weight': ('kto',)}
+KNOBS = {'label_smoothing': ('cdpo', 'robust'), 'gamma': ('simpo',), 'desirable_weight': ('kto',),
+         'undesirable_weight': ('kto',)}
 FOREIGN = [(name, f'--{knob}=0.25') for knob, owners in KNOBS.items() for name in LOSSES
            if name not in owners and knob not in usual(name)]
 FOREIGN += [(name, flag) for name in ('simpo', 'orpo') for flag in ('--precompute_ref=True', '--ref_from=out/other')]
@@ -646,14 +634,14 @@ def test_knobs_that_are_not_set_are_the_loss_s_usual_ones(name):
 def test_the_usual_knobs_are_those_of_the_papers():
     assert {name: usual(name)['beta'] for name in FORMULAS if usual(name)['beta'] != 0.1} == dict(
         dpo_norm=5.0, simpo=2.0, apo_zero=0.05)
-    assert usual('simpo')['gamma'] == 1 and usual('cdpo')['label_smoothing'] == usual('robust')['label_smoothing'] == 0.1
+    assert usual('simpo')['gamma'] == 1 and usual('cdpo') == usual('robust') == dict(beta=0.1, label_smoothing=0.1)
 
 
 def test_help_names_every_loss(capsys):
     with pytest.raises(SystemExit):
         dpo.main(['--help'])
     text = capsys.readouterr().out
-    assert all(repr(name) in text for name in LOSSES) and max(map(len, text.splitlines())) <= 120
+    assert all(repr(name) in text for name in LOSSES)
 
 
 @pytest.mark.parametrize('name, kind, says', [
