@@ -24,8 +24,11 @@ from rollout import Task                                        # noqa: E402
 
 
 def best_of_n(chooser, values, n):
-    """For rewards (P, M) of M responses to each of P prompts, M a multiple of n: `values` (P, M) of the response that
-    `chooser` (P, M) rates highest in each block of n, the mean over a prompt's blocks: (P,)."""
+    """The mean of `values` over the best responses of each prompt: (P,).
+
+    Both are rewards (P, M) of M responses to each of P prompts. Of each block of n responses the one that `chooser`
+    rates highest counts; M is a multiple of n.
+    """
     blocks = chooser.reshape(len(chooser), -1, n)
     best = blocks.argmax(-1)[:, :, None]
     return np.take_along_axis(values.reshape(blocks.shape), best, -1)[:, :, 0].mean(1)
@@ -41,14 +44,14 @@ class Config:
     name: str = 'reviews'                           # of the experiment: prompts of data/<name>, val
     init_from: str = ''                             # '' = out/<name>/sft, or as in dpo.py
     reward: str = ''                                # what chooses: a Python file, or a folder of reward_model.py
-    true_reward: str = ''                           # a Python file to judge what was chosen; '' = the one above, if it is one
+    true_reward: str = ''                           # a Python file to judge what was chosen; '' = reward, if it is one
     n: In[int, 'x >= 1 and x & (x - 1) == 0'] = 64  # responses a prompt, a power of two
     num_prompts: In[int, 'x >= 2'] = 100            # of val
     temperature: In[float, 'x > 0'] = 1.0
     max_new_tokens: In[int, 'x >= 1'] = 64          # of a response
-    json: bool = False                              # the chosen responses for the largest n, a JSON line each, on stdout
+    json: bool = False                              # the responses chosen of the most, a JSON line each, on stdout
     seed: In[int, 'x >= 0'] = 1337
-    device: Literal['auto', 'cpu', 'cuda'] = 'auto' # auto = cuda where there is one, else cpu
+    device: Literal['auto', 'cpu', 'cuda'] = 'auto'     # auto = cuda where there is one, else cpu
 
 
 def main(argv=None):

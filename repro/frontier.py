@@ -1,8 +1,8 @@
 """The paper's figure 2 (left) with a ground truth: mean true reward against KL from the reference, method by method.
 
-    python repro/frontier.py                # prepares the reviews and their SFT model where they are missing, then sweeps
-    python repro/frontier.py --quick        # one seed, fewer settings, less data
-    python repro/frontier.py --search       # how the learning rates and PPO's knobs were chosen
+    python repro/frontier.py            # prepares the reviews and their SFT model where they are missing, then sweeps
+    python repro/frontier.py --quick    # one seed, fewer settings, less data
+    python repro/frontier.py --search   # how the learning rates and PPO's knobs were chosen
 
 As in arXiv 2305.18290, section 6.1, the SFT model draws 4 completions of each prefix, and the true reward labels all
 their pairs (ties have no label). These methods learn from them:
@@ -300,7 +300,8 @@ def by_method(results):
 def table(results, optimum):
     """Markdown: the best reward at each KL budget, mean over seeds and its standard error, and the verdict on DPO."""
     methods = by_method(results)
-    lines = ['| method | ' + ' | '.join(f'KL <= {budget}' for budget in BUDGETS) + ' | well-formed at 2 | at 8 | samples |',
+    lines = ['| method | ' + ' | '.join(f'KL <= {budget}' for budget in BUDGETS)
+             + ' | well-formed at 2 | at 8 | samples |',
              '| --- | ' + ' | '.join('---:' for _ in BUDGETS) + ' | ---: | ---: | ---: |']
     best = {}
     for method, seeds in methods.items():
@@ -321,7 +322,8 @@ def table(results, optimum):
     lines += ['', "DPO's best reward minus that of the others, nats, paired by seed, by KL budget:", '']
     for method in ('ppo', 'ppo_gt', 'unlikelihood', 'preferred_ft', 'best_of_n'):
         if 'dpo' in methods and method in methods:
-            gaps = {budget: mean_and_error(np.subtract(best['dpo', budget], best[method, budget])) for budget in BUDGETS}
+            gaps = {budget: mean_and_error(np.subtract(best['dpo', budget], best[method, budget]))
+                    for budget in BUDGETS}
             lines.append(f'- over {LABELS[method]}: ' + ', '.join(
                 f'{gap:+.2f}{plus_minus(error)} within {budget}' for budget, (gap, error) in gaps.items()
                 if not math.isnan(gap)))
@@ -382,7 +384,7 @@ class Config:
     held_out: In[int, 'x >= 2'] = 250               # prefixes of val
     workers: In[int, 'x >= 1'] = os.cpu_count() or 1    # runs at a time, one thread each
     quick: bool = False                             # one seed, 600 prefixes, 12 rounds, 3 evaluations, fewer settings
-    search: bool = False                            # the search for FOUND instead, on seed 0 and the other prefixes of val
+    search: bool = False                            # the search for FOUND, on seed 0 and the other prefixes of val
     out: str = ''                                   # '' = repro/results/frontier, with -quick or -search
 
 
@@ -413,8 +415,9 @@ def main(argv=None):
         variant = '-search'
         common['held_out'] = [cfg.held_out, len(held_out)]
     first, last = common['held_out']
+    needed = 'twice so many' if cfg.search else 'so many'
     need(last - first >= 2 and len(held_out) >= last, f'held_out={cfg.held_out}: data/{cfg.name} has '
-         f'{len(task.prompts("val", 0))} distinct prompts in val, and {"twice " if cfg.search else ""}so many are needed')
+         f'{len(task.prompts("val", 0))} distinct prompts in val, and {needed} are needed')
     jobs = []
     grid = SEARCH if cfg.search else {'reward_model': [{}], **(QUICK if cfg.quick else GRID)}
     for seed in [0] if cfg.search else [1] if cfg.quick else range(1, cfg.seeds + 1):

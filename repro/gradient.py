@@ -1,6 +1,6 @@
 """What DPO's gradient does: with and without its weight, and why the chosen responses' log-probability falls.
 
-    python repro/gradient.py            # the reviews, after prepare_prefs.py and sft.py; writes repro/results/gradient.*
+    python repro/gradient.py        # the reviews, after prepare_prefs.py and sft.py; writes repro/results/gradient.*
 
 The gradient of DPO is -beta sigmoid(-beta h) (grad log pi(w) - grad log pi(l)) (arXiv 2305.18290, section 4).
 "Unweighted" is the paper's ablation, the same without sigmoid(-beta h): a pair that is right already pushes as hard as
@@ -47,10 +47,12 @@ def figure(runs, path):
         row[0].axhline(0, color='0.6', lw=0.8)
         row[0].set_title(f'{method}: log(policy / ref), validation pairs', fontsize=10)
         row[0].set_ylabel('nats a response')
-        row[1].plot(steps, [p['true_reward'] for p in points], color='C0', marker='o', ms=3, label='true reward of samples, nats')
+        row[1].plot(steps, [p['true_reward'] for p in points], color='C0', marker='o', ms=3,
+                    label='true reward of samples, nats')
         row[1].plot(steps, [p['kl'] for p in points], color='C1', marker='o', ms=3, label='KL(policy || ref), nats')
         row[1].set_title(f'{method}: samples', fontsize=10)
-        row[2].plot(steps, [100 * p['well_formed'] for p in points], color='C4', marker='o', ms=3, label='still a review, %')
+        row[2].plot(steps, [100 * p['well_formed'] for p in points], color='C4', marker='o', ms=3,
+                    label='still a review, %')
         row[2].plot(steps, [p['tokens'] for p in points], color='C5', marker='o', ms=3, label='tokens a sample')
         row[2].set_title(f'{method}: samples', fontsize=10)
         row[2].set_ylim(0, 105)
@@ -62,13 +64,13 @@ def figure(runs, path):
     plot.savefig(path, dpi=110)
 
 
-# -----------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # the knobs
 
 @dataclass
 class Config:
     name: str = 'reviews'                           # of the experiment: data/<name>, out/<name>/sft
-    reward: str = config.EMBEDDED                   # a Python file with the true reward, `well_formed` among its metrics
+    reward: str = config.EMBEDDED                   # a Python file with the true reward; its metrics have `well_formed`
     beta: In[float, 'x > 0'] = 0.5                  # as config/reviews.py
     learning_rate: In[float, 'x > 0'] = 6e-4        # as config/reviews.py, for both
     batch_size: In[int, 'x >= 1'] = 32              # pairs a step

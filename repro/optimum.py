@@ -84,7 +84,7 @@ class World:
         # one row a prompt, its nodes [prompt | all prefixes of a completion, short ones first]: each is computed once
         prefixes = [p for t in range(length) for p in itertools.product(range(vocab), repeat=t)]    # the first is ()
         extends = torch.tensor([[p[:len(q)] == q for q in prefixes] for p in prefixes])
-        self.mask = F.pad(extends, (1, 0, 1, 0), value=True)            # a prefix sees its own prefixes, and the prompt
+        self.mask = F.pad(extends, (1, 0, 1, 0), value=True)        # a prefix sees its own prefixes, and the prompt
         self.mask[0, 1:] = False
         last = torch.tensor([p[-1] for p in prefixes[1:]]).expand(prompts, -1)
         self.tokens = torch.cat([self.prompts, last], dim=1)                                            # (P, T)
@@ -102,7 +102,8 @@ class World:
 
     def logps(self, policy):
         """Log-probabilities of all completions, in the order of `completions`: (P, M), differentiable."""
-        hidden = policy(self.tokens, self.positions, self.mask[None, None])[:, 1:]      # from the prompt's last token on
+        states = policy(self.tokens, self.positions, self.mask[None, None])
+        hidden = states[:, 1:]                                          # from the prompt's last token on
         steps = F.log_softmax(F.linear(hidden, policy.wte.weight), dim=-1)                      # (P, T - 1, V)
         total = steps.new_zeros(len(steps), 1)
         for step in steps.split(self.sizes, dim=1):
@@ -131,8 +132,11 @@ def mean_reward(p, reward):
 
 
 def frontier(rho, reward, kl):
-    """The largest mean reward at a mean KL to rho of `kl`: that of pi*_beta, its beta found by bisection. A policy with
-    E_x KL(pi||rho) = kl is below by at most beta KL(pi||pi*_beta), any beta: the frontier is under its tangents."""
+    """The largest mean reward at a mean KL to rho of `kl`: that of pi*_beta, its beta found by bisection.
+
+    A policy with E_x KL(pi||rho) = kl is below by at most beta KL(pi||pi*_beta), any beta: the frontier is under its
+    tangents.
+    """
     low, high = 1e-3, 1e6
     for _ in range(50):
         beta = math.sqrt(low * high)
@@ -142,8 +146,10 @@ def frontier(rho, reward, kl):
 
 
 def best_of(rho, reward, n):
-    """Log-probs of the best of n draws from rho, (P, M): F(y)^n less F^n just below y, F the cumulative distribution of
-    the reward under rho. Exact where no two completions of a prompt tie."""
+    """Log-probs of the best of n draws from rho, (P, M). Exact where no two completions of a prompt tie.
+
+    They are F(y)^n less F^n just below y, with F the cumulative distribution of the reward under rho.
+    """
     order = reward.argsort(dim=-1)
     cdf = rho.gather(-1, order).exp().cumsum(-1).clamp(max=1) ** n
     sorted_p = cdf.diff(dim=-1, prepend=torch.zeros_like(cdf[:, :1]))
@@ -243,7 +249,7 @@ def climb(world, beta, method, seed, samples, learning_rate):
         optimizer.param_groups[0]['lr'] = learning_rate * (1 - batch / batches)
         old = logps.detach()
         y = torch.multinomial(old.exp()[x], 1, generator=generator)[:, 0]
-        returns = reward[x, y] - beta * (old - rho)[x, y]                       # (BATCH,) the KL penalty is in the reward
+        returns = reward[x, y] - beta * (old - rho)[x, y]           # (BATCH,) the KL penalty is in the reward
         means = torch.zeros(P).index_add(0, x, returns) / x.bincount()
         baseline = means if baseline is None else baseline
         advantage = returns - baseline[x]
@@ -266,8 +272,10 @@ def climb(world, beta, method, seed, samples, learning_rate):
 # the report
 
 def recovered(logps, rho, reward, beta):
-    """beta log(pi/rho) beside r, each less its mean under rho for a prompt: correlation and RMS error under rho, largest
-    error, and both tables (P, M)."""
+    """beta log(pi/rho) beside r, each less its mean under rho for a prompt.
+
+    -> correlation and RMS error under rho, largest error, and both tables (P, M).
+    """
     weight = rho.exp()
     implicit, r = (x - (weight * x).sum(-1, keepdim=True) for x in (beta * (logps - rho), reward))
     correlation = (weight * implicit * r).sum() / ((weight * implicit**2).sum() * (weight * r**2).sum()).sqrt()
@@ -381,8 +389,8 @@ def text(report):
         heading, '## DPO on the expected loss', table(expected),
         '## The implicit reward, beta log(pi/ref), less its mean for a prompt', table(implicit),
         f'f(x) added to the reward, {", ".join(f"{f:+.2f}" for f in shift["f"])} for the prompts, beta {BETA:g}: '
-        f'probabilities of labels change by at most {shift["labels"]:.0e}, log pi* by {shift["optimum"]:.0e}, log-probs '
-        f'after training by {shift["difference"]:.0e}.',
+        f'probabilities of labels change by at most {shift["labels"]:.0e}, log pi* by {shift["optimum"]:.0e}, '
+        f'log-probs after training by {shift["difference"]:.0e}.',
         '## Best-of-N, exactly', table(best),
         f'## DPO on n sampled pairs, beta {BETA:g}, seeds: {size["seeds"]}', table(sampled),
         f'Slope of log KL on log n from {pairs[-3]["n"]:,} to {pairs[-1]["n"]:,} pairs: {report["slope"]:.2f}.',
@@ -426,7 +434,8 @@ def draw_frontier(ax, report):
         ax.plot(*points([r for r in report['rl'] if r['method'] == method]), marker, color=colour, ms=11, mfc='none',
                 label=f'{method}, true reward, $\\beta$ = {BETA:g}')
     ax.set_xlim(-0.1, 1.1 * max(r['kl'] for r in report['expected']))
-    ax.set(title='The frontier of KL and reward, exact', xlabel='KL(policy || reference), nats', ylabel='mean true reward')
+    ax.set(title='The frontier of KL and reward, exact', xlabel='KL(policy || reference), nats',
+           ylabel='mean true reward')
 
 
 def draw_implicit(ax, scatter):
@@ -445,7 +454,8 @@ def draw_pairs(ax, report):
     pairs, seeds = report['pairs'], report['size']['seeds']
     n, means = [p['n'] for p in pairs], [p['mean'] for p in pairs]
     bars = [p['mean'] - p['lowest'] for p in pairs], [p['highest'] - p['mean'] for p in pairs]
-    ax.plot([r['n'] for r in report['sampled']], [r['kl_optimum'] for r in report['sampled']], '.', color=BLUE, alpha=0.5)
+    ax.plot([r['n'] for r in report['sampled']], [r['kl_optimum'] for r in report['sampled']], '.', color=BLUE,
+            alpha=0.5)
     ax.errorbar(n, means, bars, color=BLUE, capsize=3, marker='o', ms=5, lw=1.2,
                 label=f'DPO, mean and range of {seeds} seed' + ('s' if seeds > 1 else ''))
     ax.plot(n[-2:], [1.5 * means[-2], 1.5 * means[-2] * n[-2] / n[-1]], color='0.3', lw=0.8, ls='--', label='slope -1')
@@ -463,8 +473,8 @@ def draw_samples(ax, report):
         ax.plot(drawn, [statistics.mean(g) for g in gaps], color=colour, lw=1.3,
                 label=f'{method}: completions, true reward')
         ax.fill_between(drawn, [min(g) for g in gaps], [max(g) for g in gaps], color=colour, alpha=0.2, lw=0)
-    ax.plot([p['n'] for p in report['pairs']], [BETA * p['mean'] for p in report['pairs']], color=BLUE, marker='o', ms=5,
-            lw=1.2, label='DPO: labelled pairs, one run a dot')
+    ax.plot([p['n'] for p in report['pairs']], [BETA * p['mean'] for p in report['pairs']], color=BLUE, marker='o',
+            ms=5, lw=1.2, label='DPO: labelled pairs, one run a dot')
     for gap in GAPS:
         ax.axhline(gap, color='0.6', lw=0.8, ls=':')
     ax.set(title=f'To the same optimum, $\\beta$ = {BETA:g}', xlabel='samples drawn', ylabel='J* - J, nats',

@@ -1,6 +1,6 @@
-"""PPO, the reinforcement learning that DPO replaces: sample, score, estimate advantages, take clipped steps, hold the KL.
+"""PPO, the reinforcement learning that DPO replaces: sample, score, take clipped steps, hold the KL.
 
-    python repro/ppo.py config/reviews.py --reward=config/reviews.py --target_kl=6          # the true reward: "PPO-GT"
+    python repro/ppo.py config/reviews.py --reward=config/reviews.py --target_kl=6      # the true reward: "PPO-GT"
     python repro/ppo.py config/reviews.py --reward=out/reviews/reward_model --target_kl=6   # a learned one
     python sample.py config/reviews.py --after=out/reviews/ppo                              # what came of it
 
@@ -72,6 +72,26 @@ def side_by_side(outputs, model, groups, mask):
     return table
 
 
+def clipped_step(policy, value_model, optimizer, groups, ids, mask, tables, cfg):
+    """One optimizer step on the rollouts `ids`. -> the policy's loss, the gradient norms of policy and value model.
+
+    tables: old log-probs, advantages, old values and returns of all rollouts, (n, L) each.
+    """
+    tokens = mask[ids].sum()
+    loss = 0.0
+    for batch in rows_of(groups, ids, mask.device):
+        old_logps, advantages, old_values, returns = (table[batch.ids][mask[batch.ids]] for table in tables)     # (S,)
+        policy_losses, value_losses = clipped_losses(target_logps(policy, batch), old_logps, advantages,
+                                                     state_values(value_model, batch), old_values, returns, cfg.clip)
+        ((policy_losses.sum() + value_losses.sum()) / tokens).backward()
+        loss += policy_losses.sum().item() / tokens.item()
+    norms = [torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip).item() for model in (policy, value_model)]
+    if np.isfinite(norms).all():
+        optimizer.step()
+    optimizer.zero_grad()
+    return loss, *norms
+
+
 class Whitening:
     """Mean and deviation of all scores seen."""
     def __init__(self):
@@ -93,9 +113,8 @@ def ppo(policy, reference, task, score, prompts, cfg):
     """
     device = policy.wte.weight.device
     value_model = RewardModel.from_policy(reference).to(device).requires_grad_(True)
-    models = policy, value_model
-    optimizer = torch.optim.AdamW([{'params': [*model.parameters()]} for model in models], betas=(0.9, 0.95),
-                                  weight_decay=0.0)
+    optimizer = torch.optim.AdamW([{'params': [*model.parameters()]} for model in (policy, value_model)],
+                                  betas=(0.9, 0.95), weight_decay=0.0)
     shuffled = np.random.default_rng(cfg.seed)
     whiten = Whitening()
     coef = cfg.kl_coef
@@ -115,7 +134,7 @@ def ppo(policy, reference, task, score, prompts, cfg):
         old_logps = side_by_side(target_logps, policy, groups, mask)
         old_values = side_by_side(state_values, value_model, groups, mask)
         log_ratio = old_logps - side_by_side(target_logps, reference, groups, mask)
-        kl = log_ratio.sum(1).mean().item()                                                         # of sequences, nats
+        kl = log_ratio.sum(1).mean().item()                                                     # of sequences, nats
         # rewards: the KL penalty at all tokens, the score at the last
         rewards = -coef * log_ratio
         rewards[torch.arange(n, device=device), lengths - 1] += whiten(scores)
@@ -123,26 +142,16 @@ def ppo(policy, reference, task, score, prompts, cfg):
         advantages = (advantages - advantages[mask].mean()) / (advantages[mask].std() + 1e-8) * mask
         # a few passes of clipped steps
         policy.train()
-        losses, norms = [], []
+        steps = []
         for _ in range(cfg.ppo_epochs):
             for ids in np.array_split(shuffled.permutation(n), cfg.minibatches):
-                tokens = mask[ids].sum()
-                for batch in rows_of(groups, ids, device):
-                    inside = mask[batch.ids]
-                    old_logp, advantage, old_value, return_ = (table[batch.ids][inside] for table in
-                                                               (old_logps, advantages, old_values, returns))    # (S,)
-                    logp, value = target_logps(policy, batch), state_values(value_model, batch)
-                    policy_losses, value_losses = clipped_losses(logp, old_logp, advantage, value, old_value, return_,
-                                                                 cfg.clip)
-                    ((policy_losses.sum() + value_losses.sum()) / tokens).backward()
-                    losses.append(policy_losses.sum().item() / tokens.item())
-                norms.append([torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip).item() for model in models])
-                need(np.isfinite(norms[-1]).all(), f'step {step}: the gradient is not finite: lower the learning rate')
-                optimizer.step()
-                optimizer.zero_grad()
+                tables = old_logps, advantages, old_values, returns
+                steps.append(clipped_step(policy, value_model, optimizer, groups, ids, mask, tables, cfg))
+                need(np.isfinite(steps[-1]).all(), f'step {step}: the gradient is not finite: lower the learning rate')
+        loss, grad_norm, _ = np.mean(steps, 0)
         explained = 1 - (returns - old_values)[mask].var() / (returns[mask].var() + 1e-8)
-        yield step, {'score': scores.mean().item(), 'kl': kl, 'kl_coef': coef, 'loss': sum(losses) / len(norms),
-                     'grad_norm': np.mean(norms, 0)[0], 'value/explained_variance': explained.item(),
+        yield step, {'score': scores.mean().item(), 'kl': kl, 'kl_coef': coef, 'loss': loss, 'grad_norm': grad_norm,
+                     'value/explained_variance': explained.item(),
                      'tokens': lengths.float().mean().item(), 'samples': whiten.seen}
         # Ziegler et al.'s proportional controller, its error clipped at 20%
         coef *= 1 + cfg.kl_gain * min(max(kl / cfg.target_kl - 1, -0.2), 0.2)
@@ -157,14 +166,15 @@ def read_score(task, path):
     return lambda prompts, responses: all_rewards(model, Sampled(list(zip(prompts, responses))))[:, 0]
 
 
-# -----------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # the knobs
 
 @dataclass
 class Config:
     name: str = 'reviews'                           # of the experiment: prompts of data/<name>, writes out/<name>/ppo
     init_from: str = ''                             # policy and reference: '' = out/<name>/sft, or as in dpo.py
-    reward: str = ''                                # a Python file with reward(prompts, responses), or a folder of reward_model.py
+    reward: str = ''                                # a Python file with reward(prompts, responses), or a folder of
+                                                    # reward_model.py
     target_kl: In[float, 'x > 0'] = 6.0             # of sequences, nats: where the controller holds the policy
     steps: In[int, 'x >= 1'] = 24                   # rounds of sampling and learning
     batch_size: In[int, 'x >= 2'] = 256             # samples a round, each of another prompt
@@ -173,17 +183,18 @@ class Config:
     learning_rate: In[float, 'x > 0'] = 6e-4        # searched on the reviews: repro/results/frontier-search.md
     value_learning_rate: In[float, 'x > 0'] = 2e-3  # of the value model
     warmup_steps: In[int, 'x >= 1'] = 4             # rounds, linear, then constant
-    kl_coef: In[float, 'x >= 0'] = 1.0              # of the penalty at the start, in deviations of the score a nat; in a short
-                                                    # run it matters more than the target: too low, and the KL is ill spent
-    kl_gain: In[float, 'x >= 0'] = 0.5              # of the controller: times at most 1 -+ 0.2 kl_gain a round; 0 = fixed coef
+    kl_coef: In[float, 'x >= 0'] = 1.0              # of the penalty at the start, in deviations of the score a nat; a
+                                                    # short run depends on it more than on the target: too low, and
+                                                    # the KL is ill spent
+    kl_gain: In[float, 'x >= 0'] = 0.5              # of the controller: times 1 -+ 0.2 kl_gain a round at most; 0 = off
     clip: In[float, 'x > 0'] = 0.2                  # of the probability ratio and of the value's move
-    gae_lambda: In[float, '0 <= x <= 1'] = 0.95     # bias (0) against variance (1) of the advantages; there is no discount
+    gae_lambda: In[float, '0 <= x <= 1'] = 0.95     # bias (0) against variance (1) of the advantages; no discount
     grad_clip: In[float, 'x > 0'] = 1.0             # largest gradient norm
     max_new_tokens: In[int, 'x >= 1'] = 64          # of a sample
     eval_interval: In[int, 'x >= 1'] = 10           # rounds between evaluations on held-out prompts
     eval_prompts: In[int, 'x >= 2'] = 250           # of val
     seed: In[int, '0 <= x < 2**32'] = 1337
-    device: Literal['auto', 'cpu', 'cuda'] = 'auto' # auto = cuda where there is one, else cpu
+    device: Literal['auto', 'cpu', 'cuda'] = 'auto'     # auto = cuda where there is one, else cpu
 
 
 def main(argv=None):
@@ -193,8 +204,10 @@ def main(argv=None):
     score = read_score(task, cfg.reward)
     policy = task.load(cfg.init_from)
     reference = task.load(cfg.init_from).requires_grad_(False)
-    prompts, held_out = task.prompts('train', len(task.train)), task.prompts('val', cfg.eval_prompts)
-    print(f'ppo on {task.device}, {len(prompts):,} prompts, {cfg.steps * cfg.batch_size:,} samples:\n{config.show(cfg)}')
+    prompts = task.prompts('train', 0)
+    held_out = task.prompts('val', cfg.eval_prompts)
+    print(f'ppo on {task.device}, {len(prompts):,} prompts, {cfg.steps * cfg.batch_size:,} samples:\n'
+          f'{config.show(cfg)}')
     out_dir = os.path.join('out', cfg.name, 'ppo')
 
     def evaluate(step):
@@ -210,13 +223,14 @@ def main(argv=None):
         for step, record in tqdm(ppo(policy, reference, task, score, prompts, cfg), 'ppo', cfg.steps, disable=None):
             log.write(json.dumps({'step': step, **record}) + '\n')
             if step == 1 or step % 5 == 0 or step == cfg.steps:
-                tqdm.write(f'step {step:>6,}/{cfg.steps:,} | score {record["score"]:+.3f} | KL {record["kl"]:6.3f} | coef '
-                           f'{record["kl_coef"]:.4f} | loss {record["loss"]:+.4f} | grad {record["grad_norm"]:.2f} | value '
-                           f'explains {record["value/explained_variance"]:+.2f} | {record["tokens"]:.0f} tokens | '
-                           f'{record["samples"]:,} samples')
+                tqdm.write(f'step {step:>6,}/{cfg.steps:,} | score {record["score"]:+.3f} | KL {record["kl"]:6.3f} | '
+                           f'coef {record["kl_coef"]:.4f} | loss {record["loss"]:+.4f} | grad '
+                           f'{record["grad_norm"]:.2f} | value explains {record["value/explained_variance"]:+.2f} | '
+                           f'{record["tokens"]:.0f} tokens | {record["samples"]:,} samples')
             if step % cfg.eval_interval == 0 or step == cfg.steps:
                 evaluate(step)
-    checkpoint.save(out_dir, cfg.steps, policy, dict(stage='ppo', config=asdict(cfg), vocabulary=task.train.vocabulary))
+    record = dict(stage='ppo', config=asdict(cfg), vocabulary=task.train.vocabulary)
+    checkpoint.save(out_dir, cfg.steps, policy, record)
     print(f'done: {out_dir}')
 
 

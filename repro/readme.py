@@ -35,7 +35,8 @@ def commands(text):
     """The commands of a text, in order, each once: indented lines that begin with the name of a program."""
     text = re.sub(r' *\\{1,2}\n *', ' ', text)     # a command that goes on in the next line, of a docstring too
     lines = re.findall(r'^ {4,}((?:python|torchrun|bash|sbatch) .*)$', text, re.M)
-    return list(dict.fromkeys(command.strip() for line in lines for command in re.split(r'\s+#', line)[0].split(' && ')))
+    found = [command.strip() for line in lines for command in re.split(r'\s+#', line)[0].split(' && ')]
+    return list(dict.fromkeys(found))
 
 
 def added(command):
@@ -46,8 +47,8 @@ def added(command):
 # ----------------------------------------------------------------------------------------------------
 # what stands in for the hub, and for the reader's file
 
-SUBJECTS = ('tea', 'coffee', 'bread', 'soup', 'rice', 'salad', 'a garden', 'a kettle', 'a bicycle', 'a letter', 'a kite',
-            'a shelf', 'a fire', 'a tent', 'a clock', 'a drum')
+SUBJECTS = ('tea', 'coffee', 'bread', 'soup', 'rice', 'salad', 'a garden', 'a kettle', 'a bicycle', 'a letter',
+            'a kite', 'a shelf', 'a fire', 'a tent', 'a clock', 'a drum')
 ADVICE = ('slowly', 'with care', 'in the morning', 'twice a week', 'by the window', 'with a friend', 'before noon',
           'in the rain')
 
@@ -57,7 +58,8 @@ def pairs(n, seed):
     draw = random.Random(seed)
     for i in range(n):
         what = f'{draw.choice(SUBJECTS)} number {i}'
-        yield (f'How do I make {what}?', f'Make {what} {draw.choice(ADVICE)}, {draw.choice(ADVICE)}, and look at it again.',
+        yield (f'How do I make {what}?',
+               f'Make {what} {draw.choice(ADVICE)}, {draw.choice(ADVICE)}, and look at it again.',
                f'Look up {what} {draw.choice(ADVICE)} by yourself.')
 
 

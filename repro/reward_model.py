@@ -88,7 +88,7 @@ def interval(successes, n):
 
 
 def correct(margins):
-    """Of margins r(chosen) - r(rejected): 1 where the chosen response has the higher reward, 0.5 for a tie, else 0."""
+    """1 where a margin r(chosen) - r(rejected) is above 0, 0.5 where the two tie, else 0: (N,)."""
     return (margins > 0) + 0.5 * (margins == 0)
 
 
@@ -123,7 +123,7 @@ class Config:
     learning_rate: In[float, 'x > 0'] = 6e-4
     warmup_steps: In[int, 'x >= 1'] = 20            # linear, then linearly to 0
     eval_interval: In[int, 'x >= 1'] = 50           # steps between evaluations on all of val
-    reward: str = ''                                # a Python file with the true reward, to compare with: as in sample.py
+    reward: str = ''                                # a Python file with the true reward, to compare: as in sample.py
     seed: In[int, '0 <= x < 2**32'] = 1337          # of the order of pairs
     device: Literal['auto', 'cpu', 'cuda'] = 'auto'     # auto = cuda where there is one, else cpu
 
@@ -160,7 +160,8 @@ def main(argv=None):
     def losses_of(batch):
         return bradley_terry_losses(response_rewards(model, batch))
 
-    run = train(model, losses_of, task.train, better, steps, cfg.batch_size, cfg.learning_rate, cfg.warmup_steps, cfg.seed)
+    run = train(model, losses_of, task.train, better, steps, cfg.batch_size, cfg.learning_rate, cfg.warmup_steps,
+                cfg.seed)
     with checkpoint.open_run(out_dir, 0) as log:
         for step, loss, norm in tqdm(run, 'reward model', steps, disable=None):
             if step % cfg.eval_interval == 0 or step == steps:

@@ -164,7 +164,8 @@ def table(curves, over_steps):
     lines += ['', '| DPO over steps, % | ' + ' | '.join(map(str, over_steps)) + ' |',
               '| --- | ' + ' | '.join('---:' for _ in over_steps) + ' |']
     for j, t in enumerate(OVER_STEPS):
-        lines.append(f'| T = {t:g} | ' + ' | '.join(f'{100 * points[j][0]:.1f}' for points in over_steps.values()) + ' |')
+        cells = [f'{100 * points[j][0]:.1f}' for points in over_steps.values()]
+        lines.append(f'| T = {t:g} | ' + ' | '.join(cells) + ' |')
     return '\n'.join(lines) + '\n'
 
 

@@ -106,7 +106,8 @@ def judge_request(pair, order, cfg):
     first, second = (pair['a'], pair['b']) if order == 0 else (pair['b'], pair['a'])
     what, question = QUESTION[cfg.task]
     mark = '#' + hashlib.sha256(json.dumps([pair['prompt'], first, second]).encode()).hexdigest()[:12]
-    content = TEMPLATE.format(question=question, what=what, mark=mark, prompt=pair['prompt'], first=first, second=second)
+    content = TEMPLATE.format(question=question, what=what, mark=mark, prompt=pair['prompt'], first=first,
+                              second=second)
     body = dict(model=cfg.judge, messages=[dict(role='user', content=content)], temperature=0, max_tokens=300)
     return {key: value for key, value in (body | json.loads(cfg.extra or '{}')).items() if value is not None}
 
@@ -140,7 +141,7 @@ def answer_text(body):
 class Config:
     a: str = ''                                     # side A: a file of sample.py --json
     a_side: Literal['after', 'before'] = 'after'    # whose responses of it
-    b: str = ''                                     # side B: another such file, or the same; '' = val's chosen responses
+    b: str = ''                                     # side B: another such file, or the same; '' = val's chosen ones
     b_side: Literal['after', 'before'] = 'after'    # whose responses of it
     name: str = 'reviews'                           # with b='': of the experiment, data/<name>; must be set then
     task: Literal['dialogue', 'summary'] = 'dialogue'   # what the judge is told that the texts are
@@ -155,9 +156,9 @@ class Config:
     backoff: In[float, 'x > 0'] = 1.0               # seconds before the second try, about; doubled with each
     max_wait: In[float, 'x > 0'] = 120.0            # seconds between tries; a longer Retry-After ends the run
     parse_tries: In[int, 'x >= 1'] = 3              # of a request whose answer has no verdict
-    skip_refused: bool = False                      # take a 400 (content filter, too long) for an answer without verdict
+    skip_refused: bool = False                      # a 400 (content filter, too long) is an answer without verdict
     extra: str = ''                                 # JSON that changes each request; null takes a field out, for a
-                                                    # judge that refuses one: '{"temperature": null, "max_tokens": null}'
+                                                    # judge that refuses it: '{"temperature": null}'
     resamples: In[int, 'x >= 100'] = 10000          # of the bootstrap
     seed: In[int, 'x >= 0'] = 1337                  # of the bootstrap
 
@@ -296,37 +297,43 @@ ADVICE = {400: 'see --extra, and --skip_refused to go on without such pairs', 40
           403: 'check OPENAI_API_KEY and what it may use', 404: 'check OPENAI_BASE_URL and --judge'}
 
 
-def ask_all(requests, answers, file, cfg):
-    """Ask each of `requests` until it is done; every answer goes to `answers` and, at once, to `file`.
+class Asker:
+    """Asks requests in threads. Every answer goes to `answers` and, at once, to `file`."""
+    def __init__(self, answers, file, bar, cfg):
+        self.answers, self.file, self.bar, self.cfg = answers, file, bar, cfg
+        self.url, self.api_key = endpoint()
+        self.headers = {'Authorization': f'Bearer {self.api_key}', 'Content-Type': 'application/json',
+                        'User-Agent': 'nanodpo-winrate'}
+        self.opener = urllib.request.build_opener(NoRedirect)
+        self.lock, self.stop = threading.Lock(), threading.Event()
+        self.next_turn = 0.0
 
-    UserError where a request is refused or has failed cfg.tries times; the answers so far stay.
-    """
-    url, api_key = endpoint()
-    headers = {'Authorization': f'Bearer {api_key}', 'Content-Type': 'application/json',
-               'User-Agent': 'nanodpo-winrate'}
-    opener = urllib.request.build_opener(NoRedirect)
-    lock, stop = threading.Lock(), threading.Event()
-    next_turn = 0.0
+    def ask(self, request):
+        """Ask until the request is done. UserError where it is refused, or has failed cfg.tries times."""
+        given = self.answers.setdefault(request['key'], [])
+        while not done(given, self.cfg):
+            try:
+                body = self.fetch(request)
+            except UserError:
+                self.stop.set()                 # before this thread takes the next request
+                raise
+            position = parse_verdict(answer_text(body))
+            line = {key: request[key] for key in ('key', 'prompt', 'sample', 'order', 'repeat')}
+            line |= dict(judge=self.cfg.judge, position=position, body=body.decode(errors='replace'))
+            with self.lock:
+                self.file.write(json.dumps(line).encode() + b'\n')      # unbuffered: one call, one line
+            given.append(position)
+        self.bar.update()
 
-    def pause(seconds):
-        if stop.wait(max(0.0, seconds)):
-            raise CancelledError
-
-    def await_turn():
-        nonlocal next_turn
-        with lock:
-            turn = max(next_turn, time.monotonic())
-            next_turn = turn + (60 / cfg.requests_per_minute if cfg.requests_per_minute else 0)
-        pause(turn - time.monotonic())
-
-    def fetch(request):
+    def fetch(self, request):
         """The body of the answer, bytes."""
-        post = urllib.request.Request(url, json.dumps(request['body']).encode(), headers)
+        cfg = self.cfg
+        post = urllib.request.Request(self.url, json.dumps(request['body']).encode(), self.headers)
         for attempt in range(cfg.tries):
-            await_turn()
+            self.await_turn()
             wait = 0.0
             try:
-                with opener.open(post, timeout=cfg.timeout) as response:
+                with self.opener.open(post, timeout=cfg.timeout) as response:
                     return response.read()
             except urllib.error.HTTPError as error:
                 body = b''
@@ -334,48 +341,49 @@ def ask_all(requests, answers, file, cfg):
                     body = error.read()
                 if error.code == 400 and cfg.skip_refused:
                     return body
-                said = body.decode(errors='replace').replace(api_key, '***')[:300]
+                said = body.decode(errors='replace').replace(self.api_key, '***')[:300]
                 what, wait = f'answered {error.code} {said!a}', retry_after(error.headers)
                 need(error.code in (408, 409, 425, 429) or error.code >= 500,
-                     f'{url} {what} to the request with prompt {request["prompt"][-60:]!a}: '
+                     f'{self.url} {what} to the request with prompt {request["prompt"][-60:]!a}: '
                      f'{ADVICE.get(error.code, "check OPENAI_BASE_URL")}')
-                need(wait <= cfg.max_wait, f'{url} {what} and asks to wait {wait:,.0f} s, longer than '
+                need(wait <= cfg.max_wait, f'{self.url} {what} and asks to wait {wait:,.0f} s, longer than '
                      f'--max_wait={cfg.max_wait:g}')
             except (OSError, http.client.HTTPException) as error:
                 what = f'failed with {(str(getattr(error, "reason", error)) or type(error).__name__)!a}'
-            bar.set_postfix_str(what[:60])
+            self.bar.set_postfix_str(what[:60])
             if attempt < cfg.tries - 1:
-                pause(max(wait, min(cfg.max_wait, cfg.backoff * 2**attempt) * random.uniform(0.5, 1.5)))
-        raise UserError(f'{url} {what}, after {cfg.tries} tries')
+                self.pause(max(wait, min(cfg.max_wait, cfg.backoff * 2**attempt) * random.uniform(0.5, 1.5)))
+        raise UserError(f'{self.url} {what}, after {cfg.tries} tries')
 
-    def ask(request):
-        given = answers.setdefault(request['key'], [])
-        while not done(given, cfg):
-            try:
-                body = fetch(request)
-            except UserError:
-                stop.set()                      # before this thread takes the next request
-                raise
-            position = parse_verdict(answer_text(body))
-            line = {key: request[key] for key in ('key', 'prompt', 'sample', 'order', 'repeat')}
-            line |= dict(judge=cfg.judge, position=position, body=body.decode(errors='replace'))
-            with lock:
-                file.write(json.dumps(line).encode() + b'\n')       # unbuffered: one call, one line
-            given.append(position)
+    def await_turn(self):
+        """Hold the pace of requests_per_minute, for all threads together."""
+        with self.lock:
+            turn = max(self.next_turn, time.monotonic())
+            self.next_turn = turn + (60 / self.cfg.requests_per_minute if self.cfg.requests_per_minute else 0)
+        self.pause(turn - time.monotonic())
 
+    def pause(self, seconds):
+        if self.stop.wait(max(0.0, seconds)):
+            raise CancelledError
+
+
+def ask_all(requests, answers, file, cfg):
+    """Ask each of `requests` until it is done. UserError where one cannot be; the answers so far stay."""
     before = sum(map(len, answers.values()))
     with (tqdm(total=len(requests), desc='judge', unit=' requests', disable=None) as bar,
           ThreadPoolExecutor(cfg.concurrency) as pool):
+        asker = Asker(answers, file, bar, cfg)
         try:
-            for future in as_completed([pool.submit(ask, request) for request in requests]):
+            for future in as_completed([pool.submit(asker.ask, request) for request in requests]):
                 with suppress(CancelledError):          # the one that failed comes, too
                     future.result()
-                    bar.update()
         except (UserError, OSError) as error:
-            stop.set()
+            asker.stop.set()
             pool.shutdown()                     # what is under way is waited for, and kept
             new = sum(map(len, answers.values())) - before
-            what = error.message if isinstance(error, UserError) else f'{cfg.out} cannot be written: {error.strerror}'
+            what = f'{cfg.out} cannot be written: {getattr(error, "strerror", "")}'
+            if isinstance(error, UserError):
+                what = error.message
             raise UserError(f'{what} ({new:,} new answers are kept in {cfg.out}; the same command goes on)') from None
 
 
@@ -473,7 +481,8 @@ def main(argv=None):
     against = f'{cfg.b} ({cfg.b_side})' if cfg.b else f'the chosen responses of data/{cfg.name}, val'
     print(f'A: {cfg.a} ({cfg.a_side})\nB: {against}\n{len(pairs):,} pairs of '
           f'{len({pair["prompt"] for pair in pairs}):,} prompts; '
-          + ', '.join(f'{n:,} samples of {side} have no partner ({m:,} prompts)' for side, (n, m) in left_out.items()))
+          + ', '.join(f'{samples:,} samples of {side} have no partner ({prompts:,} prompts)'
+                      for side, (samples, prompts) in left_out.items()))
 
     requests = {}       # {(pair's index, order, repeat): request}
     for (i, pair), order in itertools.product(enumerate(pairs), (0, 1)):
@@ -510,7 +519,8 @@ def main(argv=None):
     path = f'{cfg.out.removesuffix(".jsonl")}.summary.json'
     try:
         with open(path, 'w') as f:
-            json.dump(dict(a=f'{cfg.a} ({cfg.a_side})', b=against, left_out=left_out, **result, knobs=knobs), f, indent=1)
+            summary = dict(a=f'{cfg.a} ({cfg.a_side})', b=against, left_out=left_out, **result, knobs=knobs)
+            json.dump(summary, f, indent=1)
     except OSError as error:
         raise UserError(f'{path} cannot be written: {error.strerror}') from None
 

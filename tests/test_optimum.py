@@ -1,4 +1,4 @@
-"""repro/optimum.py: its tables against one sequence, one pair, one draw at a time, and the theory to a tolerance it gives."""
+"""repro/optimum.py: its tables against one sequence, one pair, one draw at a time, and the theory to a tolerance."""
 import itertools
 import json
 import math
@@ -30,29 +30,34 @@ def world():
 
 def test_enumerated_logps_equal_the_model_one_sequence_at_a_time(world):
     completions = list(itertools.product(range(3), repeat=3))
-    assert world.completions.tolist() == [list(y) for y in completions] and world.prompts[0].tolist() != world.prompts[1].tolist()
+    assert world.completions.tolist() == [list(y) for y in completions]
+    assert world.prompts[0].tolist() != world.prompts[1].tolist()
+    causal = torch.ones(1, 1, 5, 5, dtype=torch.bool).tril()
     for x, prompt in enumerate(world.prompts.tolist()):
         for i, y in enumerate(completions):
             tokens = torch.tensor([[*prompt, *y]])
-            hidden = world.reference(tokens, torch.arange(5)[None], torch.ones(5, 5, dtype=torch.bool).tril()[None, None])
+            hidden = world.reference(tokens, torch.arange(5)[None], causal)
             logps = F.log_softmax(hidden[0] @ world.reference.wte.weight.t(), dim=-1)
-            assert world.rho[x, i].item() == pytest.approx(sum(logps[1 + t, y[t]].item() for t in range(3)), abs=1e-12)
+            expected = sum(logps[1 + t, y[t]].item() for t in range(3))
+            assert world.rho[x, i].item() == pytest.approx(expected, abs=1e-12)
     assert torch.allclose(world.rho.exp().sum(-1), torch.ones(2, dtype=torch.float64), atol=1e-12)
     perplexity = (-(world.rho.exp() * world.rho).sum(-1)).exp()
-    assert (perplexity < 0.9 * 27).all() and not torch.equal(world.rho[0], world.rho[1])           # not uniform, and of the prompt
+    assert (perplexity < 0.9 * 27).all() and not torch.equal(world.rho[0], world.rho[1])    # not uniform, of the prompt
     assert world.reward.std().item() == pytest.approx(1)
 
 
 def test_expected_loss_equals_a_sum_over_pairs_and_labels(world):
     beta, rho, r = 0.7, world.rho.tolist(), world.reward.tolist()
-    logps = (world.rho + torch.randn(2, 27, dtype=torch.float64, generator=torch.Generator().manual_seed(0))).log_softmax(-1)
+    noise = torch.randn(2, 27, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    logps = (world.rho + noise).log_softmax(-1)
     total = 0
     for x, i, j in itertools.product(range(2), range(27), range(27)):
         h = logps[x, i].item() - logps[x, j].item() - rho[x][i] + rho[x][j]
         p = 1 / (1 + math.exp(r[x][j] - r[x][i]))
-        total += math.exp(rho[x][i] + rho[x][j]) * (p * math.log1p(math.exp(-beta * h)) + (1 - p) * math.log1p(math.exp(beta * h))) / 2
+        right, wrong = math.log1p(math.exp(-beta * h)), math.log1p(math.exp(beta * h))
+        total += math.exp(rho[x][i] + rho[x][j]) * (p * right + (1 - p) * wrong) / 2
     weight = optimum.label_weights(world.rho, world.reward)
-    assert optimum.expected_loss(logps, world.rho, weight, beta).item() == pytest.approx(total, rel=1e-6)       # dpo_loss is float32
+    assert optimum.expected_loss(logps, world.rho, weight, beta).item() == pytest.approx(total, rel=1e-6)
     assert weight.sum((1, 2)).tolist() == pytest.approx([1, 1])
 
 
@@ -71,16 +76,18 @@ def test_dpo_reaches_the_optimum_and_lies_on_the_frontier(world, beta, bound):
     star, best = optimum.optimum(world.rho, world.reward, beta)
     assert optimum.mean_kl(world.rho, star) > 10 * bound                       # where it starts
     logps, excess = optimum.fit_expected(world, world.reward, beta, 150, 100)
-    kl, to_ref, reward = optimum.mean_kl(logps, star), optimum.mean_kl(logps, world.rho), optimum.mean_reward(logps, world.reward)
+    kl, to_ref = optimum.mean_kl(logps, star), optimum.mean_kl(logps, world.rho)
+    reward = optimum.mean_reward(logps, world.reward)
     assert kl <= bound and -1e-6 < excess < 1e-3
     for policy in (logps, world.rho):           # J* - J = beta KL(pi||pi*), for the trained policy and for one far away
         J = optimum.mean_reward(policy, world.reward) - beta * optimum.mean_kl(policy, world.rho)
         assert best - J == pytest.approx(beta * optimum.mean_kl(policy, star), abs=1e-10)
-    below = optimum.frontier(world.rho, world.reward, to_ref) - reward          # the frontier is under its tangent at pi*
+    below = optimum.frontier(world.rho, world.reward, to_ref) - reward      # the frontier is under its tangent at pi*
     assert -1e-9 < below <= beta * kl + 1e-9
     correlation, _, largest, implicit, r = optimum.recovered(logps, world.rho, world.reward, beta)
     assert correlation > 0.999 and largest < 0.2 and largest == pytest.approx((implicit - r).abs().max().item())
-    assert optimum.recovered(world.rho, world.rho, world.reward + 7, beta)[2] == pytest.approx(r.abs().max().item())    # nothing learned
+    untrained = optimum.recovered(world.rho, world.rho, world.reward + 7, beta)
+    assert untrained[2] == pytest.approx(r.abs().max().item())
 
 
 def test_a_constant_for_each_prompt_changes_nothing_and_one_for_a_completion_does(world):
@@ -97,7 +104,8 @@ def test_frontier_is_what_pi_star_attains_and_no_other_policy(world):
             optimum.mean_reward(star, world.reward), abs=1e-9)
         for _ in range(20):
             other = (star + 0.3 * torch.randn(star.shape, generator=noise, dtype=star.dtype)).log_softmax(-1)
-            assert optimum.mean_reward(other, world.reward) < optimum.frontier(world.rho, world.reward, optimum.mean_kl(other, world.rho))
+            highest = optimum.frontier(world.rho, world.reward, optimum.mean_kl(other, world.rho))
+            assert optimum.mean_reward(other, world.reward) < highest
 
 
 def test_best_of_n_equals_enumerated_draws_and_its_kl_the_formula_from_below(world):
@@ -129,7 +137,7 @@ def test_sampled_pairs_follow_the_expected_losss_weights_and_group_without_loss(
         assert value[x, chosen, rejected].mean().item() == pytest.approx(mean, abs=4 * error)
     w, l, share = optimum.grouped(x, chosen, rejected, 27)
     seen = Counter(zip((x * 27 + chosen).tolist(), (x * 27 + rejected).tolist()))
-    assert {pair: round(s * n) for *pair, s in zip(w.tolist(), l.tolist(), share.tolist()) for pair in [tuple(pair)]} == seen
+    assert {(i, j): round(s * n) for i, j, s in zip(w.tolist(), l.tolist(), share.tolist())} == seen
 
 
 def test_more_pairs_and_more_samples_come_closer_to_the_optimum(world):
@@ -144,10 +152,12 @@ def test_more_pairs_and_more_samples_come_closer_to_the_optimum(world):
 
 
 def test_a_run_writes_tables_figures_and_no_paths_and_a_wrong_flag_one_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(optimum, 'QUICK', dict(optimum.QUICK, adam=20, lbfgs=10, pairs=(100, 300, 1000), steps=5, samples=1000))
+    small = dict(adam=20, lbfgs=10, pairs=(100, 300, 1000), steps=5, samples=1000)
+    monkeypatch.setattr(optimum, 'QUICK', optimum.QUICK | small)
     optimum.main(['--quick', f'--out={tmp_path / "run"}'])
     report = json.loads((tmp_path / 'run.json').read_text())
-    assert (tmp_path / 'run.md').read_text() == capsys.readouterr().out and (tmp_path / 'run.png').stat().st_size > 10000
+    assert (tmp_path / 'run.md').read_text() == capsys.readouterr().out
+    assert (tmp_path / 'run.png').stat().st_size > 10000
     assert str(tmp_path) not in json.dumps(report) and len(report['expected']) == 4 and len(report['rl']) == 2
     for row in report['expected']:
         assert row['gap'] == pytest.approx(row['beta'] * row['kl_optimum'], abs=1e-9)

@@ -18,7 +18,8 @@ from readme import LONG, commands       # noqa: E402
 
 README = (ROOT / 'README.md').read_text(encoding='utf-8')
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding='utf-8')
-         for pattern in ('*.md', '*.py', 'config/*.py', 'repro/*.md', 'repro/*.py') for path in sorted(ROOT.glob(pattern))}
+         for pattern in ('*.md', '*.py', 'config/*.py', 'repro/*.md', 'repro/*.py')
+         for path in sorted(ROOT.glob(pattern))}
 STAGES = {'prepare_prefs.py': 'prepare', 'sft.py': 'sft', 'dpo.py': 'dpo', 'sample.py': 'sample'}
 
 
