@@ -120,10 +120,10 @@ HEADER = b'prompt,chosen,rejected\n'
     ('x.csv', HEADER + b'a,b,c\nd,\xff,f\n', 'x.csv line 3: not UTF-8'),
     ('x.csv', HEADER + b'a,b,c\n"open,b,c\nd,e,f\n', 'x.csv line 3: not CSV'),
     ('x.csv', b'chosen,rejected\n"[{\'role\': \'user\', \'content\': \'a\'}]",b\n', "line 2: 'chosen' begins as messages do, but is"),
-    ('x.csv.gz', b'prompt', 'x.csv.gz is damaged'),
-    ('x.jsonl.gz', gzip.compress(b'{}' * 1000, mtime=0)[:-9], 'x.jsonl.gz is damaged'),
-    ('x.parquet', b'', 'x.parquet cannot be read as Parquet'),
-    ('x.parquet', None, 'x.parquet cannot be read as Parquet'),
+    ('x.csv.gz', b'prompt', 'x.csv.gz cannot be read'),
+    ('x.jsonl.gz', gzip.compress(b'{}' * 1000, mtime=0)[:-9], 'x.jsonl.gz cannot be read'),
+    ('x.parquet', b'', 'x.parquet cannot be read'),
+    ('x.parquet', None, 'x.parquet cannot be read'),
     ('x.xlsx', b'PK', 'source x.xlsx must be a .jsonl, .json, .csv, .parquet or .py file'),
     ('x.parquet.gz', b'PK', 'source x.parquet.gz must be a .jsonl, .json, .csv, .parquet or .py file'),
 ])
@@ -299,7 +299,7 @@ def test_ten_bad_lines_are_shown_and_all_are_counted(capfd):
     assert error_of('--source=own', '--max_bad_lines=15') == (
         'error: 16 bad lines, 15 allowed (allow and skip bad lines with --max_bad_lines=N)')
     shown = capfd.readouterr().err.splitlines()
-    assert [line.split(': ')[0] for line in shown] == [f'own/train.jsonl line {i}' for i in range(13, 23)] + ['and 6 more']
+    assert [line.split(': ')[0] for line in shown] == [f'own/train.jsonl line {i}' for i in range(13, 23)]
     assert not os.path.exists('data')
     splits = prepare('--source=own', '--max_bad_lines=16')[1]['splits']
     assert splits['train']['dropped'] == dict(empty_response=2, identical=1, missing_key=4, not_a_string=2,
@@ -540,9 +540,9 @@ def test_what_a_row_function_raises_is_one_line_with_the_row_and_the_error(sourc
     Path('mine.py').write_text(ROW)
     write_rows('rows.jsonl', [dict(q='a', a='bc'), dict(q='b')])
     write_rows('rows/data.jsonl', [dict(q='a', a='bc'), dict(q='b', a=None)])
-    where = {'rows.jsonl': "rows.jsonl line 2: mine.py line 3: KeyError: 'a'",
-             'rows': "source 'rows' train row 2: mine.py line 3: TypeError: 'NoneType' object is not subscriptable"}
-    assert error_of('mine.py', f'--source={source}', '--max_bad_lines=9') == f'error: row() of {where[source]}'
+    where = {'rows.jsonl': "rows.jsonl line 2: KeyError: 'a' (mine.py line 3)",
+             'rows': "source 'rows' train row 2: TypeError: 'NoneType' object is not subscriptable (mine.py line 3)"}
+    assert error_of('mine.py', f'--source={source}', '--max_bad_lines=9') == f'error: row() failed at {where[source]}'
     Path('mine.py').write_text(ROW.replace('rejected', 'reject'))
     write_rows('rows.jsonl', [dict(q='a', a='bc')])
     assert "rows.jsonl line 1: it has 'prompt', 'chosen', 'reject'; it needs chosen and rejected" in error_of('mine.py', '--source=rows.jsonl')

@@ -270,7 +270,7 @@ def test_a_user_s_mistake_is_one_line_on_stderr_without_a_traceback():
     (['--source=empty'], "source 'empty' could not be loaded"),
     (['--documents=absent.txt'], 'documents absent.txt does not exist'),
     (['--documents=pairs'], "documents='pairs' must be"),
-    (['--documents=latin.txt'], 'latin.txt is not UTF-8 at byte 2'),
+    (['--documents=latin.txt'], 'latin.txt cannot be read: UnicodeDecodeError'),
 ])
 def test_knobs_and_sources_that_cannot_be_are_said_in_one_line(flags, expected):
     write_rows('pairs.jsonl', PAIRS)
