@@ -26,12 +26,11 @@ import config                                                                   
 from config import In, Literal, need                                                        # noqa: E402
 from nanodpo import checkpoint, look                                                        # noqa: E402
 from nanodpo.data import (Groups, Sampled, distinct_prompts, read_meta, replacing, sha256_file, sha256_json,
-                          write_meta, write_split)                                          # noqa: E402
+                          why_remake, write_meta, write_split)                                 # noqa: E402
 from nanodpo.rollout import draw_responses, read_reward                                     # noqa: E402
 from nanodpo.run import Run                                                                 # noqa: E402
 from nanodpo.sources import Row                                                             # noqa: E402
 from nanodpo.text import load_tokenizer, text_of                                            # noqa: E402
-from prepare_prefs import why_remake                                                        # noqa: E402
 from reward_model import RewardModel, all_rewards                                           # noqa: E402
 
 
