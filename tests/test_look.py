@@ -58,7 +58,8 @@ def notes(name='made'):
 def plain(n, seed=0):
     """n pairs in which nothing is odd."""
     rng = np.random.default_rng(seed)
-    return [(f'What is {i + 10_000 * seed}?', 'yes ' * rng.integers(1, 9) + str(i), 'no ' * rng.integers(1, 11) + str(i))
+    first = 10_000 * seed
+    return [(f'What is {i + first}?', 'yes ' * rng.integers(1, 9) + str(i), 'no ' * rng.integers(1, 11) + str(i))
             for i in range(n)]
 
 
