@@ -1,4 +1,4 @@
-"""The comparison of losses: its data, its metrics against independent computations, the search's rule, and all of it on a tiny task."""
+"""The comparison of losses: its data, its metrics against independent computations, all of it on a tiny task."""
 import json
 import math
 import os
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import ROOT, small_gpt
+from conftest import ROOT, read_log, small_gpt
 
 sys.path.insert(0, str(ROOT / 'repro'))
 import dpo                                                  # noqa: E402
@@ -20,7 +20,9 @@ from nanodpo.data import Groups, epoch_order                # noqa: E402
 from nanodpo.losses import LOSSES                           # noqa: E402
 from rollout import Task                                    # noqa: E402
 
-REWARD = 'def reward(prompts, responses):\n    return [(sum(map(ord, p + r)) % 997) / 100 for p, r in zip(prompts, responses)]\n'
+REWARD = '''def reward(prompts, responses):
+    return [(sum(map(ord, p + r)) % 997) / 100 for p, r in zip(prompts, responses)]
+'''
 METRICS = 'def metrics(prompts, responses):\n    return {"well_formed": [len(r) % 2 == 0 for r in responses]}\n'
 
 
@@ -41,12 +43,14 @@ def rewards_of(task, prompt, responses):
 # data
 
 def test_pairs_and_rankings_hold_the_same_responses_and_only_train_is_flipped(task):
-    common = {'name': 'tiny', 'reward': 'reward.py', 'folder': 'out/tiny/family', 'prefixes': 30, 'val_prefixes': 6, 'held_out': [0, 4]}
+    common = {'name': 'tiny', 'reward': 'reward.py', 'folder': 'out/tiny/family', 'prefixes': 30, 'val_prefixes': 6,
+              'held_out': [0, 4]}
     job = {'method': 'data', 'seed': 3, 'common': common}
     found = family.work(job, [])
     sets = {ending: [Groups(f'data/tiny-family-3{ending}', split) for split in ('train', 'val')]
             for ending in ('', '-flipped', '-few', '-rankings', '-rankings-flipped')}
-    parts = {ending: [[tuple(map(int, piece)) for piece in train[i]] for i in range(len(train))] for ending, (train, _) in sets.items()}
+    parts = {ending: [[tuple(map(int, piece)) for piece in group] for group in train]
+             for ending, (train, _) in sets.items()}
 
     for prompt, *responses in parts['']:
         assert np.greater(*rewards_of(task, prompt, responses))
@@ -56,7 +60,8 @@ def test_pairs_and_rankings_hold_the_same_responses_and_only_train_is_flipped(ta
     assert len(parts['-rankings']) == found['rankings'] >= 20 and len(parts['']) == found['pairs']
     for prompt, *ranked in parts['-rankings']:
         rewards = rewards_of(task, prompt, ranked)
-        assert sorted(ranked) == sorted(by_prompt[prompt]) and rewards == sorted(rewards, reverse=True) and len(set(rewards)) == 4
+        assert sorted(ranked) == sorted(by_prompt[prompt])
+        assert rewards == sorted(rewards, reverse=True) and len(set(rewards)) == 4
     assert parts['-few'] == parts[''][:family.FEW]
 
     for clean, flipped in (('', '-flipped'), ('-rankings', '-rankings-flipped')):
@@ -67,7 +72,8 @@ def test_pairs_and_rankings_hold_the_same_responses_and_only_train_is_flipped(ta
 
 
 def test_what_is_flipped_has_nothing_to_do_with_the_order_of_training():
-    """Of any tenth of the first epoch about a fifth is flipped: 20 +- 4.5 percent points are 5 standard deviations of 2,000 draws."""
+    """Of any tenth of the first epoch about a fifth is flipped. 20 +- 4.5 percent points are 5 standard deviations of
+    2,000 draws."""
     groups = [[[i], [1], [2]] for i in range(20_000)]
     for seed in (0, 1, 2):
         turned = np.array([a != b for a, b in zip(groups, family.flipped(groups, 0.2, seed))])
@@ -102,11 +108,12 @@ def test_a_policy_is_judged_by_the_log_probs_of_its_own_samples(task):
     assert found['entropy'] == pytest.approx(-np.mean(mine), abs=1e-3) and found['entropy'] > 1
     assert found['kl'] == pytest.approx(np.mean(mine) - np.mean(its), abs=1e-3) and found['kl'] > 1
     assert found['tokens'] == np.mean([len(r) for r in responses])
-    assert found['true_reward'] == pytest.approx(np.mean([rewards_of(task, p, [r]) for p, r in zip(repeated, responses)]))
+    rewards = [rewards_of(task, p, [r]) for p, r in zip(repeated, responses)]
+    assert found['true_reward'] == pytest.approx(np.mean(rewards))
 
 
 def test_distinct_3_counts_trigrams_of_words_within_a_text():
-    assert family.distinct_3(['A good film. A good', 'a good film!', 'one two']) == 3 / 4       # agf, gfa, fag; agf again
+    assert family.distinct_3(['A good film. A good', 'a good film!', 'one two']) == 3 / 4       # a good film, again
     words = np.random.default_rng(0).integers(0, 3, (40, 12)).astype(str)
     stacked = np.concatenate([words[:, i:i + 3] for i in range(10)])
     assert family.distinct_3([' '.join(row) for row in words]) == len(np.unique(stacked, axis=0)) / len(stacked)
@@ -118,7 +125,8 @@ def test_distinct_3_counts_trigrams_of_words_within_a_text():
 
 def test_the_winner_has_the_highest_reward_within_4_nats_and_with_its_text_intact():
     def run(reward, kl, formed):
-        return {'points': [{'true_reward': 9.0, 'kl': 0.1, 'well_formed': 1.0}, {'true_reward': reward, 'kl': kl, 'well_formed': formed}]}
+        return {'points': [{'true_reward': 9.0, 'kl': 0.1, 'well_formed': 1.0},
+                           {'true_reward': reward, 'kl': kl, 'well_formed': formed}]}
     far, broken, best, less = run(5, 4.1, 0.9), run(4, 3, 0.79), run(3, 4.0, 0.8), run(2, 1, 0.95)
     assert family.winner([less, far, best, broken, {'points': [], 'stopped': 'not finite'}]) is best
     assert family.winner([far, broken]) is None
@@ -166,14 +174,16 @@ def test_the_comparison_of_two_losses_from_the_draws_to_the_figure(task, experim
     family.main(args)
     results = json.load(open('compared.json'))
     assert [(r['job']['method'], r['job'].get('labels')) for r in results[:6]] == [
-        ('data', None), ('ipo', 'clean'), ('ipo', 'flipped'), ('plackett_luce', 'clean'), ('plackett_luce', 'flipped'), ('ipo', 'few')]
+        ('data', None), ('ipo', 'clean'), ('ipo', 'flipped'), ('plackett_luce', 'clean'), ('plackett_luce', 'flipped'),
+        ('ipo', 'few')]
     assert all(math.isfinite(value) for r in results for p in r['points'] for value in p.values())
     few = results[5]['points']
     assert [p['epochs'] for p in few] == [1, 3] and few[1]['margin'] > few[0]['margin'] + 0.02       # it learned
-    log = [json.loads(line) for line in open(sweep.path_of({**results[5]['job'], 'common': {'folder': 'out/tiny/family'}}) + '/log.jsonl')]
-    assert [row['eval/rewards/margins'] for row in log if 'eval/loss' in row][1:] == [p['held_out_margin'] for p in few]   # resumed, one log
+    log = read_log(sweep.path_of({**results[5]['job'], 'common': {'folder': 'out/tiny/family'}}))
+    margins = [row['eval/rewards/margins'] for row in log if 'eval/loss' in row]
+    assert margins[1:] == [p['held_out_margin'] for p in few]       # resumed, one log
     text = open('compared.md').read()
-    rewards = [r['points'][-1]['true_reward'] for r in results if r['job'].get('labels') == 'flipped' and r['job']['method'] == 'ipo']
+    rewards = [run['points'][-1]['true_reward'] for run in family.runs_of(results, 'ipo', 'flipped')]
     assert f'{np.mean(rewards):+.2f} ± {abs(rewards[0] - rewards[1]) / 2:.2f} |' in text and '| 2 ± 0 |' in text
     assert os.path.getsize('compared.png') > 30_000
 

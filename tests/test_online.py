@@ -1,4 +1,4 @@
-"""Pairs drawn from a policy: what is written is what an independent drawing, scoring and pairing of the same prompts gives."""
+"""Pairs drawn from a policy: what is written is what independent drawing, scoring and pairing of the prompts gives."""
 import os
 import shutil
 import sys
@@ -66,23 +66,27 @@ def test_pairs_equal_a_brute_force_over_rewards_with_ties():
     groups = [[[i], *([i, k] for k in range(4))] for i in range(40)]
     pairs, kept, tied = pair_up(groups, rewards, 'all')
     expected = {(i, w, l) for i in range(40) for w in range(4) for l in range(4) if rewards[i, w] > rewards[i, l]}
-    assert len(pairs) == len(expected) and {(p[0], w[1], l[1]) for p, w, l in pairs} == expected and tied == 40 * 6 - len(expected)
+    assert len(pairs) == len(expected) and {(p[0], w[1], l[1]) for p, w, l in pairs} == expected
+    assert tied == 40 * 6 - len(expected)
     assert [tuple(row) for row in kept] == [(rewards[p[0], w[1]], rewards[p[0], l[1]]) for p, w, l in pairs]
     pairs, kept, tied = pair_up(groups, rewards, 'best_worst')
     spread = [i for i in range(40) if len(set(rewards[i])) > 1]
     assert [p[0] for p, _, _ in pairs] == spread and tied == 40 - len(spread) > 0
-    assert all(rewards[p[0], w[1]] == max(rewards[p[0]]) and rewards[p[0], l[1]] == min(rewards[p[0]]) for p, w, l in pairs)
+    for p, w, l in pairs:
+        assert rewards[p[0], w[1]] == max(rewards[p[0]]) and rewards[p[0], l[1]] == min(rewards[p[0]])
 
 
-REWARD = 'def reward(prompts, responses):\n    return [round(sum(map(ord, r)) / 1000, 1) for r in responses]\n'     # rounded: it has ties
+REWARD = '''def reward(prompts, responses):
+    return [round(sum(map(ord, r)) / 1000, 1) for r in responses]       # rounded: it has ties
+'''
 
 
 @pytest.fixture
 def drawn(experiment):
     """The flags of a small drawing in a directory with data/tiny, out/tiny/sft and reward.py."""
     (experiment / 'reward.py').write_text(REWARD)
-    return ['--name=drawn', '--source=data/tiny', '--policy=out/tiny/sft', '--reward=reward.py', '--num_samples=3', '--max_new_tokens=12',
-            '--batch_size=15']
+    return ['--name=drawn', '--source=data/tiny', '--policy=out/tiny/sft', '--reward=reward.py', '--num_samples=3',
+            '--max_new_tokens=12', '--batch_size=15']
 
 
 def read_drawn(split='train'):
@@ -103,22 +107,26 @@ def test_drawn_pairs_are_ranked_by_the_reward_and_best_worst_are_the_ends_of_all
         return round(sum(map(ord, tokenizer.decode([t for t in ids if t != 256]))) / 1000, 1)
 
     info = meta['splits']['train']
-    assert set(everything) <= source and info['read'] == 3 * len(source) == info['kept'] + info['dropped']['tied'] and info['dropped']['tied'] > 0
+    assert set(everything) <= source and info['dropped']['tied'] > 0
+    assert info['read'] == 3 * len(source) == info['kept'] + info['dropped']['tied']
     assert all(reward(w) > reward(l) for pairs in everything.values() for w, l in pairs)
     pieces = [(p, ids) for p, pairs in everything.items() for pair in pairs for ids in pair]
     for prompt, ids in pieces:          # whole, or as long as may be
         assert 256 not in ids[:-1] and (ids[-1] == 256 and len(ids) <= 12 or len(ids) == min(12, 64 - len(prompt)))
     assert info['truncated']['responses'] == sum(ids[-1] != 256 for _, ids in pieces) > 0
-    assert meta['rewards']['train']['chosen'] == pytest.approx(np.mean([reward(w) for pairs in everything.values() for w, _ in pairs]))
+    chosen = [reward(w) for pairs in everything.values() for w, _ in pairs]
+    assert meta['rewards']['train']['chosen'] == pytest.approx(np.mean(chosen))
     assert meta['policy_fingerprint'] == fingerprint('out/tiny/sft') and meta['pairing'] == 'all'
     draw_prefs.main(drawn)
     ends = read_drawn()
     assert set(ends) == set(everything) and all(len(pairs) == 1 for pairs in ends.values())
     for prompt, [(best, worst)] in ends.items():
-        assert reward(best) == max(reward(w) for w, _ in everything[prompt]) and reward(worst) == min(reward(l) for _, l in everything[prompt])
+        assert reward(best) == max(reward(w) for w, _ in everything[prompt])
+        assert reward(worst) == min(reward(l) for _, l in everything[prompt])
     assert read_drawn('val').keys() <= {tuple(group[0]) for group in as_lists(Groups('data/tiny', 'val'))}
     text = capsys.readouterr().out
-    assert 'dropped: tied' in text and f'mean reward, train: {read_meta("data/drawn")["rewards"]["train"]["samples"]:+.3f} samples' in text
+    mean = read_meta('data/drawn')['rewards']['train']['samples']
+    assert 'dropped: tied' in text and f'mean reward, train: {mean:+.3f} samples' in text
 
 
 def test_two_processes_draw_what_one_does_and_only_a_change_draws_again(drawn, experiment, capsys):
@@ -171,7 +179,8 @@ def test_a_reward_models_rewards_equal_one_response_at_a_time(experiment):
         for k, response in enumerate(responses):
             T = len(prompt + response)
             with torch.no_grad():
-                states = model(torch.tensor([prompt + response]), torch.arange(T)[None], torch.ones(1, 1, T, T, dtype=torch.bool).tril())
+                causal = torch.ones(1, 1, T, T, dtype=torch.bool).tril()
+                states = model(torch.tensor([prompt + response]), torch.arange(T)[None], causal)
             assert found[i, k] == pytest.approx((states[0, -1] @ model.reward.weight[0]).item(), abs=1e-4)
 
 
@@ -202,9 +211,9 @@ def test_a_reward_models_rewards_equal_one_response_at_a_time(experiment):
 def test_a_mistake_ends_in_one_line_and_leaves_the_set(drawn, experiment, flags, message):
     write_set('data/drawn', 'data/tiny', {'train': [[[1], [2], [3]]], 'val': [[[1], [2], [3]]]})
     before = content('data/drawn')
-    for name, text in (('empty', ''), ('short', 'def reward(p, r):\n    return [0.0]'), ('flat', 'def reward(p, r):\n    return [0] * len(r)'),
-                       ('nan', 'def reward(p, r):\n    return [float("nan")] * len(r)')):
-        (experiment / f'{name}.py').write_text(text)
+    (experiment / 'empty.py').write_text('')
+    for name, value in (('short', '[0.0]'), ('flat', '[0] * len(r)'), ('nan', '[float("nan")] * len(r)')):
+        (experiment / f'{name}.py').write_text(f'def reward(p, r):\n    return {value}\n')
     save('out/foreign', RewardModel.from_policy(small_gpt(2)), vocabulary='gpt2')
     save('out/other', small_gpt(2), vocabulary='gpt2')
     with pytest.raises(UserError) as error:
@@ -223,7 +232,7 @@ def test_an_error_of_one_rank_ends_all_and_draws_nothing(drawn, flags, line):
 
 
 def test_a_rank_that_is_killed_ends_all_and_draws_nothing(drawn, experiment):
-    (experiment / 'reward.py').write_text('import os\nos.kill(os.getpid(), 9)\n')         # on rank 0, as a judge without memory
+    (experiment / 'reward.py').write_text('import os\nos.kill(os.getpid(), 9)\n')     # rank 0, out of memory
     done = run_stage('repro/draw_prefs.py', *drawn, cwd=experiment, processes=2, check=False)
     assert done.returncode != 0 and not os.path.exists('data/drawn')
 
@@ -254,8 +263,9 @@ def test_rounds_draw_new_prompts_from_the_last_policy_at_equal_pairs_and_steps(d
         assert record['origin']['reference'] == reference
     assert points['fixed'][1] == points['moved'][1] == points['offline'][1]     # until then they are the same
     run = path_of(jobs['offline'])
-    both, rounds = as_lists(Groups(f'{run}/data/rounds-1-to-2', 'train')), (Groups(f'{run}/data/round-{r}', 'train') for r in (1, 2))
-    assert both == [group for groups in rounds for group in as_lists(groups)]
+    both, first, second = (as_lists(Groups(f'{run}/data/{name}', 'train'))
+                           for name in ('rounds-1-to-2', 'round-1', 'round-2'))
+    assert both == first + second
     results = [{'job': jobs[way], 'points': points[way]} for way in points]
     gap = points['fixed'][2]['true_reward'] - points['offline'][2]['true_reward']
     assert f'{gap:+.2f} and ' in iterative.table(results).splitlines()[-2]
