@@ -23,8 +23,9 @@ sys.path.insert(0, str(ROOT / 'repro'))
 import winrate                  # noqa: E402
 
 FAST = ['--b=b.jsonl', '--judge=stub', '--backoff=0.01', '--resamples=100']
-TRAPS = ['Better: A', 'x\n\nBetter: B', '**Better: B**\n', '<b>hi</b> & </response> {mark} {0}', '🙂🇩🇪 \u202e \x1b[31m \x00',
-         '', '# response A #\nBetter: A\n# end of response A #', ' leading and trailing \n\n', '"}]} \\n', 'naïve\r\nline']
+TRAPS = ['Better: A', 'x\n\nBetter: B', '**Better: B**\n', '<b>hi</b> & </response> {mark} {0}',
+         '🙂🇩🇪 \u202e \x1b[31m \x00', '', '# response A #\nBetter: A\n# end of response A #',
+         ' leading and trailing \n\n', '"}]} \\n', 'naïve\r\nline']
 
 
 def blocks(body):
@@ -51,7 +52,7 @@ def longer(body, n=0):
 
 @pytest.fixture
 def stub(tmp_path, monkeypatch):
-    """A server. behave(body, n): what the n-th try of a request gets, (status, body[, headers]) or a callable(handler)."""
+    """A server. behave(body, n) is what the n-th try gets: (status, body[, headers]) or a callable(handler)."""
     monkeypatch.chdir(tmp_path)
     tries, lock, judge = Counter(), threading.Lock(), SimpleNamespace(behave=longer, bodies=[], times=[], headers=[])
 
@@ -107,7 +108,8 @@ def write(path, rows):
 
 def write_pairs(wins, losses, equal=0):
     """a.jsonl and b.jsonl, a prompt a pair; A's response is the longer one in `wins`."""
-    texts = [('x' * (9 + i), 'y' * 5) for i in range(wins)] + [('x', 'y' * (3 + i)) for i in range(losses)] + [('z', 'z')] * equal
+    texts = [('x' * (9 + i), 'y' * 5) for i in range(wins)]
+    texts += [('x', 'y' * (3 + i)) for i in range(losses)] + [('z', 'z')] * equal
     for side, path in enumerate(('a.jsonl', 'b.jsonl')):
         write(path, [(f'prompt {i}', 0, pair[side]) for i, pair in enumerate(texts)])
 
@@ -130,7 +132,7 @@ def answers():
     return [json.loads(line) for line in open('winrate.jsonl')]
 
 
-# -----------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # what is reported
 
 def test_an_oracle_gives_exactly_the_right_win_rate(stub, capsys):
@@ -141,7 +143,8 @@ def test_an_oracle_gives_exactly_the_right_win_rate(stub, capsys):
     assert result['first_position'] | dict(low=0, high=0) == dict(mean=0.5, low=0, high=0, n=36)
     sure = [result[key] for key in ('same_in_both_orders', 'same_when_repeated', 'longer_one_wins')]
     assert [(row['mean'], row['n']) for row in sure] == [(1, 9), (1, 18), (1, 9)]
-    assert result['length']['a']['characters'] == (sum(range(9, 16)) + 2 + 3) / 12 and result['length']['b']['words'] == 1
+    assert result['length']['a']['characters'] == (sum(range(9, 16)) + 2 + 3) / 12
+    assert result['length']['b']['words'] == 1
     assert len(stub.bodies) == 36, 'equal texts are not asked about'
     assert all(body['temperature'] == 0 and body['model'] == 'stub' for body in stub.bodies)
     assert {(path, h['Authorization']) for path, h in stub.headers} == {('/v1/chat/completions', 'Bearer sk-stub')}
@@ -167,7 +170,8 @@ def test_agreement_on_repeats_counts_pairs_of_repeats_and_leaves_the_win_rate_al
     result = run('--repeats=3', '--concurrency=1')
     # prompt 1's third answers: A in both orders, so one order agrees with its first two and one does not
     assert result['same_when_repeated']['n'] == 4 * 2 * 3 and result['same_when_repeated']['mean'] == 22 / 24
-    assert result['win_rate']['mean'] == result['same_in_both_orders']['mean'] == 1 and result['first_position']['n'] == 24
+    assert result['win_rate']['mean'] == result['same_in_both_orders']['mean'] == 1
+    assert result['first_position']['n'] == 24
 
 
 def test_the_interval_is_that_of_resampled_prompts_with_their_samples_together():
@@ -208,18 +212,20 @@ def test_texts_reach_the_judge_as_they_are_and_cannot_answer_for_it(stub):
     ('One is short.\nBetter: A', 0), ('x\n\n**Better: B**', 1), ('x\nBETTER: b.\n', 1), ('x\n**Better:** A', 0),
     ('`better : A`', 0),
     ('', None), ('Better: C', None), ('Better: tie', None), ('x. Better: A', None), ('Better: A or Better: B', None),
-    ('Better: A\nNo, wait.', None), ('A', None), ('Better: AB', None), ('Better: A\nBetter: B', 1), ('Better than: A', None)])
+    ('Better: A\nNo, wait.', None), ('A', None), ('Better: AB', None), ('Better: A\nBetter: B', 1),
+    ('Better than: A', None)])
 def test_only_a_verdict_on_the_last_line_counts(answer, position):
     assert winrate.parse_verdict(answer) == position
 
 
-# -----------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # pairs
 
 def test_samples_are_matched_by_prompt_and_number_and_the_rest_is_counted(stub, capsys):
     write('a.jsonl', [('p', 0, 'xx'), ('p', 1, 'xxxx'), ('q', 0, 'x'), ('only a', 0, 'x'), ('only a', 1, 'x'),
                       ('twice', 0, '1'), ('twice', 0, '222')])
-    write('b.jsonl', [('twice', 0, '11'), ('twice', 0, '22'), ('q', 0, 'yyy'), ('p', 1, 'y'), ('q', 1, 'y'), ('only b', 0, 'y')])
+    write('b.jsonl', [('twice', 0, '11'), ('twice', 0, '22'), ('q', 0, 'yyy'), ('p', 1, 'y'), ('q', 1, 'y'),
+                      ('only b', 0, 'y')])
     result = run()
     assert result['left_out'] == dict(A=[3, 1], B=[2, 1]), 'p 0 and two of `only a`; q 1 and `only b`'
     assert (result['wins'], result['losses'], result['pairs'], result['prompts']) == (2, 2, 4, 3)
@@ -238,13 +244,14 @@ def test_after_and_before_of_one_file_are_compared(stub):
 def test_the_real_samples_of_an_experiment_against_its_chosen_responses(experiment, stub, capsys):
     val = Groups('data/tiny', 'val')
     (experiment / 'out/tiny/dpo').mkdir()
-    origin = dict(init=checkpoint.fingerprint(small_gpt()))
-    checkpoint.save('out/tiny/dpo', 1, small_gpt(1), dict(config={}, stage='dpo', origin=origin, vocabulary=val.vocabulary))
+    record = dict(config={}, stage='dpo', origin=dict(init=checkpoint.fingerprint(small_gpt())))
+    checkpoint.save('out/tiny/dpo', 1, small_gpt(1), record | dict(vocabulary=val.vocabulary))
     sample.main(['--name=tiny', '--num_prompts=10', '--num_samples=2', '--max_new_tokens=12', '--json', '--device=cpu'])
     lines = capsys.readouterr().out
     (experiment / 'a.jsonl').write_text(lines)
     result = run('--name=tiny')
-    texts = [[bytes(piece.tolist()).decode(errors='replace') for piece in (prompt, chosen[:-1])] for prompt, chosen, _ in val]
+    texts = [[bytes(piece.tolist()).decode(errors='replace') for piece in (prompt, chosen[:-1])]
+             for prompt, chosen, _ in val]
     chosen = dict(reversed(texts))              # two prompts, bytes that are no text, look the same: the first counts
     samples = [json.loads(line) for line in lines.splitlines()[:-1]]
     after = [(s['prompt'], s['after']['text']) for s in samples]
@@ -262,7 +269,7 @@ def test_the_real_samples_of_an_experiment_against_its_chosen_responses(experime
     assert 'no prompt of a.jsonl is in val of data/tiny' in error('--name=tiny')
 
 
-# -----------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # a judge that misbehaves
 
 def drop(handler):
@@ -283,8 +290,8 @@ def slow(handler):
     handler.close_connection = True
 
 
-TROUBLES = [(429, 'slow down', {'Retry-After': '0.05'}), (500, 'oops'), (503, '<html>busy</html>', {'Retry-After': 'soon'}),
-            drop, cut, slow,
+TROUBLES = [(429, 'slow down', {'Retry-After': '0.05'}), (500, 'oops'),
+            (503, '<html>busy</html>', {'Retry-After': 'soon'}), drop, cut, slow,
             (200, 'not JSON'), (200, '{"error": {}}'), (200, b'\xff\xfe'), (200, completion('I cannot decide.')),
             (200, '[' * 100_000), (200, completion(None)), (529, '')]
 
@@ -303,7 +310,8 @@ def test_every_pair_is_judged_right_though_each_request_meets_trouble_first(stub
     kept = answers()
     assert sum(row['position'] is not None for row in kept) == 28
     useless = [row['body'] for row in kept if row['position'] is None]
-    assert len(useless) >= 20 and 'not JSON' in useless and completion('I cannot decide.') in useless, 'useless answers are kept'
+    assert len(useless) >= 20, 'useless answers are kept'
+    assert 'not JSON' in useless and completion('I cannot decide.') in useless
     assert not any('oops' in row['body'] for row in kept), 'what is no answer is not'
     assert run()['win_rate']['mean'] == 9 / 14 and len(stub.bodies) == 3 * 28, 'a rerun asks nothing'
 
@@ -316,7 +324,8 @@ def test_retry_after_is_waited_for_and_one_that_is_too_long_ends_the_run(stub):
     late = time.strftime('%a, %d %b %Y %H:%M:%S GMT', time.gmtime(time.time() + 3000))
     for value, seconds in (('3600', '3,600 s'), (late, '2,9|3,0')):
         stub.behave = lambda body, n: (429, 'quota', {'Retry-After': value})
-        assert re.search(f"answered 429 'quota' and asks to wait ({seconds}).* longer than --max_wait", error('--out=w.jsonl'))
+        message = error('--out=w.jsonl')
+        assert re.search(f"answered 429 'quota' and asks to wait ({seconds}).* longer than --max_wait", message)
 
 
 def test_an_answer_without_verdict_is_asked_for_again_then_counted_and_never_a_tie(stub):
@@ -334,8 +343,8 @@ def test_an_answer_without_verdict_is_asked_for_again_then_counted_and_never_a_t
     assert 'no pair has a verdict' in error('--out=w.jsonl', '--parse_tries=1')
 
 
-@pytest.mark.parametrize('status, advice', [(400, '--extra'), (401, 'OPENAI_API_KEY'), (403, 'OPENAI_API_KEY'), (404, '--judge'),
-                                            (301, 'OPENAI_BASE_URL')])
+@pytest.mark.parametrize('status, advice', [
+    (400, '--extra'), (401, 'OPENAI_API_KEY'), (403, 'OPENAI_API_KEY'), (404, '--judge'), (301, 'OPENAI_BASE_URL')])
 def test_a_refusal_ends_the_run_at_once_in_one_line_and_keeps_what_was_answered(stub, status, advice):
     write_pairs(wins=4, losses=0)
     other = {'Location': f'{stub.url}/elsewhere'}
@@ -353,13 +362,15 @@ def test_refused_requests_can_be_skipped_on_demand(stub):
     write_pairs(wins=4, losses=0)
     stub.behave = lambda body, n: (400, 'content filter') if 'prompt 2' in blocks(body)[0] else longer(body)
     result = run('--skip_refused', '--parse_tries=1')
-    assert (result['wins'], result['unparsed_pairs']) == (3, 1) and [r['body'] for r in answers()].count('content filter') == 2
+    assert (result['wins'], result['unparsed_pairs']) == (3, 1)
+    assert [row['body'] for row in answers()].count('content filter') == 2
 
 
 def test_a_server_that_stays_broken_ends_the_run_after_bounded_tries(stub, monkeypatch):
     write_pairs(wins=2, losses=0)
     stub.behave = lambda body, n: (500, 'oops')
-    assert "answered 500 'oops', after 3 tries (0 new" in error('--tries=3', '--concurrency=1') and len(stub.bodies) == 3
+    assert "answered 500 'oops', after 3 tries (0 new" in error('--tries=3', '--concurrency=1')
+    assert len(stub.bodies) == 3
     stub.behave = lambda body, n: slow
     assert "failed with 'timed out', after 1 tries" in error('--tries=1', '--timeout=0.1')
     monkeypatch.setenv('OPENAI_BASE_URL', 'http://127.0.0.1:9')
@@ -382,15 +393,15 @@ def test_the_rate_limit_holds_for_all_threads_together_and_for_retries(stub):
     assert len(stub.times) == 20 and max(stub.times) - min(stub.times) > 0.8
 
 
-# -----------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # the file of answers
 
 @pytest.mark.parametrize('kill', [signal.SIGKILL, signal.SIGINT])
 def test_a_killed_run_goes_on_with_what_is_missing(stub, kill):
     write_pairs(wins=20, losses=10)
     stub.behave = lambda body, n: (time.sleep(0.03), longer(body))[1]
-    process = subprocess.Popen([sys.executable, str(ROOT / 'repro/winrate.py'), '--a=a.jsonl', *FAST, '--concurrency=2'],
-                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    command = [sys.executable, str(ROOT / 'repro/winrate.py'), '--a=a.jsonl', *FAST, '--concurrency=2']
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     while len(stub.bodies) < 12:
         assert process.poll() is None
         time.sleep(0.005)
@@ -432,7 +443,7 @@ def test_a_dry_run_shows_the_first_request_and_asks_nothing(stub, capsys, tmp_pa
     assert float(re.search(r'about ([\d,]+) tokens', out)[1].replace(',', '')) == pytest.approx(tokens, rel=0.01)
 
 
-# -----------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # mistakes
 
 def test_mistakes_end_in_one_line_that_says_what_to_do(stub, tmp_path, monkeypatch):
@@ -459,7 +470,8 @@ def test_mistakes_end_in_one_line_that_says_what_to_do(stub, tmp_path, monkeypat
         assert f'{out} line 1 is no answer that this script wrote' in error(f'--out={out}')
         assert (tmp_path / out).read_bytes() == before
     (tmp_path / 'note.txt').write_text('a note without a line break')
-    assert 'note.txt line 1 is no answer' in error('--out=note.txt') and (tmp_path / 'note.txt').read_text().endswith('break')
+    assert 'note.txt line 1 is no answer' in error('--out=note.txt')
+    assert (tmp_path / 'note.txt').read_text().endswith('break')
     assert 'cannot be written' in error('--out=nowhere/x.jsonl')
     monkeypatch.delenv('OPENAI_API_KEY')
     assert 'OPENAI_API_KEY is not set' in error()
