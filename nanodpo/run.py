@@ -172,7 +172,7 @@ class Run(Worker):
     # the model
 
     def wrap(self, model):
-        """Make a policy ready to train, in place. -> the model to call before a backward pass: of several ranks, DDP's"""
+        """Make a policy ready to train, in place. -> what to call before a backward pass: the policy, or DDP's of it"""
         if self.compile:
             compile_blocks(model)
         if self.world == 1:
@@ -343,7 +343,8 @@ class Run(Worker):
             gc.collect()        # the DDP wrapper goes before the process group: it would wait for its threads
             dist.destroy_process_group()
         if self.signalled:
-            self.say(f'stopped by signal {self.signalled}, saved at step {self.saved_step}: --resume goes on from there')
+            self.say(f'stopped by signal {self.signalled}, saved at step {self.saved_step}: --resume goes on from '
+                     'there')
             raise SystemExit(128 + self.signalled)
         self.say(f'done: {self.out_dir}')
 

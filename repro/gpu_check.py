@@ -130,7 +130,7 @@ def losses(*flags):
         with open('out/hh/dpo/log.jsonl') as f:
             lines = [json.loads(line) for line in f]
         found = [line['loss'] for line in lines if 'loss' in line]
-        record('loss', loss=loss, at_0=lines[0]['eval/loss'], losses=found, finite=all(map(math.isfinite, found)))
+        record('loss', loss=loss, at_0=lines[0].get('eval/loss'), losses=found, finite=all(map(math.isfinite, found)))
 
 
 def resumed(whole, log):
@@ -140,8 +140,8 @@ def resumed(whole, log):
         with open(path) as f:
             runs.append([json.loads(line) for line in f])
     through, again = ({line['step']: line['loss'] for line in lines if 'loss' in line} for lines in runs)
-    gaps = {step: abs(through[step] - again[step]) for step in range(7, 13)}
-    record('resumed', eval_loss_at_0_minus_ln_2=runs[0][0]['eval/loss'] - math.log(2), gaps=gaps)
+    gaps = {step: abs(through[step] - again[step]) for step in range(7, 13) if step in through and step in again}
+    record('resumed', eval_loss_at_0=runs[0][0].get('eval/loss'), gaps=gaps)
 
 
 def two_ranks(*flags):
@@ -211,6 +211,12 @@ def build(name, how):
     return worker, policy, *calls
 
 
+def event():
+    e = torch.cuda.Event(enable_timing=True)
+    e.record()
+    return e
+
+
 def bench(name, how, row_tokens, steps, *more):
     """Steps of dpo.py's loop. how: block (the product), whole or eager, and +divisible. more: profile, and wait, for
     the file `go`, before anything is timed."""
@@ -221,11 +227,6 @@ def bench(name, how, row_tokens, steps, *more):
     optimizer = policy.configure_optimizer('rmsprop', 1e-6, 0.0)
     groups = hh_like(BATCH_SIZE * (steps + 2))
     lengths = []
-
-    def event():
-        e = torch.cuda.Event(enable_timing=True)
-        e.record()
-        return e
 
     def step(number, marks):
         """marks: takes (part of the step, its first event, its last) of every part."""
@@ -256,8 +257,7 @@ def bench(name, how, row_tokens, steps, *more):
     first = [seconds_of(lambda: step(number, [])) for number in (0, 1)]
     graphs = counters['stats']['unique_graphs']
     record('compile', model=name, how=how, build_seconds=built, first_steps=first, graphs=graphs)
-    until = time.time() + 400
-    while 'wait' in more and not os.path.exists('go') and time.time() < until:
+    while 'wait' in more and not os.path.exists('go'):
         time.sleep(0.2)
 
     marks, seconds = [], []
@@ -265,21 +265,26 @@ def bench(name, how, row_tokens, steps, *more):
     torch.cuda.reset_peak_memory_stats()
     for number in range(2, steps + 2):
         seconds.append(seconds_of(lambda: step(number, marks)))
-    parts = {}
-    for part, start, end in marks:
-        parts[part] = parts.get(part, 0) + start.elapsed_time(end) / steps
     ids = np.arange(2 * BATCH_SIZE, (steps + 2) * BATCH_SIZE)
     tokens = int(groups.lengths[ids].sum())
     whole = float(np.median(seconds)) * steps
     flops = 4 * Groups.forward_flops(groups, ids, policy.config)
     record('train', model=name, how=how, row_tokens=row_tokens, step_seconds=seconds, tokens_per_second=tokens / whole,
            pairs_per_second=BATCH_SIZE * steps / whole, tflops=flops / whole / 1e12,
-           of_matmul_peak=flops / whole / peak(), ms_a_step=parts, rows_a_step=len(lengths) / steps,
-           padding=1 - tokens / sum(T for T, _ in lengths), row_lengths=lengths[:12],
+           of_matmul_peak=flops / whole / peak(), ms_a_step=milliseconds(marks, steps),
+           rows_a_step=len(lengths) / steps, padding=1 - tokens / sum(T for T, _ in lengths), row_lengths=lengths[:12],
            new_graphs=counters['stats']['unique_graphs'] - graphs,
            memory_gb=torch.cuda.max_memory_allocated() / 1e9, reserved_gb=torch.cuda.max_memory_reserved() / 1e9)
     if 'profile' in more:
         profile(f'{name} {how}, one step', lambda: step(2, []))
+
+
+def milliseconds(marks, steps):
+    """{part of a step: its milliseconds a step} of (part, first event, last event)."""
+    parts = {}
+    for part, start, end in marks:
+        parts[part] = parts.get(part, 0) + start.elapsed_time(end) / steps
+    return parts
 
 
 def peak():

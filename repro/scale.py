@@ -1,23 +1,24 @@
-"""Scale, on paper and by simulation: how a step of dpo.py splits on 1, 8 and 4 x 8 GPUs, and where DDP stops being enough.
+"""Scale, on paper and by simulation: how a step of dpo.py splits on 1, 8 and 32 GPUs, and where DDP is not enough.
 
     python repro/scale.py                                       # pairs with HH's lengths, drawn at random
     python repro/scale.py --data=data/hh --out=scale            # your prepared pairs; writes scale.json, .md and .png
 
-Real: the pairs' lengths, the planner (step_groups and plan_rows of nanodpo/data.py, over --steps full batches), the FLOPs
-(Groups.forward_flops' formula), and the CPU time of `pack` and `plan_rows`, taken here. A model: everything else. NOTHING
-HERE WAS MEASURED ON A GPU; the constants below are data sheets and assumptions, and the utilisation above all is a guess.
+Real: the pairs' lengths, the planner (step_groups and plan_rows of nanodpo/data.py, over --steps full batches), the
+FLOPs (Groups.forward_flops' formula), and the CPU time of `pack` and `plan_rows`, taken here. A model: everything
+else. NOTHING HERE WAS MEASURED ON A GPU. The constants below are data sheets and assumptions; the utilisation above
+all is a guess.
 
-A step, as dpo.py runs it. Each rank has m rows (micro-steps), each a forward of the reference, a forward of the policy and
-a backward that costs two: 4 forwards' FLOPs. Ranks meet once a step, in the last row's backward.
+A step, as dpo.py runs it. Each rank has m rows (micro-steps), each a forward of the reference, a forward of the policy
+and a backward that costs two: 4 forwards' FLOPs. Ranks meet once a step, in the last row's backward.
   compute     the mean rank's FLOPs, padding to blocks of 128 included, at UTILISATION of the peak
   waiting     what the slowest rank needs beyond the mean
-  casts       float32 weights to bfloat16, their gradients back, sums of gradients: memory traffic once a row, however short
+  casts       float32 weights to bfloat16, their gradients back, sums of gradients: memory traffic, once a row
   all-reduce  a ring over float32 gradients. The blocks' part runs beside the last row's backward; the embedding's
               gradient is complete only at the backward's end (it is the tied head too), so its part is always exposed
   optimizer   clipping and RMSprop, memory traffic
   input       where planning and packing, on the CPU meanwhile, take longer than all of that
-Left out: launching kernels, attention's whole blocks at the edge of the mask, matmuls too small for full speed (rows under
-some 500 tokens), NCCL's share of the GPU, evaluations, checkpoints, logging.
+Left out: launching kernels, attention's whole blocks at the edge of the mask, matmuls too small for full speed (rows
+under some 500 tokens), NCCL's share of the GPU, evaluations, checkpoints, logging.
 """
 import argparse
 import os
@@ -40,23 +41,25 @@ PEAK = 989e12               # FLOP/s, bfloat16 dense, H100 and H200 SXM: data sh
 UTILISATION = 0.4           # of PEAK, in all of a row's kernels but the casts: assumed, the knob --utilisation
 HBM = 0.8 * 3.35e12         # bytes/s, memory: H100's data sheet (H200: 4.8e12); 80% of it assumed
 NVLINK = 0.8 * 450e9        # bytes/s a direction and GPU, within a node: data sheet; 80% of it assumed
-NETWORK = 0.8 * 8 * 50e9    # bytes/s a direction and node, 8 x 400 Gb/s InfiniBand, shared by 8 rings: data sheet; 80% assumed
+NETWORK = 0.8 * 8 * 50e9    # bytes/s a direction and node, 8 x 400 Gb/s InfiniBand: data sheet; 80% of it assumed
 NODE = 8                    # GPUs
 LATENCY = 30e-6, 100e-6     # s an all-reduce of one bucket, within a node and between nodes: assumed
 BUCKET = 25 * 2**20         # bytes: DDP's default
-CAST, ADD, COPY = 12, 12, 8     # bytes a weight: casts of a row (4 + 2 read and written, twice), a gradient added to another,
-                                # one copied into DDP's bucket: counted from the operations
+CAST = 12                   # bytes a weight and row, casts: 4 + 2 read and written, twice: counted from the operations
+ADD = 12                    # bytes a weight, a gradient added to another: counted
+COPY = 8                    # bytes a weight, a gradient copied into DDP's bucket: counted
 CLIP = 12                   # bytes a weight, clip_grad_norm_: read, then read and write: counted
-OPTIMIZER = {'rmsprop': 52, 'adamw': 28}    # bytes a weight: torch's foreach RMSprop kernel by kernel, fused AdamW: counted
-ACTIVATIONS = 36            # bytes a token, layer and unit of width, kept for the backward: two norms' inputs 4 + 4 and outputs
-                            # 2 + 2, q k v 6, attention's output 2, MLP 8 + 8: counted (repro/README.md), compiling may save some
-CHECKPOINT = 4              # the same with activation_checkpointing: a block's float32 input; one block at a time in full
+OPTIMIZER = {'rmsprop': 52, 'adamw': 28}    # bytes a weight: torch's foreach RMSprop, fused AdamW: counted
+ACTIVATIONS = 36            # bytes a token, layer and unit of width, kept for the backward: two norms' inputs 4 + 4 and
+                            # outputs 2 + 2, q k v 6, attention's output 2, MLP 8 + 8: counted; compiling may save some
+CHECKPOINT = 4              # the same with activation_checkpointing: a block's float32 input; one block in full
 TILE = 4096                 # of the vocabulary, token_logps: (4 + 2) bytes a scored token and entry
 CARDS = {'80 GB': 80e9, '141 GB': 141e9}    # H100, H200: data sheet
 USABLE, RESERVED = 0.95, 2e9                # of a card, the rest being fragmentation; bytes of CUDA and NCCL: assumed
 
-SHAPES = {'GPT-2 124M': (12, 12, 768), 'GPT-2 medium': (24, 16, 1024), 'GPT-2 large': (36, 20, 1280), 'GPT-2 XL': (48, 25, 1600),
-          '2.8B': (32, 32, 2560), '6.7B': (32, 32, 4096), '13B': (40, 40, 5120)}    # layers, heads, width; 2.8B is Pythia's shape
+SHAPES = {      # layers, heads, width; 2.8B is Pythia's shape
+    'GPT-2 124M': (12, 12, 768), 'GPT-2 medium': (24, 16, 1024), 'GPT-2 large': (36, 20, 1280),
+    'GPT-2 XL': (48, 25, 1600), '2.8B': (32, 32, 2560), '6.7B': (32, 32, 4096), '13B': (40, 40, 5120)}
 WORLDS, BATCHES = (1, 8, 32), (64, 512)
 PARTS = ('compute', 'waiting', 'casts', 'all-reduce', 'optimizer', 'input')
 
@@ -78,11 +81,12 @@ def synthetic(n, seed):
     sizes = np.stack([prompt, *np.minimum(responses, 512 - prompt)], 1)                 # (n, 3)
     ends = sizes.cumsum().reshape(n, 3)
     index = np.column_stack([np.append(0, ends[:-1, -1]), ends])                        # (n, K+2)
-    return SimpleNamespace(labels=None, index=index, lengths=sizes.sum(1), K=2, tokens=rng.integers(0, 50257, sizes.sum(), dtype=np.uint16))
+    tokens = rng.integers(0, 50257, sizes.sum(), dtype=np.uint16)
+    return SimpleNamespace(labels=None, index=index, lengths=sizes.sum(1), K=2, tokens=tokens)
 
 
 def row_work(groups, ids):
-    """A row's tokens, tokens padded, query-key pairs of the mask, scored tokens, scored padded: (5,); padding as on CUDA."""
+    """(5,): a row's tokens, these padded as on CUDA, query-key pairs of the mask, scored tokens, these padded."""
     sizes = np.diff(groups.index[np.array(ids, np.int64)], axis=1).astype(float)        # (G, K+1)
     tokens, scored = sizes.sum(), sizes[:, 1:].sum()
     seen = (sizes * (sizes + 1) / 2).sum() + (sizes[:, :1] * sizes[:, 1:]).sum()
@@ -91,7 +95,8 @@ def row_work(groups, ids):
 
 
 def simulate(groups, batch_size, world, row_tokens, steps, seed):
-    """The planner over `steps` full batches. -> row_work of every step, list of (world, m, 5); seconds of plan_rows and pack."""
+    """The planner over `steps` full batches. -> row_work of every step, list of (world, m, 5), and the seconds of
+    plan_rows and pack."""
     n, step, found, planning, packing = len(groups.lengths), 0, [], [], []
     while len(found) < steps:
         ids = step_groups(n, batch_size, step, seed)
@@ -148,12 +153,13 @@ def step_seconds(config, work, planning, packing, utilisation=UTILISATION, gradi
              'casts': P * (CAST * m + ADD * (m - 1) + COPY * (world > 1)) / HBM,
              'all-reduce': over_embeddings + max(0.0, over_blocks - backward),
              'optimizer': P * (CLIP + OPTIMIZER['rmsprop']) / HBM}
-    parts['input'] = max(0.0, m * packing + 2 * planning - sum(parts.values()))      # the loop plans for itself and the stream
+    parts['input'] = max(0.0, m * packing + planning - sum(parts.values()))
     return parts | {'ring': over_blocks + over_embeddings}
 
 
 def hidden_tokens(world, gradient_bytes, utilisation):
-    """Tokens that the last row needs for its backward, 4 FLOPs a weight and token, to hide the blocks' ring: of any model."""
+    """Tokens that the last row of any model needs, so that its backward, 4 FLOPs a weight and token, hides the blocks'
+    ring."""
     return ring(world, gradient_bytes) * PEAK * utilisation / 4
 
 
@@ -166,19 +172,19 @@ def memory(config, tokens, optimizer='rmsprop', live=True, checkpointing=False, 
     C, L, V, P = config.n_embd, config.n_layer, config.vocab_size, sum(num_params(config))
     blocks, table = num_params(config)[0], V * C
     states = {'rmsprop': 4, 'adamw': 8}[optimizer] * P / max(state_shards, shards)
-    reference = live * (2 * blocks + 4 * (P - blocks) + 2 * table) / shards     # bfloat16 but for the embeddings; head again
+    reference = live * (2 * blocks + 4 * (P - blocks) + 2 * table) / shards     # bfloat16 blocks; the head's cast
     kept = (4 + 4) * P / shards + states + reference
     full = ACTIVATIONS * C * tokens
     activations = L * CHECKPOINT * C * tokens + full if checkpointing else L * full
     casts = 2 * (blocks + table) / shards + (shards > 1) * 2 * 12 * C * C * 4           # sharded: two layers gathered
-    tables = 2 * 4 * table                                              # the head's and the embedding's gradient, before their sum
+    tables = 2 * 4 * table                                  # the head's and the embedding's gradient, not summed yet
     backward = activations + casts + tables + tokens * TILE * (4 + 2)
     foreach = (optimizer == 'rmsprop') * 4 * P / max(state_shards, shards)      # RMSprop's square roots, all at once
     return (kept + max(backward, foreach)) / USABLE + RESERVED
 
 
 def largest(card, tokens, **options):
-    """(parameters, layers, width) of the largest GPT that fits, of width 64, 128, ... and a layer for every 128 of it."""
+    """(parameters, layers, width) of the largest GPT that fits, of widths 64, 128, ... with a layer for every 128."""
     best, width = (0, 0, 0), 64
     while memory(config := shape(max(1, width // 128), 1, width), tokens, **options) <= card:
         best, width = (sum(num_params(config)), config.n_layer, width), width + 64
@@ -193,7 +199,8 @@ def table(rows):
     lines = [list(rows[0])] + [list(row.values()) for row in rows]
     widths = [max(map(len, cells)) for cells in zip(*lines)]
     lines.insert(1, ['-' * widths[0]] + ['-' * (width - 1) + ':' for width in widths[1:]])
-    return '\n'.join('| ' + ' | '.join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) + ' |' for line in lines)
+    cells = ([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in lines)
+    return '\n'.join('| ' + ' | '.join(row) + ' |' for row in cells)
 
 
 def planner_row(groups, batch_size, world, works, planning, packing):
@@ -214,7 +221,8 @@ def planner_row(groups, batch_size, world, works, planning, packing):
 def measure(groups, what, options):
     """-> the report, a dict of lists of numbers."""
     row_tokens = options.row_tokens or row_limit(0, torch.device('cuda'), groups)
-    report = dict(data=what, pairs=len(groups.lengths), tokens_a_pair=float(groups.lengths.mean()), row_tokens=row_tokens,
+    report = dict(data=what, pairs=len(groups.lengths), tokens_a_pair=float(groups.lengths.mean()),
+                  row_tokens=row_tokens,
                   options={key: value for key, value in vars(options).items() if key not in ('data', 'out')},
                   constants={k: v for k, v in globals().items() if k.isupper() and not k.startswith('HH')},
                   planner=[], steps=[], hidden=[], memory=[])
@@ -248,7 +256,8 @@ def measure(groups, what, options):
              for optimizer in OPTIMIZER for live in (True, False) for checkpointing in (False, True)]
     checkpointed = dict(optimizer='rmsprop', live=True, checkpointing=True)
     cases += [(f'{kind} over {n}, rmsprop, reference live, checkpointing', checkpointed | {key: n})
-              for kind, key in (('optimizer state sharded', 'state_shards'), ('all sharded (FSDP)', 'shards')) for n in WORLDS[1:]]
+              for kind, key in (('optimizer state sharded', 'state_shards'), ('all sharded (FSDP)', 'shards'))
+              for n in WORLDS[1:]]
     for label, case in cases:
         for card, size in CARDS.items():
             for tokens in (2048, row_tokens):
@@ -265,7 +274,8 @@ def fits(row):
 def text(report):
     """The report as Markdown."""
     u, steps = report['options']['utilisation'], report['steps']
-    planner = [{'batch': f'{r["batch_size"]}', 'GPUs': f'{r["gpus"]}', 'pairs a GPU': f'{r["batch_size"] / r["gpus"]:g}',
+    planner = [{'batch': f'{r["batch_size"]}', 'GPUs': f'{r["gpus"]}',
+                'pairs a GPU': f'{r["batch_size"] / r["gpus"]:g}',
                 'micro-steps': f'{r["micro_steps"]:.1f}', 'tokens a row': f'{r["row_tokens"]:,.0f}',
                 'padding': f'{r["padding"]:.1%}',
                 **{f'{load}: mean, worst': f'{r[f"{name} imbalance"]:.1%}, {r[f"{name} worst"]:.1%}' for load, name in
@@ -275,7 +285,8 @@ def text(report):
     times = [{'model': r['model'], 'GPUs': f'{r["gpus"]}', 'batch': f'{r["batch_size"]}',
               'ms a step': f'{1e3 * r["seconds"]:,.1f}', **{part: f'{r[part] / r["seconds"]:.0%}' for part in PARTS},
               'whole ring ms': f'{1e3 * r["ring"]:,.1f}', 'pairs/s': f'{r["pairs_per_second"]:,.0f}',
-              'scaling': f'{r["scaling"]:.0%}', 'bf16 ring gains': f'{r["seconds"] / r["seconds_bf16_gradients"] - 1:+.0%}',
+              'scaling': f'{r["scaling"]:.0%}',
+              'bf16 ring gains': f'{r["seconds"] / r["seconds_bf16_gradients"] - 1:+.0%}',
               'GB': f'{r["memory"] / 1e9:,.0f}', 'card': fits(r)}
              for name in SHAPES for r in steps if r['model'] == name and r['gpus'] > 1]
     hidden = [{'GPUs': f'{world}', 'gradients': kind,
@@ -285,11 +296,14 @@ def text(report):
     cells = {}
     for m in report['memory']:
         label = f'{m["card"]}, {m["tokens"]:,} tokens a row'
-        cells.setdefault(m['case'], {'largest model': m['case']})[label] = f'{m["params"] / 1e9:.1f} B ({m["layers"]} x {m["width"]:,})'
+        row = cells.setdefault(m['case'], {'largest model': m['case']})
+        row[label] = f'{m["params"] / 1e9:.1f} B ({m["layers"]} x {m["width"]:,})'
     heading = (f'Nothing below was measured on a GPU. {report["pairs"]:,} pairs of {report["data"]}, '
-               f'{report["tokens_a_pair"]:.0f} distinct tokens a pair; {report["options"]["steps"]} full batches of each size; '
-               f'rows of at most {report["row_tokens"]:,} tokens; H100 at {u:.0%} of {PEAK / 1e12:.0f} TFLOP/s, '
-               f'ring {NVLINK / 1e9:.0f} GB/s in a node and {min(NVLINK, NETWORK) / 1e9:.0f} GB/s between nodes; RMSprop, live reference, no checkpointing.')
+               f'{report["tokens_a_pair"]:.0f} distinct tokens a pair; {report["options"]["steps"]} full batches of '
+               f'each size; rows of at most {report["row_tokens"]:,} tokens; '
+               f'H100 at {u:.0%} of {PEAK / 1e12:.0f} TFLOP/s, '
+               f'ring {NVLINK / 1e9:.0f} GB/s in a node and {min(NVLINK, NETWORK) / 1e9:.0f} GB/s between nodes; '
+               'RMSprop, live reference, no checkpointing.')
     return '\n\n'.join([heading, '## The planner', table(planner), '## A step', table(times),
                         '## The last row that hides the ring, and the batch with one such row a GPU', table(hidden),
                         '## The largest model that fits', table(list(cells.values()))]) + '\n'
@@ -329,16 +343,20 @@ def draw(report, path):
     for ax in axes[1]:
         ax.set_xlabel('% of the step', x=100 / 138 / 2)
     handles, labels = axes[0, 0].get_legend_handles_labels()
-    labels = [{'waiting': 'waiting for the slowest rank', 'all-reduce': 'exposed all-reduce', 'input': 'exposed input (none)'
-               if not any(r['input'] for r in report['steps']) else 'exposed input'}.get(label, label) for label in labels]
+    exposed = any(r['input'] for r in report['steps'])
+    names = {'waiting': 'waiting for the slowest rank', 'all-reduce': 'exposed all-reduce',
+             'input': 'exposed input' if exposed else 'exposed input (none)'}
+    labels = [names.get(label, label) for label in labels]
     figure.legend(handles, labels, loc='outside lower center', ncols=len(PARTS), frameon=False, fontsize=10)
-    figure.suptitle(f'A DPO step by the model of repro/scale.py, not measured: H100 at {report["options"]["utilisation"]:.0%} of peak, '
-                    f'DDP, live reference, no checkpointing', fontsize=11.5)
+    figure.suptitle('A DPO step by the model of repro/scale.py, not measured: H100 at '
+                    f'{report["options"]["utilisation"]:.0%} of peak, DDP, live reference, no checkpointing',
+                    fontsize=11.5)
     figure.savefig(path, dpi=110)
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
     parser.error = lambda message: sys.exit(f'error: {message} (--help lists the options)')
     add = parser.add_argument
     add('--data', default='', help='a folder that prepare_prefs.py made; default: random pairs with the lengths of HH')

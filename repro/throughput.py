@@ -3,8 +3,7 @@
     python repro/throughput.py                                                  # gpt2 where you are, random pairs
     python repro/throughput.py --model=tiny --contenders=ours,padded --sections=train        # half a minute
     python repro/throughput.py --data=Anthropic/hh-rlhf --data_dir=harmless-base --pairs=64 --out=hh
-    python repro/throughput.py --device cuda --model gpt2-xl --batch_size 64 --pairs 1024 --data Anthropic/hh-rlhf --out xl
-                                                                                # a GPU box, alone: everything below
+    python repro/throughput.py --device=cuda --model=gpt2-xl --pairs=1024 --data=Anthropic/hh-rlhf --out=xl
 
 Contenders, each in a process of its own, all with RMSprop, the same learning rate, clipping, precision (bfloat16 is
 autocast over float32 weights) and pairs a step:
@@ -22,18 +21,18 @@ autocast over float32 weights) and pairs a step:
 `pip install trl` for the last two. A contender that cannot run gets a row that says why; the largest micro-step that
 memory holds is found by halving.
 
-How it counts. A run is one epoch of warm-up and then --epochs more; each visits every pair once, so all do the same work.
-pairs/s is an epoch's pairs over the median epoch's seconds: ours by log.jsonl (data, both models, optimizer, not the log
-line), the peers' from the end of one step to the end of the next. tokens/s counts distinct tokens: a prompt once for both
-responses. waste is the share of the tokens run through the policy that repeat a prompt or are padding. Useful FLOPs are
-those of distinct tokens with heads at response tokens alone (Groups.forward_flops), times 4 for the reference's forward,
-the policy's and two for its backward, times 3 where the reference is precomputed, whatever a contender computes. "of peak"
-is against the fastest of several matmuls of the same type, timed before and after the contenders with nothing else running.
-Memory is the process's largest resident size (CPU) or CUDA's largest allocation, 1 GB = 1e9 bytes; "reserved" is what
-CUDA's allocator held for it. "besides" is the wall-clock of the process but for its epochs at median speed: imports,
-loading, compiling, precomputing, and ours its evaluations. "first" is part of it: what the first step, and ours the
-first evaluation, took beyond a later one, which is compiling. "1 epoch" is pairs/s with the precomputing spread over
-one epoch.
+How it counts. A run is one epoch of warm-up and then --epochs more; each visits every pair once, so all do the same
+work. pairs/s is an epoch's pairs over the median epoch's seconds: ours by log.jsonl (data, both models, optimizer,
+not the log line), the peers' from the end of one step to the end of the next. tokens/s counts distinct tokens: a
+prompt once for both responses. waste is the share of the tokens run through the policy that repeat a prompt or are
+padding. Useful FLOPs are those of distinct tokens with heads at response tokens alone (Groups.forward_flops), times
+4 for the reference's forward, the policy's and two for its backward, times 3 where the reference is precomputed,
+whatever a contender computes. "of peak" is against the fastest of several matmuls of the same type, timed before
+and after the contenders. Memory is the process's largest resident size (CPU) or CUDA's largest allocation, 1 GB =
+1e9 bytes; "reserved" is what CUDA's allocator held for it. "besides" is the wall-clock of the process but for its
+epochs at median speed: imports, loading, compiling, precomputing, and ours its evaluations. "first" is part of it:
+what the first step, and ours the first evaluation, took beyond a later one, which is compiling. "1 epoch" is
+pairs/s with the precomputing spread over one epoch.
 
 No network is needed: the weights are random, and without --data so are the tokens, with lengths by HH's law. The
 weights go to $TMPDIR: 6 GB for gpt2-xl. --out is written anew after every contender, so a run that is cut loses one.
@@ -72,8 +71,8 @@ PEERS = ['padded', 'padded-nocudnn', 'trl', 'trl-best']
 SECTIONS = ['train', 'prepare', 'eval', 'sample', 'rows', 'largest']
 LEARNING_RATE, GRAD_CLIP = 1e-6, 10.0
 
-# log-lengths of (prompt, chosen, rejected) in GPT-2 tokens, before truncation, over the 1,538 usable pairs of a sample of
-# HH harmless-base (two thirds of its test split): prepare_prefs.read_dialogues, tiktoken, np.log, then mean, std, corrcoef
+# log-lengths of (prompt, chosen, rejected) in GPT-2 tokens, before truncation, over the 1,538 usable pairs of a sample
+# of HH harmless-base (two thirds of its test split): np.log, then mean, std, corrcoef
 HH_MEAN, HH_STD = np.array([4.40, 3.32, 3.50]), np.array([1.00, 0.92, 0.97])
 HH_CORRELATION = np.array([[1.00, 0.25, 0.23], [0.25, 1.00, 0.30], [0.23, 0.30, 1.00]])
 
@@ -101,8 +100,9 @@ def child_padded(job):
     from transformers import GPT2LMHeadModel
     from dpo import dpo_loss
     pairs, B, micro, device = read_pairs(job), job['batch_size'], job['micro'], job['device']
-    policy, reference = (GPT2LMHeadModel.from_pretrained('init', dtype=torch.float32, attn_implementation='sdpa').to(device)
-                         for _ in range(2))
+    options = dict(dtype=torch.float32, attn_implementation='sdpa')
+    policy = GPT2LMHeadModel.from_pretrained('init', **options).to(device)
+    reference = GPT2LMHeadModel.from_pretrained('init', **options).to(device)
     torch.backends.cuda.enable_cudnn_sdp(job['cudnn'])
     policy.train()                  # the weights' config has no dropout
     reference.eval()
@@ -150,34 +150,44 @@ def child_padded(job):
     return dict(seconds=seconds, computed=computed, first_loss=losses[0], note=f'{micro} pairs a micro-step')
 
 
+def trl_settings(job):
+    """job['best']: of TRL's best. -> DPOConfig's, the model's, and their names for the table"""
+    if not job['best']:
+        return {}, {}, []
+    best = dict(gradient_checkpointing=False, precompute_ref_log_probs=True, remove_unused_columns=False,
+                train_sampling_strategy='group_by_length')
+    model, names = {}, ['precomputed reference', 'no checkpointing', 'grouped by length']
+    if job['device'] == 'cuda' and importlib.util.find_spec('flash_attn'):
+        model['attn_implementation'] = 'flash_attention_2'
+        best['padding_free'] = True
+        names.append('FlashAttention 2')
+    if job['device'] == 'cuda' and importlib.util.find_spec('liger_kernel'):
+        best['use_liger_kernel'] = True
+        names.append('Liger')
+    return best, model, names
+
+
+def trl_tokenizer(end_token):
+    """A tokenizer that knows the end token alone: TRL gets ids."""
+    import tokenizers
+    import transformers
+    end = '<|endoftext|>'
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({end: end_token}, unk_token=end))
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token=end, pad_token=end)
+
+
 def child_trl(job):
     """TRL's DPOTrainer on the same token ids; job['best'] for its best settings."""
     import datasets
-    import tokenizers
     import transformers
     import trl
-    pairs, device, bf16 = read_pairs(job), job['device'], job['dtype'] == 'bfloat16'
-    on, best, init_kwargs = [], {}, {}
+    pairs, device = read_pairs(job), job['device']
+    best, init_kwargs, on = trl_settings(job)
     if job['best']:
         pairs.sort(key=longest)         # less padding where it precomputes; training shuffles
-        best = dict(gradient_checkpointing=False, precompute_ref_log_probs=True, train_sampling_strategy='group_by_length',
-                    remove_unused_columns=False)
-        on = ['precomputed reference', 'no checkpointing', 'grouped by length']
-        if device == 'cuda' and importlib.util.find_spec('flash_attn'):
-            init_kwargs['attn_implementation'] = 'flash_attention_2'
-            best['padding_free'] = True
-            on.append('FlashAttention 2')
-        if device == 'cuda' and importlib.util.find_spec('liger_kernel'):
-            best['use_liger_kernel'] = True
-            on.append('Liger')
     data = dict(zip(('prompt_ids', 'chosen_ids', 'rejected_ids'), map(list, zip(*pairs))))
     if job['best']:
         data['length'] = list(map(longest, pairs))
-    end = '<|endoftext|>'
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizers.Tokenizer(tokenizers.models.WordLevel({end: job['vocab'] - 1}, unk_token=end)),
-        eos_token=end, pad_token=end)
-
     precomputing = [0.0]
     precompute = trl.DPOTrainer._precompute_ref_logps
 
@@ -190,12 +200,14 @@ def child_trl(job):
     trl.DPOTrainer._precompute_ref_logps = timed_precompute
     trl.DPOTrainer._prepare_dataset = lambda self, dataset, *args: dataset         # these are ids already
     config = trl.DPOConfig(
-        'trl-out', max_length=job['max_length'], bf16=bf16, use_cpu=device == 'cpu', seed=job['seed'],
+        'trl-out', max_length=job['max_length'], bf16=job['dtype'] == 'bfloat16', use_cpu=device == 'cpu',
+        seed=job['seed'],
         per_device_train_batch_size=job['micro'], gradient_accumulation_steps=job['batch_size'] // job['micro'],
         num_train_epochs=job['epochs'] + 1, optim='rmsprop', learning_rate=LEARNING_RATE, lr_scheduler_type='constant',
         max_grad_norm=GRAD_CLIP, model_init_kwargs=init_kwargs, save_strategy='no', report_to='none', disable_tqdm=True,
         logging_steps=1, **best)
-    trainer = trl.DPOTrainer('init', args=config, train_dataset=datasets.Dataset.from_dict(data), processing_class=tokenizer)
+    trainer = trl.DPOTrainer('init', args=config, train_dataset=datasets.Dataset.from_dict(data),
+                             processing_class=trl_tokenizer(job['vocab'] - 1))
     if getattr(trainer, 'padding_free', False):
         on.append('padding_free')
     collate, counted, stamps = trainer.data_collator, [0], []
@@ -305,16 +317,29 @@ def watch(label, script, arguments, cwd):
             print('\r' + ' ' * width, end='\r', file=sys.stderr, flush=True)
     said = '\n'.join(line for _, line in lines[-50:]).lower()
     memory = status == -9 or status != 0 and ('out of memory' in said or "can't allocate memory" in said)
-    named = [line for _, line in lines if re.match(r'error:|[\w.]*(Error|Exception)\b', line)] or [line for _, line in lines]
-    error = ('' if status == 0 else 'killed (signal 9): out of memory?' if status == -9 else 'out of memory' if memory else
-             f'ended by signal {-status}' if status < 0 else named[-1][:200] if named else f'exit status {status}')
-    return dict(error=error, memory=memory, lines=lines, seconds=time.perf_counter() - began,
+    return dict(error=what_went_wrong(status, memory, [line for _, line in lines]), memory=memory,
+                lines=lines, seconds=time.perf_counter() - began,
                 rss_gb=usage.ru_maxrss * (1 if sys.platform == 'darwin' else 1024) / 1e9)
+
+
+def what_went_wrong(status, memory, lines):
+    """One line, '' where nothing did."""
+    if status == 0:
+        return ''
+    if status == -9:
+        return 'killed (signal 9): out of memory?'
+    if memory:
+        return 'out of memory'
+    if status < 0:
+        return f'ended by signal {-status}'
+    named = [line for line in lines if re.match(r'error:|[\w.]*(Error|Exception)\b', line)] or lines
+    return named[-1][:200] if named else f'exit status {status}'
 
 
 def run_child(label, kind, options, cwd, **more):
     """One of the functions above, in a process of its own. -> (what watch saw, its result or None)"""
-    job = {key: getattr(options, key) for key in ('device', 'dtype', 'vocab', 'batch_size', 'epochs', 'seed', 'max_length')}
+    keys = ('device', 'dtype', 'vocab', 'batch_size', 'epochs', 'seed', 'max_length')
+    job = {key: getattr(options, key) for key in keys}
     result = os.path.join(cwd, 'result.json')
     ran = watch(label, os.path.abspath(__file__), [f'child:{kind}', json.dumps(job | more), result], cwd)
     if ran['error']:
@@ -352,29 +377,36 @@ def measure_ours(contender, options, data, cwd, flags=()):
         return dict(contender=contender, error=ran['error'])
     shown = line_times(ran['lines'], 'step')
     recompiled = [second for second, line in ran['lines'] if 'Recompiling function' in line]        # of TORCH_LOGS
-    marks = [second for second, line in ran['lines'] if line.startswith('reference log-probs of ')]     # train's, then val's
+    marks = [second for second, line in ran['lines'] if line.startswith('reference log-probs of ')]     # train's, val's
     computed = [record['tokens_per_second'] / record['pairs_per_second'] * options.batch_size / (1 - record['padding'])
                 for record in records if 'padding' in record]
-    began = next((second for second, line in ran['lines'] if line.startswith('policy from ')), 0.0)
-    evaluated = line_times(ran['lines'], 'eval')
-    first_evaluation = 0.0
-    if {0, len(records)} <= evaluated.keys():
-        first_evaluation = evaluated[0] - began - (evaluated[len(records)] - shown[len(records)])
-    return finish(dict(
-        contender=contender, note=' '.join(flags), first_loss=records[0]['loss'],
+    row = dict(
+        contender=contender, note=' '.join(flags), first_loss=records[0].get('loss'),
         seconds=[options.batch_size / record['pairs_per_second'] for record in records],
         computed=sum(computed) if len(computed) == len(records) else None,
         recompiles=sum(shown[steps] < second <= shown[len(records)] for second in recompiled),
-        precompute_seconds=marks[1] - marks[0] if len(marks) == 2 else None, first_evaluation=first_evaluation,
-        memory_gb=ran.get('memory_gb', ran['rss_gb']), reserved_gb=ran.get('reserved_gb')), ran, options, data, '--precompute_ref=True' in flags)
+        precompute_seconds=marks[1] - marks[0] if len(marks) == 2 else None,
+        first_evaluation=first_evaluation(ran['lines']),
+        memory_gb=ran.get('memory_gb', ran['rss_gb']), reserved_gb=ran.get('reserved_gb'))
+    return finish(row, ran, options, data, '--precompute_ref=True' in flags)
+
+
+def first_evaluation(lines):
+    """Seconds that dpo.py's first evaluation took beyond its last, 0 where a line of theirs is missing."""
+    began = [second for second, line in lines if line.startswith('policy from ')]
+    steps, evaluations = line_times(lines, 'step'), line_times(lines, 'eval')
+    last = max(steps, default=0)
+    if not (began and last and {0, last} <= evaluations.keys()):
+        return 0.0
+    return evaluations[0] - began[0] - (evaluations[last] - steps[last])
 
 
 def measure_peer(contender, options, data, cwd):
     best, rows = contender == 'trl-best', []
     sizes = list(options.micro_batch) if best else [math.gcd(8, options.batch_size)]
     for micro in sizes:                         # trl-best: each of them; the others: half as many where memory is short
-        ran, result = run_child(f'{contender} ({micro})', contender.partition('-')[0], options, cwd, micro=micro, best=best,
-                                cudnn=contender != 'padded-nocudnn')
+        ran, result = run_child(f'{contender} ({micro})', contender.partition('-')[0], options, cwd, micro=micro,
+                                best=best, cudnn=contender != 'padded-nocudnn')
         row = dict(contender=contender, micro_batch=micro, error=ran['error'])
         if result:
             result.setdefault('memory_gb', ran['rss_gb'])
@@ -396,8 +428,9 @@ def finish(row, ran, options, data, precomputed):
     seconds, computed = float(np.median(epochs[1:])), row.pop('computed')
     first = row['seconds'][0] - float(np.median(row['seconds'][len(row['seconds']) // len(epochs):]))
     computed = computed and computed / len(epochs)                              # an epoch's; each has another order
-    row.update(error='', epoch_seconds=epochs.tolist(), wall_seconds=ran['seconds'], pairs_per_second=options.pairs / seconds,
-               tokens_per_second=data['distinct_tokens'] / seconds, computed_tokens=computed,
+    row.update(error='', epoch_seconds=epochs.tolist(), wall_seconds=ran['seconds'],
+               pairs_per_second=options.pairs / seconds, tokens_per_second=data['distinct_tokens'] / seconds,
+               computed_tokens=computed,
                waste=computed and 1 - data['distinct_tokens'] / computed,
                useful_flops_per_second=data['forward_flops'] * (3 if precomputed else 4) / seconds,
                first_seconds=first + row.pop('first_evaluation', 0.0),
@@ -418,7 +451,8 @@ def write_synthetic(folder, n, seed):
         logs = rng.multivariate_normal(HH_MEAN, HH_CORRELATION * HH_STD[:, None] * HH_STD, count)       # (count, 3)
         with open(os.path.join(folder, f'{split}.jsonl'), 'w') as f:
             for lengths in np.exp(logs).round().clip(1).astype(int):
-                prompt, chosen, rejected = (rng.integers(97, 123, n, dtype=np.uint8).tobytes().decode() for n in lengths)
+                letters = [rng.integers(97, 123, n, dtype=np.uint8).tobytes().decode() for n in lengths]
+                prompt, chosen, rejected = letters
                 f.write(json.dumps(dict(prompt=prompt, chosen='c' + chosen[1:], rejected='r' + rejected[1:])) + '\n')
 
 
@@ -478,33 +512,48 @@ def matmul_rates(options, dtype):
 # -----------------------------------------------------------------------------
 # sections: each -> rows of one table
 
-def section_train(options, data, cwd, report):
-    """Fill report['train'], and write the report after every row."""
+def section_train(options, data, cwd, report, rates):
+    """Fill report['train'] and ['peak'], and write the report after every row. rates: of matmuls timed before."""
     rows = report['train'] = []
+    report['peak'] = dict(before=rates, flops_per_second=max(rates[options.dtype].values()))
     for contender in options.contenders:
-        if contender == 'ours+compile' and options.device == 'cpu' and not any(map(shutil.which, ('c++', 'g++', 'clang++'))):
+        has_compiler = options.device != 'cpu' or any(map(shutil.which, ('c++', 'g++', 'clang++')))
+        if contender == 'ours+compile' and not has_compiler:
             row = dict(contender=contender, error='no C++ compiler')
         else:
             row = (measure_peer if contender in PEERS else measure_ours)(contender, options, data, cwd)
         rows.append(row)
         print(progress(contender, row), flush=True)
-        ran = [row for row in rows if not row['error']]
-        for row in ran:
-            row['of_peak'] = row['useful_flops_per_second'] / report['peak']['flops_per_second']
-            for peer in ran:
-                if peer['contender'] in PEERS:
-                    row[f'times_{peer["contender"]}'] = row['pairs_per_second'] / peer['pairs_per_second']
+        compare(report)
         write(report, options.out)
+    after = matmul_rates(options, options.dtype)
+    report['peak'].update(after=after, flops_per_second=max(*rates[options.dtype].values(), *after.values()))
+    compare(report)
+    timed = [(dtype, found, 'before') for dtype, found in rates.items()] + [(options.dtype, after, 'after')]
+    report['heading'] += '\nFastest matmul, GFLOP/s: ' + ', '.join(
+        f'{dtype} {max(found.values()) / 1e9:,.0f} {when}' for dtype, found, when in timed) + '.'
+
+
+def compare(report):
+    """Add to each row its share of the peak, and how many times faster it is than each peer."""
+    ran = [row for row in report['train'] if not row['error']]
+    for row in ran:
+        row['of_peak'] = row['useful_flops_per_second'] / report['peak']['flops_per_second']
+        for peer in ran:
+            if peer['contender'] in PEERS:
+                row[f'times_{peer["contender"]}'] = row['pairs_per_second'] / peer['pairs_per_second']
 
 
 def progress(label, row):
     """The line on the terminal when a run ends."""
-    return f'{label:<20}' + (row['error'] or '{:>10,.2f} pairs/s{:>12,.0f} tokens/s{:>8.2f} GB{:>8,.1f} s besides'.format(
-        row['pairs_per_second'], row['tokens_per_second'], row['memory_gb'] or 0, row['besides_seconds']))
+    if row['error']:
+        return f'{label:<20}{row["error"]}'
+    return (f'{label:<20}{row["pairs_per_second"]:>10,.2f} pairs/s{row["tokens_per_second"]:>12,.0f} tokens/s'
+            f'{row["memory_gb"] or 0:>8.2f} GB{row["besides_seconds"]:>8,.1f} s besides')
 
 
 def section_eval(options, data, cwd):
-    """dpo.py's evaluation after its only step: from that step's log line to the evaluation's. One before it warms up."""
+    """dpo.py's evaluation after its only step: from that step's log line to the evaluation's. One before warms up."""
     write_bench(cwd, 'bench-eval', options.batch_size, options.pairs, options)
     ran, _ = run_dpo('eval', options, ['--max_steps=1'], cwd, 'bench-eval')
     ends, begins = line_times(ran['lines'], 'eval'), line_times(ran['lines'], 'step')
@@ -537,17 +586,19 @@ def section_largest(options, data, cwd):
     for model in list(MODELS)[1:] if not rows else []:
         write_weights(cwd, model, options)
         for checkpointing in (False, True):
-            row, size = dict(model=model, checkpointing=checkpointing, error='too few --pairs to fill 2,048 tokens'), 2048
+            size = 2048
+            row = dict(model=model, checkpointing=checkpointing, error='too few --pairs to fill 2,048 tokens')
             while size * 1.2 < data['distinct_tokens']:             # a step must fill the row, or it proves nothing
                 pairs = math.ceil(1.2 * size * options.pairs / data['distinct_tokens'])
                 trial = argparse.Namespace(**{**vars(options), 'batch_size': pairs})
-                ran, records = run_dpo(f'{model} {size:,}', trial, [f'--activation_checkpointing={checkpointing}', '--max_steps=2',
-                                                                    f'--row_tokens={size}'], cwd)
+                flags = [f'--activation_checkpointing={checkpointing}', '--max_steps=2', f'--row_tokens={size}']
+                ran, records = run_dpo(f'{model} {size:,}', trial, flags, cwd)
                 if ran['error']:
                     row['note' if 'row_tokens' in row else 'error'] = f'{ran["error"]} at {size:,} tokens'
                     break
-                row = dict(model=model, checkpointing=checkpointing, row_tokens=size, memory_gb=records[-1].get('memory_gb'),
-                           tokens_per_second=records[-1]['tokens_per_second'], note='more may fit: set a larger --pairs')
+                row = dict(model=model, checkpointing=checkpointing, row_tokens=size,
+                           memory_gb=records[-1].get('memory_gb'), tokens_per_second=records[-1]['tokens_per_second'],
+                           note='more may fit: set a larger --pairs')
                 size *= 2
             rows.append(row)
             fits = f'{row["row_tokens"]:,} tokens' if 'row_tokens' in row else row['error']
@@ -575,8 +626,8 @@ TABLES = {          # section: (title, {column: text of a row})
         'memory GB': column('memory_gb', '{:.2f}'), 'reserved GB': column('reserved_gb', '{:.2f}'),
         'of peak': column('of_peak', '{:.1%}'), 'besides s': column('besides_seconds', '{:,.1f}'),
         'first s': column('first_seconds', '{:,.1f}'), 'recompiles': column('recompiles'),
-        'precompute s': column('precompute_seconds', '{:,.1f}'), '1 epoch': column('pairs_per_second_1_epoch', '{:,.2f}'),
-        'note': note}),
+        'precompute s': column('precompute_seconds', '{:,.1f}'),
+        '1 epoch': column('pairs_per_second_1_epoch', '{:,.2f}'), 'note': note}),
     'prepare': ('prepare_prefs.py', {
         'tokenizer': column('tokenizer'), 'rows': column('rows', '{:,}'), 's': column('seconds', '{:.1f}'),
         'rows/s': column('rows_per_second', '{:,.0f}'), 'note': note}),
@@ -588,7 +639,8 @@ TABLES = {          # section: (title, {column: text of a row})
         'tokens/s': column('tokens_per_second', '{:,.0f}'), 'note': note}),
     'rows': ('dpo.py: --row_tokens', {
         'row_tokens': column('row_tokens', '{:,}'), 's a step': column('step_seconds', '{:.3f}'),
-        'waste': column('waste', '{:.0%}'), 'tokens/s': column('tokens_per_second', '{:,.0f}'), 'memory GB': column('memory_gb', '{:.2f}'), 'note': note}),
+        'waste': column('waste', '{:.0%}'), 'tokens/s': column('tokens_per_second', '{:,.0f}'),
+        'memory GB': column('memory_gb', '{:.2f}'), 'note': note}),
     'largest': ('dpo.py: the longest row that fits one micro-step', {
         'model': column('model'), 'checkpointing': column('checkpointing'), 'row_tokens': column('row_tokens', '{:,}'),
         'memory GB': column('memory_gb', '{:.1f}'), 'tokens/s': column('tokens_per_second', '{:,.0f}'), 'note': note}),
@@ -609,22 +661,23 @@ def table(rows, columns):
 # the run
 
 def parse(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
     parser.error = lambda message: sys.exit(f'error: {message} (--help lists the options)')
     add = parser.add_argument
     add('--device', default='auto', choices=['auto', 'cpu', 'cuda'])
     add('--dtype', default='auto', choices=['auto', 'float32', 'bfloat16'], help='auto: whose matmuls are faster here')
     add('--model', default='gpt2', choices=list(MODELS), help='random weights of that size')
-    add('--data', default='', help="pairs, as prepare_prefs.py's --source takes them (needs GPT-2's BPE); default: synthetic")
+    add('--data', default='', help="pairs, as prepare_prefs.py's --source (needs GPT-2's BPE); default: synthetic")
     add('--data_dir', default='', help='a subset inside --data')
     add('--pairs', type=int, default=0, help='of an epoch; default 32 on CPU, 512 on CUDA')
     add('--batch_size', type=int, default=0, help='pairs an optimizer step; default 16 on CPU, 64 on CUDA')
-    add('--micro_batch', default='', help='pairs a micro-step that trl-best tries; default 4,8 on CPU, 8,16,32,64 on CUDA')
+    add('--micro_batch', default='', help='pairs a micro-step that trl-best tries; default 4,8, on CUDA 8,16,32,64')
     add('--max_length', type=int, default=512, help='tokens of a prompt and a response; prompts are cut to half of it')
     add('--epochs', type=int, default=2, help='measured, after one of warm-up')
     add('--contenders', default='', help=','.join([*OURS, *PEERS]) + '; default: all but the one that equals ours')
     add('--sections', default='', help=','.join(SECTIONS) + '; default: all')
-    add('--row_tokens', default='', help='values for the section rows; default 1024,2048,4096 on CPU, 4096 to 32768 on CUDA')
+    add('--row_tokens', default='', help='of the section rows; default 1024,2048,4096, on CUDA 4096 to 32768')
     add('--ours', type=str.split, default=[], help="flags for every run of dpo.py, e.g. --ours='--row_tokens=4096'")
     add('--seed', type=int, default=1337)
     add('--out', default='', help='writes OUT.json and OUT.md')
@@ -666,17 +719,24 @@ def parse(argv):
     return options
 
 
+def machine_name(device):
+    return torch.cuda.get_device_name() if device == 'cuda' else f'{platform.machine()} CPU, {os.cpu_count()} cores'
+
+
 def measure(options, cwd):
     """Everything, in the folder cwd. -> the report, a dict"""
     if (busy := os.getloadavg()[0]) > 0.5:
         print(f'note: the load average is {busy:.1f}: something else is running, the timings will suffer', flush=True)
     print('timing matmuls', flush=True)
-    rates = {dtype: matmul_rates(options, dtype) for dtype in ('float32', 'bfloat16') if options.dtype in ('auto', dtype)}
+    dtypes = ('float32', 'bfloat16') if options.dtype == 'auto' else (options.dtype,)
+    rates = {dtype: matmul_rates(options, dtype) for dtype in dtypes}
     if options.dtype == 'auto':
         options.dtype = max(rates, key=lambda dtype: max(rates[dtype].values()))
 
     # all of the data through prepare_prefs.py, then the pairs of this run
-    source = os.path.abspath(options.data) if os.path.exists(options.data) else options.data    # the children run elsewhere
+    source = options.data
+    if os.path.exists(source):
+        source = os.path.abspath(source)        # the children run elsewhere
     if not source:
         source = os.path.join(cwd, 'synthetic')
         write_synthetic(source, max(options.pairs, 5000 if 'prepare' in options.sections else 0), options.seed)
@@ -688,7 +748,8 @@ def measure(options, cwd):
         sys.exit(f'error: prepare_prefs.py: {ran["error"].removeprefix("error: ")}')
     everything = Groups(os.path.join(cwd, 'data', 'all'), 'train')
     if len(everything) < options.pairs:
-        sys.exit(f'error: {source} has {len(everything):,} usable pairs to train on, --pairs asks for {options.pairs:,}')
+        sys.exit(f'error: {source} has {len(everything):,} usable pairs to train on, --pairs asks for '
+                 f'{options.pairs:,}')
     rows = sum(split['read'] for split in everything.meta['splits'].values())
     write_bench(cwd, 'bench', options.pairs, 8, options)
     write_weights(cwd, options.model, options)
@@ -697,30 +758,26 @@ def measure(options, cwd):
     data = dict(distinct_tokens=int(bench.lengths.sum()), response_tokens=bench.response_tokens(ids),
                 forward_flops=bench.forward_flops(ids, model_config(options.model, options)),
                 longest=int(bench.lengths.max()), sizes=np.diff(bench.index).tolist())
-    where = torch.cuda.get_device_name() if options.device == 'cuda' else f'{platform.machine()} CPU, {os.cpu_count()} cores'
-    what = f'{os.path.basename(source)} {options.data_dir}'.strip() if options.data else 'random tokens with the lengths of HH'
-    heading = (f'{options.model} in {options.dtype} on {where}, torch {torch.__version__}; {len(bench):,} pairs of {what}: '
-               f'{data["distinct_tokens"]:,} distinct tokens, {data["response_tokens"]:,} in responses; batches of '
+    where = machine_name(options.device)
+    what = 'random tokens with the lengths of HH'
+    if options.data:
+        what = f'{os.path.basename(source)} {options.data_dir}'.strip()
+    heading = (f'{options.model} in {options.dtype} on {where}, torch {torch.__version__}; {len(bench):,} pairs of '
+               f'{what}: {data["distinct_tokens"]:,} distinct tokens, {data["response_tokens"]:,} in responses; '
+               'batches of '
                f'{options.batch_size}; {options.epochs} epoch{"s" * (options.epochs > 1)} after one of warm-up.')
     print(heading, flush=True)
 
-    report = dict(heading=heading, options=vars(options) | dict(data=what), load_average=busy, torch=torch.__version__, device=where, data=data)
+    report = dict(heading=heading, options=vars(options) | dict(data=what), load_average=busy, torch=torch.__version__,
+                  device=where, data=data)
     if 'prepare' in options.sections:
-        report['prepare'] = [dict(tokenizer=tokenizer, rows=rows, seconds=ran['seconds'], rows_per_second=rows / ran['seconds'],
+        seconds = ran['seconds']
+        report['prepare'] = [dict(tokenizer=tokenizer, rows=rows, seconds=seconds, rows_per_second=rows / seconds,
                                   note='the whole process, its start included')]
     if 'train' in options.sections:
-        report['peak'] = dict(before=rates, flops_per_second=max(rates[options.dtype].values()))
-        section_train(options, data, cwd, report)
-        after = matmul_rates(options, options.dtype)
-        peak = max(*rates[options.dtype].values(), *after.values())
-        report['peak'].update(after=after, flops_per_second=peak)
-        for row in report['train']:
-            if not row['error']:
-                row['of_peak'] = row['useful_flops_per_second'] / peak
-        timed = [*((dtype, found, 'before') for dtype, found in rates.items()), (options.dtype, after, 'after')]
-        report['heading'] += '\nFastest matmul, GFLOP/s: ' + ', '.join(
-            f'{dtype} {max(found.values()) / 1e9:,.0f} {when}' for dtype, found, when in timed) + '.'
-    for name, section in (('eval', section_eval), ('sample', section_sample), ('rows', section_rows), ('largest', section_largest)):
+        section_train(options, data, cwd, report, rates)
+    sections = dict(eval=section_eval, sample=section_sample, rows=section_rows, largest=section_largest)
+    for name, section in sections.items():
         if name in options.sections:
             report[name] = section(options, data, cwd)
             write(report, options.out)
@@ -729,8 +786,11 @@ def measure(options, cwd):
 
 def text(report):
     """The report as Markdown."""
-    tables = [f'## {title}\n\n{table(report[name], columns)}' for name, (title, columns) in TABLES.items() if name in report]
-    return '\n\n'.join([report['heading'], *tables])
+    parts = [report['heading']]
+    for name, (title, columns) in TABLES.items():
+        if name in report:
+            parts.append(f'## {title}\n\n{table(report[name], columns)}')
+    return '\n\n'.join(parts)
 
 
 def write(report, out):

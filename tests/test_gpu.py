@@ -17,7 +17,8 @@ from nanodpo import run
 from nanodpo.data import Groups, Sampled, pack
 
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
-DPO = ['--name=tiny', '--batch_size=8', '--learning_rate=1e-4', '--warmup_steps=0', '--eval_interval=0', '--save_interval=0']
+DPO = ['--name=tiny', '--batch_size=8', '--learning_rate=1e-4', '--warmup_steps=0', '--eval_interval=0',
+       '--save_interval=0']
 
 
 @NEEDS_GPU
@@ -57,8 +58,8 @@ def test_nothing_is_compiled_anew_after_the_first_steps(experiment):
 
 @NEEDS_GPU
 def test_rows_of_gpt2_xl_are_compiled_once_on_both_sides_of_every_threshold(n_layer=2):
-    """Inductor asks of its fused reductions 1600 T >= 5 * 2^20, T >= 3200 and T >= 4096, of the scored tokens, too: what
-    is compiled for one length must serve all, in training, in evaluation and for the reference."""
+    """Inductor asks of its fused reductions 1600 T >= 5 * 2^20, T >= 3200 and T >= 4096, of the scored tokens, too.
+    What is compiled for one length must serve all, in training, in evaluation and for the reference."""
     torch.compiler.reset()
     with torch.device('cuda'):
         policy = GPT(GPTConfig(1024, 50257, n_layer, 25, 1600))
@@ -125,6 +126,8 @@ def test_generate_compiles_nothing_and_keeps_off_cudnn(monkeypatch):
 
 def test_bfloat16_that_a_gpu_only_emulates_is_not_chosen(monkeypatch):
     for supported in (False, True):
-        monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda including_emulation=True: including_emulation or supported)
+        def answer(including_emulation=True):
+            return including_emulation or supported
+        monkeypatch.setattr(torch.cuda, 'is_bf16_supported', answer)
         assert run.pick_autocast('auto', 'cuda')[1] == supported
     assert not run.pick_autocast('auto', 'cpu')[1] and run.pick_autocast('bfloat16', 'cpu')[1]
