@@ -116,6 +116,7 @@ HEADER = b'prompt,chosen,rejected\n'
     ('x.csv', HEADER.replace(b',', b'\t') + b'a\tb\tc\n', 'separated by commas'),
     ('x.jsonl', b'{"question": "a", "good\\n": "b"}\n', "x.jsonl line 1: it has 'question', 'good\\n'; it needs chosen and rejected"),
     ('x.csv', HEADER, 'of 0 read'),
+    ('x.csv', b'prompt,chosen,rejected;|\na,b,c', 'it needs chosen and rejected'),
     ('x.csv', HEADER + b'a,b,c\nd,"e\n\ne",f\ng,h\n', 'x.csv line 6: 2 cells, the first line names 3 columns'),
     ('x.csv', HEADER + b'a,b,c\nd,\xff,f\n', 'x.csv line 3: not UTF-8'),
     ('x.csv', HEADER + b'a,b,c\n"open,b,c\nd,e,f\n', 'x.csv line 3: not CSV'),
@@ -546,6 +547,8 @@ def test_what_a_row_function_raises_is_one_line_with_the_row_and_the_error(sourc
     Path('mine.py').write_text(ROW.replace('rejected', 'reject'))
     write_rows('rows.jsonl', [dict(q='a', a='bc')])
     assert "rows.jsonl line 1: it has 'prompt', 'chosen', 'reject'; it needs chosen and rejected" in error_of('mine.py', '--source=rows.jsonl')
+    Path('mine.py').write_text('import functools\nrow = functools.partial(dict)\n')
+    assert 'row in the config file must be a function' in error_of('mine.py', '--source=rows.jsonl')
 
 
 # -----------------------------------------------------------------------------

@@ -187,8 +187,8 @@ def test_a_python_file_gives_pairs_and_documents_by_split_and_seed():
 
 @pytest.mark.parametrize('text, message', [
     ('x = 1', 'grammar.py defines no pairs(split, seed)'),
-    ('def pairs(split, seed):\n    yield {}\n    yield 1 / 0', 'grammar.py line 3: ZeroDivisionError: division by zero'),
-    ('def pairs(', "grammar.py: SyntaxError: '(' was never closed (grammar.py, line 1)"),
+    ('def pairs(split, seed):\n    yield {}\n    yield 1 / 0', 'grammar.py failed: ZeroDivisionError: division by zero (grammar.py line 3)'),
+    ('def pairs(', "grammar.py failed: SyntaxError: '(' was never closed (grammar.py, line 1)"),
     (PYTHON.replace("rejected='no'", "rejected='yes' if i == 3 else 'no'"), '2 bad lines, 0 allowed'),
     (PYTHON.replace('rejected', 'reject'), "grammar.py pairs('train') item 1: it has 'prompt', 'chosen', 'reject'; it needs chosen"),
 ])
@@ -203,7 +203,7 @@ def test_a_python_file_s_mistakes_are_one_line(text, message):
     ('bad.jsonl', '{"texts": "a"}\n', "bad.jsonl: no row of train can be used, of 1 read; dropped: {'missing_key': 1}; "),
     ('bad.txt', f' \n{EOT}\n\n', 'bad.txt: no row of train can be used, of 0 read'),
     ('bad.py', 'def documents(split, seed):\n    return [3]', "bad.py documents('train') item 1: 'text' is not a string"),
-    ('bad.py', 'def documents(split, seed):\n    yield 1 / 0', 'bad.py line 2: ZeroDivisionError'),
+    ('bad.py', 'def documents(split, seed):\n    yield 1 / 0', 'bad.py failed: ZeroDivisionError: division by zero (bad.py line 2)'),
     ('bad.py', '', 'bad.py defines no documents(split, seed)'),
 ])
 def test_a_mistake_in_documents_is_one_line(file, written, message):
