@@ -7,7 +7,8 @@ UltraFeedback with GPT-2 XL on eight GPUs: Zephyr's recipe (arXiv 2310.16944) fo
     python sample.py config/ultrafeedback.py --prompt='Why is the sky blue?'
 
 Four models answered each instruction, and GPT-4 scored the answers: a pair is the best and one of the others. Rows
-are conversations, which become '\\n\\nHuman: ...\\n\\nAssistant: ...'. row() below drops pairs that the scores contradict.
+are conversations, which become '\\n\\nHuman: ...\\n\\nAssistant: ...'. row() below leaves out a pair that the scores
+contradict.
 
 Arithmetic, every figure an ESTIMATE, none measured yet:
 - Data: 61,135 training pairs, 2,000 test pairs. With some 150 tokens of prompt and twice 280 of response: 700 a

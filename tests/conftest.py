@@ -113,7 +113,8 @@ def write_rows(path, rows):
     elif path.suffix == '.json':
         path.write_text(json.dumps(rows))
     else:
-        path.write_bytes(b''.join((row if isinstance(row, bytes) else json.dumps(row).encode()) + b'\n' for row in rows))
+        lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
+        path.write_bytes(b''.join(line + b'\n' for line in lines))
 
 
 def prepare(*flags, name='made', tokenizer='bytes'):

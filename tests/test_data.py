@@ -1,4 +1,4 @@
-"""Data as people have it: every sort of file and kind of row becomes the groups that its texts, put together by hand, make."""
+"""Data as people have it: every sort of file and kind of row becomes the groups that one makes of it by hand."""
 import gzip
 import json
 import os
@@ -37,8 +37,10 @@ def answer(text):
 # -----------------------------------------------------------------------------
 # sorts of files
 
-PAIRS = [dict(prompt=f'{i}, "why"?\n', chosen=['None', ' naïve 👍', '007'][i % 3], rejected=f'[{i}, NA]') for i in range(12)]
-TALKS = [dict(chosen=turns(f'q{i}', 'a', 'b?', f'yes {i}'), rejected=turns(f'q{i}', 'a', 'b?', 'no')) for i in range(12)]
+PAIRS = [dict(prompt=f'{i}, "why"?\n', chosen=['None', ' naïve 👍', '007'][i % 3], rejected=f'[{i}, NA]')
+         for i in range(12)]
+TALKS = [dict(chosen=turns(f'q{i}', 'a', 'b?', f'yes {i}'), rejected=turns(f'q{i}', 'a', 'b?', 'no'))
+         for i in range(12)]
 UNPAIRED = [dict(prompt=f'{i}', completion='c', label=i % 3 == 0) for i in range(12)]
 RANKINGS = [dict(prompt=f'{i}', responses=['x', 'y', 'z'], scores=[1, 3.5, -2]) for i in range(12)]
 
@@ -55,8 +57,8 @@ def by_hand(row):
     return [f'\n\nHuman: {q}\n\nAssistant: a\n\nHuman: b?\n\nAssistant:', f' yes {q[1:]}{EOT}', f' no{EOT}']
 
 
-@pytest.mark.parametrize('sort', ['.jsonl', '.json', '.csv', '.parquet', '.jsonl.gz', '.json.gz', '.csv.gz', '/.json', '/.csv',
-                                  '/.parquet', '/.jsonl', '.py', 'datasets'])
+@pytest.mark.parametrize('sort', ['.jsonl', '.json', '.csv', '.parquet', '.jsonl.gz', '.json.gz', '.csv.gz', '/.json',
+                                  '/.csv', '/.parquet', '/.jsonl', '.py', 'datasets'])
 def test_every_sort_of_source_gives_the_same_groups(sort):
     for rows in (PAIRS, TALKS, UNPAIRED, RANKINGS):
         source = f'rows{sort}' if sort.startswith('.') else 'rows'
@@ -77,7 +79,8 @@ def test_every_sort_of_source_gives_the_same_groups(sort):
         if sort in ('datasets', '.py') or sort.startswith('/'):
             assert len(texts['val']) == 3
         assert meta['template'] == (HUMAN if rows is TALKS else '{prompt}')
-        assert [meta['splits'][split]['K'] for split in ('train', 'val')] == [len(by_hand(rows[0])) - 1 - ('label' in rows[0])] * 2
+        K = len(by_hand(rows[0])) - 1 - ('label' in rows[0])
+        assert [meta['splits'][split]['K'] for split in ('train', 'val')] == [K, K]
         assert sum(info.get('desirable', 0) for info in meta['splits'].values()) == (4 if rows is UNPAIRED else 0)
         shutil.rmtree('rows', ignore_errors=True)
 
@@ -111,16 +114,19 @@ HEADER = b'prompt,chosen,rejected\n'
     ('x.csv', b'\n\n', 'of 0 read'),
     ('x.csv', b'prompt,prompt\na,b', 'x.csv has no line of column names at its top: in UTF-8, all different'),
     ('x.csv', 'prompt,chosen\na,b'.encode('utf-16'), 'x.csv has no line of column names at its top: in UTF-8'),
-    ('x.csv', b'why?,good,bad\nhow?,fine,worse\n', "x.csv line 2: it has 'why?', 'good', 'bad'; it needs chosen and rejected"),
+    ('x.csv', b'why?,good,bad\nhow?,fine,worse\n',
+     "x.csv line 2: it has 'why?', 'good', 'bad'; it needs chosen and rejected"),
     ('x.csv', HEADER.replace(b',', b';') + b'a;b;c\n', 'separated by commas'),
     ('x.csv', HEADER.replace(b',', b'\t') + b'a\tb\tc\n', 'separated by commas'),
-    ('x.jsonl', b'{"question": "a", "good\\n": "b"}\n', "x.jsonl line 1: it has 'question', 'good\\n'; it needs chosen and rejected"),
+    ('x.jsonl', b'{"question": "a", "good\\n": "b"}\n',
+     "x.jsonl line 1: it has 'question', 'good\\n'; it needs chosen and rejected"),
     ('x.csv', HEADER, 'of 0 read'),
     ('x.csv', b'prompt,chosen,rejected;|\na,b,c', 'it needs chosen and rejected'),
     ('x.csv', HEADER + b'a,b,c\nd,"e\n\ne",f\ng,h\n', 'x.csv line 6: 2 cells, the first line names 3 columns'),
     ('x.csv', HEADER + b'a,b,c\nd,\xff,f\n', 'x.csv line 3: not UTF-8'),
     ('x.csv', HEADER + b'a,b,c\n"open,b,c\nd,e,f\n', 'x.csv line 3: not CSV'),
-    ('x.csv', b'chosen,rejected\n"[{\'role\': \'user\', \'content\': \'a\'}]",b\n', "line 2: 'chosen' begins as messages do, but is"),
+    ('x.csv', b'chosen,rejected\n"[{\'role\': \'user\', \'content\': \'a\'}]",b\n',
+     "line 2: 'chosen' begins as messages do, but is"),
     ('x.csv.gz', b'prompt', 'x.csv.gz cannot be read'),
     ('x.jsonl.gz', gzip.compress(b'{}' * 1000, mtime=0)[:-9], 'x.jsonl.gz cannot be read'),
     ('x.parquet', b'', 'x.parquet cannot be read'),
@@ -147,7 +153,8 @@ def test_a_source_that_is_not_to_be_had_is_one_line(monkeypatch):
             (['--source=own/train.csv', '--data_dir=a'], 'data_dir=a is of no use with a file'),
             (['--source=own', '--data_dir=nowhere'], "source 'own' with data_dir 'nowhere' could not be loaded: "),
             (['--source=empty'], "source 'empty' could not be loaded: "),
-            (['--source=someone/nothing'], "'someone/nothing' could not be loaded from the hub, and is no local directory (the hub does"),
+            (['--source=someone/nothing'],
+             "'someone/nothing' could not be loaded from the hub, and is no local directory (the hub does"),
             (['--source=absent.jsonl'], 'source absent.jsonl does not exist')):
         assert expected in error_of(*flags)
     with pytest.raises(SystemExit, match="source 'x' has no split 'train', only test, left"):
@@ -220,7 +227,8 @@ BAD = [(PAIRS, *bad) for bad in [
     (dict(PAIR, rejected=''), 'empty_response', "empty 'rejected'"),
     (dict(PAIR, rejected='b'), 'identical', "'chosen' and 'rejected' are the same"),
     (b'{"prompt": "a", "chosen": "\xff", "rejected": "c"}', 'not_utf8', 'not UTF-8 at byte 28'),
-    (b'{"prompt": "a", "chosen": "\\ud800", "rejected": "c"}', 'not_unicode', "'chosen' holds half a character, a lone"),
+    (b'{"prompt": "a", "chosen": "\\ud800", "rejected": "c"}', 'not_unicode',
+     "'chosen' holds half a character, a lone"),
     (RANKING, 'missing_key', "missing key 'chosen'"),
     (EXAMPLE, 'missing_key', "missing key 'chosen'")]]
 BAD += [(RANKINGS, *bad) for bad in [
@@ -239,7 +247,8 @@ BAD += [(RANKINGS, *bad) for bad in [
     (dict(prompt='a', responses=['b', 'c', 'd', 'e']), 'another_count', '4 responses, the first row has 3'),
     (dict(prompt='a', responses=['b', 'c']), 'another_count', '2 responses, the first row has 3')]]
 BAD += [(RANKINGS, dict(RANKING, scores=scores), 'no_order', "'scores' must be 3 finite numbers, all different, not ")
-        for scores in (None, dict(b=1), [1, True, 3], [1, '2', 3], [1, 2, float('nan')], [1, 2, float('inf')], [1, 2], [1, 2, 1.0])]
+        for scores in (None, dict(b=1), [1, True, 3], [1, '2', 3], [1, 2, float('nan')], [1, 2, float('inf')], [1, 2],
+                       [1, 2, 1.0])]
 BAD += [(UNPAIRED, *bad) for bad in [
     (dict(prompt='a', completion='b'), 'missing_key', "missing key 'label'"),
     (dict(prompt='a', label=True), 'missing_key', "missing key 'completion'"),
@@ -252,17 +261,23 @@ BAD += [(UNPAIRED, *bad) for bad in [
     (dict(EXAMPLE, completion=None), 'not_a_string', "'completion' is not a string, but NoneType")]]
 BAD += [(TALKS, *bad) for bad in [
     (dict(chosen=turns('a', 'b'), rejected=turns('c', 'd')), 'prompts_differ', 'the two sides have different prompts'),
-    (dict(chosen=turns('a', 'b', system='s'), rejected=turns('a', 'c')), 'prompts_differ', 'the two sides have different'),
-    (dict(prompt=turns('z'), chosen=turns('a', 'b'), rejected=turns('a', 'c')), 'prompts_differ', "'chosen' does not begin as 'prompt'"),
-    (dict(chosen=turns('a'), rejected=turns('a')), 'not_in_turn', "'chosen' is not user and assistant in turn up to the assistant, but user"),
+    (dict(chosen=turns('a', 'b', system='s'), rejected=turns('a', 'c')), 'prompts_differ',
+     'the two sides have different'),
+    (dict(prompt=turns('z'), chosen=turns('a', 'b'), rejected=turns('a', 'c')), 'prompts_differ',
+     "'chosen' does not begin as 'prompt'"),
+    (dict(chosen=turns('a'), rejected=turns('a')), 'not_in_turn',
+     "'chosen' is not user and assistant in turn up to the assistant, but user"),
     (dict(chosen=turns('a', 'b', system='s')[::-1], rejected=turns('a', 'b')), 'missing_key', "missing key 'prompt'"),
-    (dict(chosen=turns('a', 'b') + turns(system='s'), rejected=turns('a', 'b')), 'not_in_turn', 'but user, assistant, system'),
+    (dict(chosen=turns('a', 'b') + turns(system='s'), rejected=turns('a', 'b')), 'not_in_turn',
+     'but user, assistant, system'),
     (dict(chosen=turns('a') + turns('b', 'c'), rejected=turns('a', 'b')), 'not_in_turn', 'but user, user, assistant'),
     (dict(chosen=answer('b'), rejected=answer('c')), 'missing_key', "missing key 'prompt'"),
-    (dict(chosen=[dict(role='tool', content='x')], rejected=answer('c')), 'not_in_turn', "'chosen' is not user and assistant in turn"),
+    (dict(chosen=[dict(role='tool', content='x')], rejected=answer('c')), 'not_in_turn',
+     "'chosen' is not user and assistant in turn"),
     (dict(chosen=[dict(role='user')], rejected=answer('c')), 'not_a_message', 'not an object with role and content'),
     (dict(chosen=turns('a') + ['b'], rejected=answer('c')), 'not_a_message', "message 2 of 'chosen' is not an object"),
-    (dict(chosen=turns('a', None), rejected=turns('a', 'c')), 'not_a_string', "'chosen, message 2' is not a string, but None"),
+    (dict(chosen=turns('a', None), rejected=turns('a', 'c')), 'not_a_string',
+     "'chosen, message 2' is not a string, but None"),
     (dict(chosen=turns('a', '\ud800'), rejected=turns('a', 'c')), 'not_unicode', 'holds half a character'),
     (dict(chosen=turns('a', ' \n'), rejected=turns('a', 'c')), 'empty_response', "empty 'chosen'"),
     (dict(chosen=turns('a', 'c'), rejected=turns('a', 'c')), 'identical', 'are the same'),
@@ -271,7 +286,7 @@ BAD += [(DEMONSTRATIONS, dict(DEMONSTRATIONS[0], label=True), 'another_kind', "h
         (DEMONSTRATIONS, dict(messages='a'), 'missing_key', "missing key 'prompt'")]
 
 
-@pytest.mark.parametrize('good, line, reason, message', BAD, ids=[f'{message} {i}' for i, (*_, message) in enumerate(BAD)])
+@pytest.mark.parametrize('good, line, reason, message', BAD, ids=[f'{i} {bad[-1]}' for i, bad in enumerate(BAD)])
 def test_one_bad_row_is_one_line_with_its_number_and_can_be_skipped(good, line, reason, message, capfd):
     write_rows('rows.jsonl', [*good[:3], b'', b' \r', line, *good[3:6]])
     error = error_of('--source=rows.jsonl')
@@ -320,7 +335,8 @@ def test_a_pair_is_a_pair_whatever_else_its_row_holds():
 
 
 @pytest.mark.parametrize('train, val, expected', [
-    (PAIRS, UNPAIRED, "no row of val can be used, of 12 read; dropped: {'missing_key': 12}; own/val.jsonl line 1: missing key 'chosen'"),
+    (PAIRS, UNPAIRED,
+     "no row of val can be used, of 12 read; dropped: {'missing_key': 12}; own/val.jsonl line 1: missing"),
     (PAIRS, RANKINGS, "own/val.jsonl line 1: missing key 'chosen'"),
     (RANKINGS, [dict(prompt='a', responses=['b', 'c'])], 'own/val.jsonl line 1: 2 responses, the first row has 3')])
 def test_train_and_val_of_two_kinds_are_refused_in_one_line(train, val, expected):
@@ -330,7 +346,8 @@ def test_train_and_val_of_two_kinds_are_refused_in_one_line(train, val, expected
 
 
 def test_scores_may_be_numbers_beyond_any_float():
-    write_rows('rows.jsonl', [dict(prompt=f'{i}', responses=['b', 'c', 'a'], scores=[0.5, -10 ** 400, 2]) for i in range(2)])
+    write_rows('rows.jsonl', [dict(prompt=f'{i}', responses=['b', 'c', 'a'], scores=[0.5, -10 ** 400, 2])
+                              for i in range(2)])
     assert prepare_all('--source=rows.jsonl')[0] == [[f'{i}', f'a{EOT}', f'b{EOT}', f'c{EOT}'] for i in range(2)]
 
 
@@ -351,7 +368,8 @@ def test_a_ranking_of_two_is_a_pair_byte_for_byte():
 # messages and the template
 
 SYSTEM = turns('Hi 👍', 'Hello.', 'E\u0301? שלום', system='Be <kind>.')
-TEMPLATES = [('', '\n\nHuman: {}\n\nAssistant:', ' '), ('Q: {prompt}\nA: ', 'Q: {}\nA: ', ''), (EOT + 'U {prompt}\n', 'U {}\n', ''),
+TEMPLATES = [('', '\n\nHuman: {}\n\nAssistant:', ' '), ('Q: {prompt}\nA: ', 'Q: {}\nA: ', ''),
+             (EOT + 'U {prompt}\n', 'U {}\n', ''),
              ('{prompt}', '{}', ' ')]
 
 
@@ -363,9 +381,11 @@ def test_messages_have_the_same_ids_in_training_and_in_sampling(template, user, 
     new = '' if user.startswith('\n') else '\n'
     first = f'Be <kind>.{new}' + user.format('Hi 👍') + f'{space}Hello.{new}' + user.format('E\u0301? שלום')
     bos = EOT * template.startswith(EOT)
-    assert groups == sorted([bos + prompt, f'{space}Yes{EOT}', f'{space}No{EOT}'] for prompt in (first, user.format('a')))
+    assert groups == sorted([bos + prompt, f'{space}Yes{EOT}', f'{space}No{EOT}']
+                            for prompt in (first, user.format('a')))
     tokens = load_tokenizer('data/made', meta['tokenizer'])
-    asked = [prompt_ids(tokens, sources.read_prompt(dict(prompt=prompt)), meta['template']) for prompt in (SYSTEM, turns('a'), 'a')]
+    asked = [prompt_ids(tokens, sources.read_prompt(dict(prompt=prompt)), meta['template'])
+             for prompt in (SYSTEM, turns('a'), 'a')]
     trained = {tuple(group[0]) for split in ('train', 'val') for group in Groups('data/made', split)}
     assert set(map(tuple, asked)) == trained and len(trained) == 2
     assert [text_of(tokens, ids) for ids in asked] == [first, user.format('a'), user.format('a')]
@@ -385,7 +405,8 @@ def test_the_default_template_writes_conversations_as_hh_does():
 
 
 @pytest.mark.parametrize('row, message', [
-    ([], 'not an object, but list'), (dict(messages=[]), "missing key 'prompt'"), (dict(prompt=[]), "'prompt' is not a string, but list"),
+    ([], 'not an object, but list'), (dict(messages=[]), "missing key 'prompt'"),
+    (dict(prompt=[]), "'prompt' is not a string, but list"),
     (dict(prompt=[dict(role='user')]), "message 1 of 'prompt' is not an object with role and content"),
     (dict(prompt=turns('a', 'b')), "'prompt' is not user and assistant in turn up to the user, but user, assistant"),
     (dict(prompt=answer('a')), "'prompt' is not user and assistant in turn up to the user, but assistant")])
@@ -395,7 +416,8 @@ def test_a_bad_prompt_of_messages_is_a_bad_row(row, message):
 
 
 def test_rankings_examples_and_demonstrations_take_messages_too():
-    write_rows('rows.jsonl', [dict(prompt=turns(f'{i}'), responses=[answer('a'), 'b', turns(f'{i}', 'c')]) for i in range(4)])
+    write_rows('rows.jsonl', [dict(prompt=turns(f'{i}'), responses=[answer('a'), 'b', turns(f'{i}', 'c')])
+                              for i in range(4)])
     asked = [HUMAN.format(prompt=i) for i in range(4)]
     assert prepare_all('--source=rows.jsonl')[0] == [[prompt, f' a{EOT}', f' b{EOT}', f' c{EOT}'] for prompt in asked]
     write_rows('rows.jsonl', [dict(prompt=turns(f'{i}'), completion=answer('a'), label=i > 1) for i in range(4)])
@@ -413,7 +435,8 @@ def test_strings_before_messages_need_a_template():
     assert 'row 2 holds messages, the first row has none: set --template' in error_of('--source=rows.jsonl')
     assert len(prepare_all('--source=rows.jsonl', '--template=Q {prompt}')[0]) == 2
     write_rows('rows.jsonl', [TALKS[0], PAIRS[1]])
-    assert [HUMAN.format(prompt=PAIRS[1]['prompt']), f' naïve 👍{EOT}', f' [1, NA]{EOT}'] in prepare_all('--source=rows.jsonl')[0]
+    expected = [HUMAN.format(prompt=PAIRS[1]['prompt']), f' naïve 👍{EOT}', f' [1, NA]{EOT}']
+    assert expected in prepare_all('--source=rows.jsonl')[0]
 
 
 # -----------------------------------------------------------------------------
@@ -440,7 +463,8 @@ def test_whole_dialogues_are_split_at_their_last_turn_and_each_kind_of_dirt_has_
         assert (train['read'], train['kept'], val['read'], val['kept'], val['dropped']) == (15, 8, 2, 2, {})
         assert [ask, f' Because.{EOT}', f' No.\n\n Really.{EOT}'] in texts['train'] + texts['val']
         assert 'bad' not in capfd.readouterr().err and meta['template'] == HUMAN
-    for line, message in ((dict(chosen='a'), "line 18: missing key 'rejected'"), (PAIR, "has 'prompt', the first row has none")):
+    for line, message in ((dict(chosen='a'), "line 18: missing key 'rejected'"),
+                          (PAIR, "has 'prompt', the first row has none")):
         write_rows('dialogues.jsonl', [*rows, line])
         assert message in error_of('--source=dialogues.jsonl')
 
@@ -451,13 +475,16 @@ def test_hh_takes_each_subset_or_all_four_and_red_team_attempts_are_no_pairs():
         for split in ('train', 'test'):
             ask = f'\n\nHuman: {subset} {split}\n\nAssistant:'
             write_rows(f'hh/{subset}/{split}.jsonl.gz', [dict(chosen=f'{ask} yes', rejected=f'{ask} no')])
-    write_rows('hh/red-team-attempts/red_team_attempts.jsonl.gz', [dict(transcript='\n\nHuman: a\n\nAssistant: b', rating=1.0)])
+    write_rows('hh/red-team-attempts/red_team_attempts.jsonl.gz',
+               [dict(transcript='\n\nHuman: a\n\nAssistant: b', rating=1.0)])
     texts, _ = prepare('--source=hh')
-    assert sorted(texts['train']) == [[HUMAN.format(prompt=f'{subset} train'), f' yes{EOT}', f' no{EOT}'] for subset in subsets]
+    assert sorted(texts['train']) == [[HUMAN.format(prompt=f'{subset} train'), f' yes{EOT}', f' no{EOT}']
+                                      for subset in subsets]
     assert len(texts['val']) == 4
     texts, meta = prepare('--source=hh', '--data_dir=helpful-online')
     assert meta['template'] == HUMAN, 'a plain question is framed as the dialogues are'
-    assert [group[0] for group in texts['train'] + texts['val']] == [HUMAN.format(prompt=f'helpful-online {s}') for s in ('train', 'test')]
+    assert [group[0] for group in texts['train'] + texts['val']] == [HUMAN.format(prompt=f'helpful-online {s}')
+                                                                     for s in ('train', 'test')]
     assert "it has 'transcript', 'rating'; it needs chosen and rejected" in error_of(
         '--source=hh', '--data_dir=red-team-attempts', name='other')
 
@@ -469,7 +496,8 @@ def config_of(name):
 def test_ultrafeedback_takes_the_prefs_splits():
     rows = [dict(prompt=f'q{i}', prompt_id='x', messages=turns('m', 'm'), chosen=turns(f'q{i}', 'good'),
                  rejected=turns(f'q{i}', 'bad'), score_chosen=7.0, score_rejected=5.0 + i) for i in range(4)]
-    for split, part in (('train_prefs', rows), ('test_prefs', rows[:1]), ('train_sft', rows[:2]), ('test_gen', rows[:2])):
+    for split, part in (('train_prefs', rows), ('test_prefs', rows[:1]), ('train_sft', rows[:2]),
+                        ('test_gen', rows[:2])):
         write_rows(f'uf/data/{split}-00000-of-00001.parquet', part)
     texts, meta = prepare(config_of('ultrafeedback'), '--source=uf')
     assert texts == {'train': [[HUMAN.format(prompt=f'q{i}'), f' good{EOT}', f' bad{EOT}'] for i in range(3)],
@@ -479,7 +507,8 @@ def test_ultrafeedback_takes_the_prefs_splits():
 
 def test_tldr_comparisons_and_their_mirror_become_the_same_groups():
     post = dict(id='x', post='I did it. ', title='Oh', subreddit='tifu', article=None)
-    raw = [dict(info=dict(post, title=f'{i}'), summaries=[dict(text=' one\n', policy='p'), dict(text='two', policy='q')], choice=i % 2)
+    raw = [dict(info=dict(post, title=f'{i}'), summaries=[dict(text=' one\n', policy='p'),
+                                                          dict(text='two', policy='q')], choice=i % 2)
            for i in range(4)]
     raw += [dict(info=dict(post, post=None, article='news'), summaries=[dict(text='a'), dict(text='b')], choice=0),
             dict(info=post, summaries=[dict(text=' a'), dict(text='a')], choice=0)]
@@ -501,18 +530,24 @@ def test_tldr_comparisons_and_their_mirror_become_the_same_groups():
 def test_shp_keeps_clear_votes_and_reads_a_subreddit_or_all():
     for sub in ('askbaking', 'askhr'):
         for split in ('train', 'validation', 'test'):       # .json with a line a row, as on the hub
-            rows = [dict(history=f'{sub} {split} {i}', human_ref_A='a', human_ref_B='b', labels=i % 2, score_ratio=1 + i / 2)
+            rows = [dict(history=f'{sub} {split} {i}', human_ref_A='a', human_ref_B='b', labels=i % 2,
+                         score_ratio=1 + i / 2)
                     for i in range(5)]
             write_rows(f'shp/{sub}/{split}.json', ''.join(json.dumps(row) + '\n' for row in rows).encode())
-    expected = {sub: [[HUMAN.format(prompt=f'{sub} train {i}'), *((f' a{EOT}', f' b{EOT}')[::1 if i % 2 else -1])] for i in (2, 3, 4)]
+    expected = {sub: [[HUMAN.format(prompt=f'{sub} train {i}'), *((f' a{EOT}', f' b{EOT}')[::1 if i % 2 else -1])]
+                      for i in (2, 3, 4)]
                 for sub in ('askbaking', 'askhr')}
     assert prepare(config_of('shp'), '--source=shp', '--data_dir=askhr')[0]['train'] == expected['askhr']
     texts, meta = prepare(config_of('shp'), '--source=shp')
     assert sorted(texts['train']) == expected['askbaking'] + expected['askhr'] and len(texts['val']) == 6
-    assert all('validation' in group[0] for group in texts['val']) and meta['splits']['train']['dropped'] == {'left_out_by_row': 4}
+    assert all('validation' in group[0] for group in texts['val'])
+    assert meta['splits']['train']['dropped'] == {'left_out_by_row': 4}
 
 
-ROW = "name = 'mine'\ndef row(raw):\n    return dict(prompt=raw['q'], chosen=raw['a'][0], rejected=raw['a'][1]) if raw['q'] else None\n"
+ROW = """name = 'mine'
+def row(raw):
+    return dict(prompt=raw['q'], chosen=raw['a'][0], rejected=raw['a'][1]) if raw['q'] else None
+"""
 
 
 def test_a_row_function_turns_any_object_into_a_pair_and_changing_it_makes_the_set_anew(capfd):
@@ -546,7 +581,8 @@ def test_what_a_row_function_raises_is_one_line_with_the_row_and_the_error(sourc
     assert error_of('mine.py', f'--source={source}', '--max_bad_lines=9') == f'error: row() failed at {where[source]}'
     Path('mine.py').write_text(ROW.replace('rejected', 'reject'))
     write_rows('rows.jsonl', [dict(q='a', a='bc')])
-    assert "rows.jsonl line 1: it has 'prompt', 'chosen', 'reject'; it needs chosen and rejected" in error_of('mine.py', '--source=rows.jsonl')
+    error = error_of('mine.py', '--source=rows.jsonl')
+    assert "rows.jsonl line 1: it has 'prompt', 'chosen', 'reject'; it needs chosen and rejected" in error
     Path('mine.py').write_text('import functools\nrow = functools.partial(dict)\n')
     assert 'row in the config file must be a function' in error_of('mine.py', '--source=rows.jsonl')
 
@@ -558,7 +594,8 @@ def reviews(n, seed):
     """Film reviews in the raw form of IMDb."""
     rng = random.Random(seed)
     words = 'the a film of was really unbelievably disappointing loved naïve 👍 "quoted" 1984 superb awful'.split()
-    return [dict(text=' '.join(rng.choices(words, k=30)).capitalize() + '.<br /><br />The end.', label=i % 2) for i in range(n)]
+    return [dict(text=' '.join(rng.choices(words, k=30)).capitalize() + '.<br /><br />The end.', label=i % 2)
+            for i in range(n)]
 
 
 def write_imdb(n):
@@ -582,7 +619,7 @@ def test_imdb_reviews_are_cut_after_two_to_eight_tokens_by_their_text(gpt2):
 
 @pytest.fixture
 def tiny_classifier(monkeypatch):
-    """A real RoBERTa classifier with a real tokenizer, saved; its positive class is number 0. -> p(positive) of one text"""
+    """A real RoBERTa classifier with a real tokenizer, saved; class 0 is positive. -> p(positive) of one text"""
     transformers = pytest.importorskip('transformers')
     import torch
     from tokenizers import ByteLevelBPETokenizer
@@ -591,11 +628,14 @@ def tiny_classifier(monkeypatch):
     bpe.train_from_iterator(texts, 400, special_tokens=['<s>', '<pad>', '</s>', '<unk>', '<mask>'], show_progress=False)
     os.makedirs('classifier')
     bpe.save('classifier/tokenizer.json')
-    special = dict(bos_token='<s>', eos_token='</s>', cls_token='<s>', sep_token='</s>', unk_token='<unk>', pad_token='<pad>')
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file='classifier/tokenizer.json', model_max_length=48, **special)
+    special = dict(bos_token='<s>', eos_token='</s>', cls_token='<s>', sep_token='</s>', unk_token='<unk>',
+                   pad_token='<pad>')
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file='classifier/tokenizer.json', model_max_length=48,
+                                                     **special)
     torch.manual_seed(0)
     cfg = transformers.RobertaConfig(
-        vocab_size=bpe.get_vocab_size(), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+        vocab_size=bpe.get_vocab_size(), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=16,
         max_position_embeddings=50, pad_token_id=1, id2label={0: 'POSITIVE', 1: 'NEGATIVE'}, initializer_range=1.0)
     model = transformers.RobertaForSequenceClassification(cfg).eval()
     model.save_pretrained('classifier')
@@ -610,7 +650,8 @@ def tiny_classifier(monkeypatch):
 
 
 SMALL = {'prepare_prefs.py config/imdb.py': ['--source=imdb', '--tokenizer=bytes', '--max_length=128', '--max_val=6'],
-         'sft.py config/imdb.py': ['--init_from=scratch', '--n_layer=1', '--n_head=1', '--n_embd=16', '--max_steps=2', '--batch_size=8'],
+         'sft.py config/imdb.py': ['--init_from=scratch', '--n_layer=1', '--n_head=1', '--n_embd=16', '--max_steps=2',
+                                   '--batch_size=8'],
          'repro/draw_prefs.py --name=imdb_pairs': ['--max_new_tokens=12', '--num_prompts=6', '--device=cpu'],
          'dpo.py config/imdb.py': ['--max_steps=2', '--batch_size=8'],
          'sample.py config/imdb.py': ['--num_prompts=4', '--max_new_tokens=12']}
@@ -627,7 +668,8 @@ def test_the_commands_of_imdb_py_run_with_a_classifier_of_hugging_face(tiny_clas
     os.symlink(ROOT / 'config', 'config')
     header = re.search(r'"""(.*?)"""', Path(config_of('imdb')).read_text(), re.S)[1].replace('\\\\\n', ' ')
     commands = [line.split('#')[0].strip() for line in header.split('\n') if line.startswith('    python ')]
-    stages = {'prepare_prefs.py': prepare_prefs, 'sft.py': sft, 'repro/draw_prefs.py': draw_prefs, 'dpo.py': dpo, 'sample.py': sample}
+    stages = {'prepare_prefs.py': prepare_prefs, 'sft.py': sft, 'repro/draw_prefs.py': draw_prefs, 'dpo.py': dpo,
+              'sample.py': sample}
     assert len(commands) == len(SMALL)
     for command, (start, flags) in zip(commands, SMALL.items()):
         _, script, *argv = shlex.split(command)
@@ -640,7 +682,8 @@ def test_the_commands_of_imdb_py_run_with_a_classifier_of_hugging_face(tiny_clas
     assert len(groups) > 12
     for group in groups:
         prompt, chosen, rejected = (text_of(tokens, list(part)) for part in group)
-        assert tiny_classifier(prompt + chosen) > tiny_classifier(prompt + rejected)    # alone, where the config has batches
+        # alone, where the config has batches
+        assert tiny_classifier(prompt + chosen) > tiny_classifier(prompt + rejected)
     shown = re.search(r'true reward\s+([\d.]+).*?([\d.]+)', printed)
     assert shown and 0 < float(shown[1]) < 1
 
@@ -651,7 +694,8 @@ def test_a_classifier_that_cannot_be_had_is_one_line(monkeypatch, tmp_path):
     score = rollout.read_reward(config_of('imdb'))
     with pytest.raises(SystemExit, match='nowhere cannot be loaded'):
         score(['a'], ['b'])
-    transformers.RobertaConfig(hidden_size=8, num_attention_heads=1).save_pretrained('nowhere')     # no weights, no tokenizer
+    # a directory without weights and without a tokenizer
+    transformers.RobertaConfig(hidden_size=8, num_attention_heads=1).save_pretrained('nowhere')
     with pytest.raises(SystemExit) as stop:
         score(['a'], ['b'])
     assert 'nowhere cannot be loaded' in stop.value.code and '\n' not in stop.value.code

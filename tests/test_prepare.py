@@ -1,4 +1,4 @@
-"""prepare_prefs.py: what it writes is what an independent encoding of the same texts gives, and a failure writes nothing."""
+"""prepare_prefs.py: it writes what an independent encoding of the same texts gives, and a failure writes nothing."""
 import base64
 import gzip
 import json
@@ -22,7 +22,8 @@ from prepare_prefs import truncate
 
 HH = SHARED / 'data' / 'hh-rlhf'
 TURN = '\n\nAssistant:'
-PAIRS = [dict(prompt=f'What is {i} and {i}?', chosen=f' It is {2 * i}.', rejected=f' I do not know {"at all" * (i % 5)}')
+PAIRS = [dict(prompt=f'What is {i} and {i}?', chosen=f' It is {2 * i}.',
+              rejected=f' I do not know {"at all" * (i % 5)}')
          for i in range(100)]
 UNPAIRED = [dict(prompt=f'p{i % 30}', completion=f' c{i}', label=i % 3 == 0) for i in range(90)]
 needs_hh = pytest.mark.skipif(not HH.is_dir(), reason='the HH sample is not here')
@@ -133,7 +134,8 @@ def test_the_end_token_s_name_in_the_data_is_ordinary_text(name, request):
 def test_the_template_stands_around_every_prompt_and_may_begin_with_the_end_token():
     write_rows('pairs.jsonl', PAIRS[:4] + [dict(prompt='', chosen='a', rejected='b')])
     groups, meta = prepare_all('--source=pairs.jsonl', f'--template={EOT}Q: {{prompt}} A:')
-    assert [group[0] for group in groups] == sorted([f'{EOT}Q: {pair["prompt"]} A:' for pair in PAIRS[:4]] + [f'{EOT}Q:  A:'])
+    assert [group[0] for group in groups] == sorted([f'{EOT}Q: {pair["prompt"]} A:'
+                                                     for pair in PAIRS[:4]] + [f'{EOT}Q:  A:'])
     assert meta['template'] == f'{EOT}Q: {{prompt}} A:'
     assert EOT in [group[0] for group in prepare_all('--source=pairs.jsonl')[0]]
 
@@ -153,7 +155,8 @@ def test_validation_prompts_are_new_to_the_model():
     texts, _ = prepare('--source=pairs.jsonl', '--val_fraction=0.1')
     train, val = texts['train'], texts['val']
     assert not {group[0] for group in train} & {group[0] for group in val}
-    assert sorted(map(tuple, train + val)) == sorted((p['prompt'], p['chosen'] + EOT, p['rejected'] + EOT) for p in pairs)
+    assert sorted(map(tuple, train + val)) == sorted((p['prompt'], p['chosen'] + EOT, p['rejected'] + EOT)
+                                                     for p in pairs)
     assert len(val) == 20
     assert prepare('--source=pairs.jsonl', '--val_fraction=0.1', '--seed=1')[0]['val'] != val
     for rows, sizes in (([pair for pair in pairs if pair['prompt'] in ('p1', 'p2')][:-1], [5, 4]), (pairs[:2], [1, 1])):
@@ -162,8 +165,8 @@ def test_validation_prompts_are_new_to_the_model():
         assert [len(texts['train']), len(texts['val'])] == sizes
     for rows in (pairs[:1], [pairs[0], pairs[40]]):
         write_rows('pairs.jsonl', rows)
-        assert f'pairs.jsonl: two different prompts are needed, one to hold out for validation, of {len(rows)}' in error_of(
-            '--source=pairs.jsonl')
+        expected = f'pairs.jsonl: two different prompts are needed, one to hold out for validation, of {len(rows)} rows'
+        assert expected in error_of('--source=pairs.jsonl')
 
 
 PYTHON = '''
@@ -187,10 +190,12 @@ def test_a_python_file_gives_pairs_and_documents_by_split_and_seed():
 
 @pytest.mark.parametrize('text, message', [
     ('x = 1', 'grammar.py defines no pairs(split, seed)'),
-    ('def pairs(split, seed):\n    yield {}\n    yield 1 / 0', 'grammar.py failed: ZeroDivisionError: division by zero (grammar.py line 3)'),
+    ('def pairs(split, seed):\n    yield {}\n    yield 1 / 0',
+     'grammar.py failed: ZeroDivisionError: division by zero (grammar.py line 3)'),
     ('def pairs(', "grammar.py failed: SyntaxError: '(' was never closed (grammar.py, line 1)"),
     (PYTHON.replace("rejected='no'", "rejected='yes' if i == 3 else 'no'"), '2 bad lines, 0 allowed'),
-    (PYTHON.replace('rejected', 'reject'), "grammar.py pairs('train') item 1: it has 'prompt', 'chosen', 'reject'; it needs chosen"),
+    (PYTHON.replace('rejected', 'reject'),
+     "grammar.py pairs('train') item 1: it has 'prompt', 'chosen', 'reject'; it needs chosen"),
 ])
 def test_a_python_file_s_mistakes_are_one_line(text, message):
     Path('grammar.py').write_text(text)
@@ -200,10 +205,13 @@ def test_a_python_file_s_mistakes_are_one_line(text, message):
 @pytest.mark.parametrize('file, written, message', [
     ('bad.jsonl', '{"text": "a"}\n{"text": " "}\n', "bad.jsonl line 2: empty 'text' (allow and skip"),
     ('bad.jsonl', '{"text": "a"}\n{"text": 3}\n', "bad.jsonl line 2: 'text' is not a string, but int (allow and skip"),
-    ('bad.jsonl', '{"texts": "a"}\n', "bad.jsonl: no row of train can be used, of 1 read; dropped: {'missing_key': 1}; "),
+    ('bad.jsonl', '{"texts": "a"}\n',
+     "bad.jsonl: no row of train can be used, of 1 read; dropped: {'missing_key': 1}; "),
     ('bad.txt', f' \n{EOT}\n\n', 'bad.txt: no row of train can be used, of 0 read'),
-    ('bad.py', 'def documents(split, seed):\n    return [3]', "bad.py documents('train') item 1: 'text' is not a string"),
-    ('bad.py', 'def documents(split, seed):\n    yield 1 / 0', 'bad.py failed: ZeroDivisionError: division by zero (bad.py line 2)'),
+    ('bad.py', 'def documents(split, seed):\n    return [3]',
+     "bad.py documents('train') item 1: 'text' is not a string"),
+    ('bad.py', 'def documents(split, seed):\n    yield 1 / 0',
+     'bad.py failed: ZeroDivisionError: division by zero (bad.py line 2)'),
     ('bad.py', '', 'bad.py defines no documents(split, seed)'),
 ])
 def test_a_mistake_in_documents_is_one_line(file, written, message):
@@ -230,7 +238,8 @@ def test_documents_come_from_text_lines_and_from_the_chosen_side():
     write_rows('pairs.jsonl', PAIRS)
     for source, expected in (('many.txt', [document.strip('\n') for document in documents]), ('many.jsonl', documents)):
         texts, meta = prepare(f'--documents={source}')
-        assert sorted(texts['documents_train'] + texts['documents_val']) == [[EOT, document + EOT] for document in expected]
+        assert sorted(texts['documents_train'] + texts['documents_val']) == [[EOT, document + EOT]
+                                                                             for document in expected]
         assert meta['splits']['documents_val']['groups'] == 1
     messages = [dict(prompt=[dict(role='user', content=pair['prompt'])], chosen='Yes', rejected='No') for pair in PAIRS]
     for rows in (PAIRS, messages):
@@ -247,8 +256,10 @@ def test_a_user_s_mistake_is_one_line_on_stderr_without_a_traceback():
     write_rows('pairs.jsonl', [*PAIRS[:2], dict(prompt='a', chosen='b')])
     for flags, expected in (
             (['--source=pairs.jsonl', '--tokenizer=bytes'],
-             "error: pairs.jsonl line 3: missing key 'rejected', it has 'prompt', 'chosen' (allow and skip bad lines with --max_bad_lines=N)\n"),
-            (['--source=nobody/has-this', '--tokenizer=bytes'], 'error: source \'nobody/has-this\' could not be loaded')):
+             "error: pairs.jsonl line 3: missing key 'rejected', it has 'prompt', 'chosen' "
+             '(allow and skip bad lines with --max_bad_lines=N)\n'),
+            (['--source=nobody/has-this', '--tokenizer=bytes'],
+             'error: source \'nobody/has-this\' could not be loaded')):
         started = time.time()
         done = run_stage('prepare_prefs.py', '--name=made', *flags, check=False)
         assert done.returncode == 1 and done.stderr.startswith(expected) and done.stderr.count('\n') == 1
@@ -290,7 +301,8 @@ def test_truncation_looks_at_all_responses_of_a_ranking():
     cut, whole = ['efgh', f'1{EOT}', f'12{EOT}', '12345678'], ['ABCDEFGH', f'1{EOT}', f'12{EOT}', f'123{EOT}']
     assert groups == sorted([cut, whole] * 3)
     counts = [meta['splits'][split]['truncated'] for split in ('train', 'val')]
-    assert {key: counts[0][key] + counts[1][key] for key in counts[0]} == dict(prompts=3, responses=3, tokens=3 * (4 + 2))
+    assert {key: counts[0][key] + counts[1][key] for key in counts[0]} == dict(prompts=3, responses=3,
+                                                                               tokens=3 * (4 + 2))
 
 
 def test_what_is_held_out_keeps_prompts_together_and_labels_with_their_rows():
@@ -309,7 +321,8 @@ def test_sft_and_documents_learn_from_the_desirable_examples_alone(capfd):
         every = Groups('data/made', split)
         good = Groups('data/made', split, k=1)
         desirable = [[prompt, response] for prompt, response, label in texts[split] if label]
-        assert good.labels.all() and len(good) == every.labels.sum() == meta['splits'][split]['desirable'] == len(desirable) > 0
+        assert good.labels.all() and len(good) == every.labels.sum() == len(desirable) > 0
+        assert meta['splits'][split]['desirable'] == len(desirable)
         assert [[list(part) for part in group] for group in good] == [
             [list(prompt.encode()), [*response.removesuffix(EOT).encode(), 256]] for prompt, response in desirable]
         assert good.lengths.tolist() == [len(''.join(group).replace(EOT, '$')) for group in desirable]
@@ -332,7 +345,8 @@ def test_labels_that_are_damaged_are_found_and_made_again(capfd):
     labels = good['train.labels.npy']
     flipped = labels[:-1] + bytes([labels[-1] ^ 1])
     for wrong, said in ((flipped, 'train.labels.npy is damaged'), (labels[:-1], 'train.labels.npy is damaged'),
-                        (b'', 'train.labels.npy is damaged'), (None, 'train.labels.npy is missing: run prepare_prefs.py')):
+                        (b'', 'train.labels.npy is damaged'),
+                        (None, 'train.labels.npy is missing: run prepare_prefs.py')):
         Path(folder, 'train.labels.npy').write_bytes(wrong or b'')
         if wrong is None:
             os.remove(folder / 'train.labels.npy')
@@ -346,7 +360,8 @@ def test_labels_that_are_damaged_are_found_and_made_again(capfd):
     assert 'data/made is reused' in capfd.readouterr().out
     write_rows('unpaired.jsonl', [dict(row, label=not row['label']) for row in UNPAIRED])
     made = prepare('--source=unpaired.jsonl')[1]
-    assert made['fingerprint'] != json.loads(good['meta.json'])['fingerprint'] and content()['train.bin'] == good['train.bin']
+    assert made['fingerprint'] != json.loads(good['meta.json'])['fingerprint']
+    assert content()['train.bin'] == good['train.bin']
     assert Groups(folder, 'train').fingerprint != fingerprint       # the labels alone
     write_rows('pairs.jsonl', PAIRS)
     prepare('--source=pairs.jsonl')
@@ -386,7 +401,8 @@ def test_own_tokenizers_give_back_any_text():
     rng = np.random.default_rng(0)
     strange = [''.join(chr(c) for c in rng.integers(0, 0x110000, 50) if not 0xd800 <= c < 0xe000) for _ in range(20)]
     strange += ['', ' ', '\0\r\n\t  ', "it's 12345!!!  'LL", 'é日本語🙂👩‍👩‍👧', EOT]
-    write_rows('pairs.jsonl', PAIRS + [dict(prompt=strange_text, chosen='é日本語🙂', rejected='no') for strange_text in strange])
+    write_rows('pairs.jsonl', PAIRS + [dict(prompt=strange_text, chosen='é日本語🙂', rejected='no')
+                                       for strange_text in strange])
     for name, size in (('bytes', 257), ('bpe:257', 257), ('bpe:300', 300)):
         _, meta = prepare('--source=pairs.jsonl', tokenizer=name)
         tokenizer = load_tokenizer('data/made', 'tokenizer.json')
@@ -507,7 +523,8 @@ def test_a_killed_run_leaves_the_old_set_and_its_remains_are_swept_up(how):
     prepare('--source=pairs.jsonl')
     old = content()
     write_rows('pairs.jsonl', [dict(pair, prompt=f'{pair["prompt"]} {i}') for i in range(1000) for pair in PAIRS])
-    command = [sys.executable, str(ROOT / 'prepare_prefs.py'), '--name=made', '--source=pairs.jsonl', '--tokenizer=bytes']
+    command = [sys.executable, str(ROOT / 'prepare_prefs.py'), '--name=made', '--source=pairs.jsonl',
+               '--tokenizer=bytes']
     if how == 'full':               # a file that may not grow, as on a full disk
         command = ['bash', '-c', 'ulimit -f 1000; exec "$@"', 'bash', *command]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
