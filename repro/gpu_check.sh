@@ -86,7 +86,7 @@ pipeline() {        # the four stages of a real config, resume and export
     $PY "$ROOT/sample.py" --name=hh --num_prompts=4 --max_new_tokens=40 --show=2 || echo 'FAILED: sample.py'
     rm -rf exported
     PYTHONPATH=$ROOT $PY -m nanodpo.export out/hh/dpo exported
-    $PY -c "from transformers import AutoModelForCausalLM
+    [ -n "$DRY" ] || $PY -c "from transformers import AutoModelForCausalLM
 print(AutoModelForCausalLM.from_pretrained('exported').cuda().generate(max_new_tokens=8))"
 }
 
