@@ -4,7 +4,7 @@ To add one, write a function and a line in LOSSES; a new knob is a line in dpo.p
 loss by its name. A function names what it needs as its arguments:
 
     a reward    logps, ref_logps        log p of each response, summed over its tokens: the policy's, the reference's
-                tokens                  the number of its tokens
+                tokens, means           the number of its tokens, and logps / tokens
     a link      chosen, rejected        the rewards of a pair's two responses, (G,)
                 ranking                 the rewards of a ranking, best response first
                 responses, desirable    the rewards of single responses, and which of them are desirable
@@ -37,18 +37,17 @@ def ratio(logps, ref_logps):
     return logps - ref_logps
 
 
-def mean_ratio(logps, ref_logps, tokens):
-    return logps / tokens - ref_logps / tokens
+def mean_ratio(means, ref_logps, tokens):
+    return means - ref_logps / tokens
 
 
-def mean(logps, tokens):
-    return logps / tokens
+def mean(means):
+    return means
 
 
-def odds(logps, tokens):
+def odds(means):
     """log p / (1 - p), p the geometric mean over tokens. p = 1 stays finite."""
-    log_p = logps / tokens
-    return log_p - torch.log(-torch.expm1(log_p.clamp(max=-torch.finfo(log_p.dtype).eps)))
+    return means - torch.log(-torch.expm1(means.clamp(max=-torch.finfo(means.dtype).eps)))
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -153,14 +152,15 @@ def relative_loss(cfg, logps, ref_logps, tokens, labels=None, z=None):
     """
     reward, link, _ = LOSSES[cfg.loss]
     logps = wide(logps)
+    means = logps / tokens
     if ref_logps is not None:
         ref_logps = wide(ref_logps)
-    rewards = call(reward, logps=logps, ref_logps=ref_logps, tokens=tokens)                 # (G, K)
+    rewards = call(reward, logps=logps, ref_logps=ref_logps, tokens=tokens, means=means)    # (G, K)
     desirable = torch.arange(logps.shape[1], device=logps.device) == 0                      # of a pair, the first one
     if labels is not None:
         desirable = labels[:, None]
     losses = call(link, chosen=rewards[:, 0], rejected=rewards[:, -1], ranking=rewards, responses=rewards,
-                  desirable=desirable, z=z, nll=chosen_nll(logps, tokens), **vars(cfg))
+                  desirable=desirable, z=z, nll=-means[:, 0], **vars(cfg))
     return losses, cfg.beta * rewards.detach()
 
 
@@ -168,7 +168,7 @@ def relative_loss(cfg, logps, ref_logps, tokens, labels=None, z=None):
 # what a loss needs
 
 def needs(loss, argument):
-    """Whether the reward or the link of a loss takes `argument`: 'ref_logps', 'tokens', 'z', ..."""
+    """Whether the reward or the link of a loss takes `argument`: 'ref_logps', 'means', 'z', ..."""
     return any(argument in inspect.signature(function).parameters for function in LOSSES[loss][:2])
 
 

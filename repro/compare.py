@@ -131,7 +131,7 @@ def main():
             compare = compare_data if leaves.startswith('data') else compare_logs
             difference, amount = compare(*(folder / leaves for folder in folders))
             differ += bool(difference)
-            tqdm.write(f'{"OTHER" if difference else "same "}  {title:60} {difference or amount}')
+            tqdm.write(f'{"OTHER" if difference else "same "}  {title:68} {difference or amount}')
     print(f'{len(plan) - differ} of {len(plan)} checks are the same')
     raise SystemExit(differ > 0)
 
