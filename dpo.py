@@ -43,7 +43,7 @@ def dpo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_r
 
 def response_logps(model, batch):
     """log p(response | prompt) of every response of a packed batch, nats: (G, K) float32."""
-    logps = model(batch.tokens, batch.positions, batch.mask, batch.predictor, batch.target)     # (S,), of response tokens
+    logps = model(batch.tokens, batch.positions, batch.mask, batch.predictor, batch.target)     # (S,)
     logps = logps[:len(batch.response)]             # what is beyond is padding
     return logps.new_zeros(batch.G * batch.K).index_add(0, batch.response, logps).view(batch.G, batch.K)
 
@@ -175,8 +175,8 @@ def main(argv=None):
     # model: the policy, and a frozen copy of it, the reference
 
     init_from = cfg.init_from or f'out/{cfg.name}/sft'
-    need(cfg.init_from or find(init_from), f'{init_from} holds no checkpoint: run sft.py with this config first, or set '
-         '--init_from')
+    need(cfg.init_from or find(init_from),
+         f'{init_from} holds no checkpoint: run sft.py with this config first, or set --init_from')
     policy = load_model(init_from, train, dropout=0.0, activation_checkpointing=cfg.activation_checkpointing)
     policy.to(run.device)
     reference, ref_fingerprint = None, ''
