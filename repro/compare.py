@@ -52,7 +52,8 @@ def checks(source):
     """(title, what it leaves, the command) of every check, in an order in which they can run."""
     yield 'prepare, the reviews', 'data/reviews', ['CHECKOUT/prepare_prefs.py', 'CHECKOUT/config/reviews.py']
     if source:
-        yield 'prepare, HH', 'data/hh_cpu', ['CHECKOUT/prepare_prefs.py', 'CHECKOUT/config/hh_cpu.py', f'--source={source}']
+        prepare = ['CHECKOUT/prepare_prefs.py', 'CHECKOUT/config/hh_cpu.py', f'--source={source}']
+        yield 'prepare, HH', 'data/hh_cpu', prepare
     sft = ['CHECKOUT/sft.py', *REVIEWS, '--max_steps=40', '--eval_interval=20', '--log_interval=1']
     yield 'sft, 40 steps', 'out/reviews/sft', sft
     for flags in ON_PAIRS:

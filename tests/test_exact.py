@@ -1,4 +1,4 @@
-"""The numbers: packed rows, the head, the order, each against an independent computation. The losses: test_losses.py."""
+"""The numbers: packed rows, the head, the order, each against an independent computation."""
 import copy
 import math
 import shutil
@@ -101,7 +101,8 @@ def test_the_fast_path_rounds_no_worse_than_one_sequence_at_a_time(split, compil
     if compiled:
         compile_blocks(net)
     fast, plain = relative_errors(net, model, split(data), data, bf16)
-    assert all(1e-5 < e < 0.05 for e in plain) if bf16 else all(1e-9 < e < 1e-5 for e in plain), 'the precision is what it says'
+    low, high = (1e-5, 0.05) if bf16 else (1e-9, 1e-5)
+    assert all(low < e < high for e in plain), 'the precision is what it says'
     assert all(a < 2 * b + 2**-22 for a, b in zip(fast, plain)), (fast, plain)
 
 

@@ -1,4 +1,4 @@
-"""Several processes: the Slurm script on two nodes, killed and restarted by torchrun; ranks that are missing or differ."""
+"""Several processes: the Slurm script, ranks killed and restarted by torchrun, missing or different ones."""
 import os
 import re
 import shutil
@@ -121,7 +121,7 @@ STUBS = {   # two nodes on this machine, each with torchrun
 
 @pytest.fixture
 def sbatch(place):
-    """repro/slurm.sh with stubs of Slurm's commands, each of two nodes one process: a function of arguments and environment."""
+    """repro/slurm.sh with stubs of Slurm's commands, two nodes of one process: a function of arguments."""
     os.makedirs('bin')
     for name, text in STUBS.items():
         Path('bin', name).write_text(text)
@@ -136,7 +136,7 @@ def sbatch(place):
 
 
 def test_killed_ranks_are_restarted_on_two_nodes_and_the_runs_are_bit_identical_to_undisturbed_ones(sbatch):
-    """Rank 1 in mid-step before dpo's first checkpoint, rank 0 in mid-save, then in sft's mid-step; older runs stand there."""
+    """Rank 1 in mid-step before dpo's first checkpoint, rank 0 in mid-save, then in sft's mid-step."""
     old = small_gpt(seed=3)
     os.makedirs('out/tiny/dpo')
     checkpoint.save('out/tiny/dpo', 12, old, {})
@@ -161,7 +161,8 @@ def test_killed_ranks_are_restarted_on_two_nodes_and_the_runs_are_bit_identical_
 @pytest.mark.parametrize('restarts, flags', [('0', ''), ('1', ' --resume')])
 def test_a_slurm_job_that_is_queued_again_resumes(sbatch, restarts, flags):
     Path('bin/torchrun').write_text('#!/bin/bash\necho "$@"\n')
-    assert sbatch('dpo.py', 'config/hh.py', SLURM_RESTART_COUNT=restarts).stdout.endswith(f'dpo.py config/hh.py{flags}\n')
+    done = sbatch('dpo.py', 'config/hh.py', SLURM_RESTART_COUNT=restarts)
+    assert done.stdout.endswith(f'dpo.py config/hh.py{flags}\n')
 
 
 def test_a_restart_goes_on_from_its_own_launch_alone(place, monkeypatch, capsys):
@@ -170,7 +171,8 @@ def test_a_restart_goes_on_from_its_own_launch_alone(place, monkeypatch, capsys)
         monkeypatch.setenv('MASTER_PORT', str(store.port))
         dpo.main([*ARGS['dpo'], *flags])
         return re.findall(r'(?:nothing to resume in|resuming from) [^:,\n]*', capsys.readouterr().out)
-    for key, value in (by_hand(0, 1, 0) | {'TORCHELASTIC_RUN_ID': 'none', 'TORCHELASTIC_USE_AGENT_STORE': 'True'}).items():
+    by_torchrun = {'TORCHELASTIC_RUN_ID': 'none', 'TORCHELASTIC_USE_AGENT_STORE': 'True'}
+    for key, value in (by_hand(0, 1, 0) | by_torchrun).items():
         monkeypatch.setenv(key, value)
     old = dist.TCPStore('127.0.0.1', 0, is_master=True, wait_for_workers=False)
     assert attempt(old, '--max_steps=8') == []
@@ -181,7 +183,7 @@ def test_a_restart_goes_on_from_its_own_launch_alone(place, monkeypatch, capsys)
     with open(checkpoint.find('out/tiny/dpo')[-1], 'ab') as file:
         file.write(b'damage')
     assert attempt(store) == ['resuming from out/tiny/dpo/step-000008.pt']
-    assert attempt(old, '--resume') == ['resuming from out/tiny/dpo/step-000012.pt'], 'the user wants it, whose ever it is'
+    assert attempt(old, '--resume') == ['resuming from out/tiny/dpo/step-000012.pt'], 'the user wants it'
     assert checkpoint.find('out/tiny/dpo.previous')[-1].endswith('step-000008.pt'), 'still there'
 
 
@@ -199,7 +201,8 @@ BAD = {     # environment, extra flags, the line
                               '2 processes on this machine, but torch sees 1 GPUs'),
     'no NCCL': (by_hand(0, 2, 1) | {'LOCAL_RANK': '0'}, ['--device=cuda'],
                 r'2 processes on GPUs need NCCL, which this torch \(.*\) was built without'),
-    'nobody at the address': (by_hand(1, 2, 1), [], 'rank 0 does not answer .*refused.*MASTER_ADDR=127.0.0.1.*firewall'),
+    'nobody at the address': (by_hand(1, 2, 1), [],
+                              'rank 0 does not answer .*refused.*MASTER_ADDR=127.0.0.1.*firewall'),
     'no such host': (by_hand(1, 2, 1) | {'MASTER_ADDR': 'no-such-host.invalid'}, [], 'rank 0 does not answer'),
     'a rank that never comes': (by_hand(0, 3, None), [],
                                 '1 of 3 ranks came, missing 1, 2 after 1 s: start the same command on every node'),
@@ -226,7 +229,8 @@ def test_ranks_that_cannot_connect_end_with_one_line(monkeypatch):
         raise RuntimeError('Gloo connectFullMesh failed\nand a C++ stack')
     monkeypatch.setattr(dist, 'init_process_group', broken)
     store = dist.HashStore()
-    with pytest.raises(SystemExit, match=r'all 2 ranks came, .* \(Gloo connectFullMesh failed\): set GLOO_SOCKET_IFNAME'):
+    line = r'all 2 ranks came, .* \(Gloo connectFullMesh failed\): set GLOO_SOCKET_IFNAME'
+    with pytest.raises(SystemExit, match=line):
         launch.connect(store, 2, 0, 'gloo', 1)
 
 

@@ -126,7 +126,7 @@ def test_step_0_is_ln_2_in_the_log_and_val_is_counted_once(experiment):
 
 
 def test_gradient_is_of_the_whole_batch(experiment):
-    """grad_norm of step 1, logged, against autograd over one-at-a-time log-probs of the 8 pairs: a tie of everything."""
+    """grad_norm of step 1, logged, against autograd over one-at-a-time log-probs of the 8 pairs."""
     dpo.main([*DPO, '--max_steps=1', '--grad_clip=0', '--row_tokens=128'])
     model = small_gpt()
     logps = one_at_a_time(model, first_batch())
@@ -275,7 +275,8 @@ def test_dpo_learns_and_generalises_where_there_is_something_to_learn(tmp_path, 
 def test_a_non_finite_loss_stops_the_run_names_the_pairs_and_saves_nothing(experiment):
     dpo.main([*DPO, '--max_steps=5'])
     kept = {path: Path(path).read_bytes() for path in checkpoint.find('out/tiny/dpo')}
-    with pytest.raises(SystemExit, match=r'step \d+: the loss or its gradient is not finite; groups of data/tiny/train: \['):
+    line = r'step \d+: the loss or its gradient is not finite; groups of data/tiny/train: \['
+    with pytest.raises(SystemExit, match=line):
         dpo.main([*DPO, '--resume', '--max_steps=400', '--learning_rate=1e30', '--warmup_steps=0', '--save_interval=0'])
     assert {path: Path(path).read_bytes() for path in checkpoint.find('out/tiny/dpo')} == kept
 
