@@ -50,6 +50,7 @@ def run(main):
     signal.signal(signal.SIGINT, signal.SIG_DFL)        # Ctrl-C just ends it, until there is something to save
     try:
         main()
+        sys.stdout.flush()                              # now, to see a full disk or a closed pipe
     except UserError as error:
         fail(error.message)
     except OSError as error:

@@ -1,7 +1,6 @@
 """Responses drawn from a model, and what is measured on them: log-probs, KL, the score of a reward file."""
 import contextlib
 import math
-import os
 import runpy
 import sys
 
@@ -9,25 +8,24 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from config import UserError, need
+from config import need
 from nanodpo.data import Sampled, batches, distinct_prompts, row_limit
+from nanodpo.sources import one_line
 
 
 def draw_responses(model, prompts, meta, room, batch_size, seed, max_new_tokens=None, number=0, desc='', **knobs):
     """One response to each prompt, lists of ids: at most max_new_tokens, and with its prompt at most `room`.
 
-    meta: of the data set, for its end token and vocabulary. knobs: of GPT.generate. desc: of a bar, '' for none.
-    Batches are numbered from `number` on. Each has its own seed, so it does not matter which process draws which.
+    knobs: of GPT.generate. desc: of a bar, '' for none. Batches are numbered from `number` on, and each has its own
+    seed, so it does not matter which process draws which.
     """
     responses = []
-    with tqdm(total=len(prompts), desc=desc, leave=False, disable=None if desc else True) as bar:
-        for i in range(0, len(prompts), batch_size):
-            batch = prompts[i:i + batch_size]
-            batch_seed = (seed * 1_000_003 + number + i // batch_size) % 2**63
-            new_tokens = min(max_new_tokens or room, room - min(map(len, batch)))
-            drawn = model.generate(batch, new_tokens, meta['eot_token'], meta['vocab_size'], seed=batch_seed, **knobs)
-            responses += [ids[:room - len(prompt)] for ids, prompt in zip(drawn, batch)]
-            bar.update(len(batch))
+    for i in tqdm(range(0, len(prompts), batch_size), desc, leave=False, disable=None if desc else True):
+        batch = prompts[i:i + batch_size]
+        batch_seed = (seed * 1_000_003 + number + i // batch_size) % 2**63
+        new_tokens = min(max_new_tokens or room, room - min(map(len, batch)))
+        drawn = model.generate(batch, new_tokens, meta['eot_token'], meta['vocab_size'], seed=batch_seed, **knobs)
+        responses += [ids[:room - len(prompt)] for ids, prompt in zip(drawn, batch)]
     return responses
 
 
@@ -39,14 +37,12 @@ def token_logps_of(model, groups, worker, desc=''):
     """
     groups = Sampled(groups)
     logps = np.zeros(len(groups.tokens))
-    row_tokens = row_limit(0, worker.device, groups)
-    with tqdm(total=len(groups), desc=desc, leave=False, disable=None if desc else True) as bar:
-        for batch in batches(groups, np.arange(len(groups)), worker.alone(), row_tokens):
-            with worker.autocast:
-                scored = model(batch.tokens, batch.positions, batch.mask, batch.predictor, batch.target)
-            places = [np.arange(groups.index[i, 1], groups.index[i, -1]) for i in batch.ids]    # in the row's order
-            logps[np.concatenate(places)] = scored[:len(batch.response)].cpu().numpy()
-            bar.update(batch.G)
+    rows = batches(groups, np.arange(len(groups)), worker.alone(), row_limit(0, worker.device, groups))
+    for batch in tqdm(rows, desc, unit=' rows', leave=False, disable=None if desc else True):
+        with worker.autocast:
+            scored = model(batch.tokens, batch.positions, batch.mask, batch.predictor, batch.target)
+        places = [np.arange(groups.index[i, 1], groups.index[i, -1]) for i in batch.ids]        # in the row's order
+        logps[np.concatenate(places)] = scored[:len(batch.response)].cpu().numpy()
     return [[logps[start:end] for start, end in zip(bounds[1:], bounds[2:])] for bounds in groups.index.tolist()]
 
 
@@ -54,8 +50,8 @@ def token_logps_of(model, groups, worker, desc=''):
 def estimate_kl(policy, ratios, groups, n, seed, run, row_tokens):
     """KL(policy || reference) of whole responses, nats, and its standard error: {'kl', 'kl_error'}.
 
-    It is the mean of log pi - log ref over one response of the policy to each of n prompts of `groups`. The draws
-    are the same every time, and for any number of ranks. ratios: Batch -> log pi - log ref, (G, 1).
+    It is the mean of log pi - log ref over one response of the policy to each of n prompts of `groups`. Any number of
+    ranks gives the same draws. ratios: Batch -> log pi - log ref, (G, 1).
     """
     size, room = 16, groups.meta['max_length']
     prompts = distinct_prompts(groups, n, seed)
@@ -69,58 +65,36 @@ def estimate_kl(policy, ratios, groups, n, seed, run, row_tokens):
                 ratio = ratios(batch).to(run.exact)                     # (G, 1)
                 sums += torch.stack([ratio.sum(), ratio.square().sum()])
     mean, square = (run.sum(sums) / len(prompts)).tolist()
-    variance = max(0, square - mean ** 2)
-    return {'kl': mean, 'kl_error': math.sqrt(variance / max(1, len(prompts) - 1))}
+    return {'kl': mean, 'kl_error': math.sqrt(max(0, square - mean ** 2) / max(1, len(prompts) - 1))}
 
 
 def mean_and_error(values, num_samples):
-    """{'mean', 'error'}: the standard error, None for one value. values: each prompt's num_samples side by side.
-
-    Samples of one prompt are alike, so with several prompts the error is that of the mean over prompts.
-    """
+    """{'mean', 'error'} of values, num_samples a prompt. Its standard error is over prompts, of one over samples."""
     rows = np.array(values, dtype=np.float64).reshape(-1, num_samples)
     means = rows.mean(1) if len(rows) > 1 else rows[0]
     error = float(means.std(ddof=1)) / math.sqrt(len(means)) if len(means) > 1 else None
     return {'mean': float(means.mean()), 'error': error}
 
 
-# ----------------------------------------------------------------------------------------------------
-# reward files
-
-@contextlib.contextmanager
-def running(path):
-    """What a reward file prints goes to stderr. What it raises becomes a UserError."""
-    try:
-        with contextlib.redirect_stdout(sys.stderr):
-            yield
-    except Exception as error:
-        raise UserError(f'reward file {path}: {type(error).__name__}: {error}') from None
-
-
 def read_reward(path):
     """The functions of a reward file as one: (prompts, responses) -> {name: list of float or bool}. UserErrors.
 
-    The file defines reward(prompts, responses) -> numbers. It may define metrics(prompts, responses) -> {name: values}.
+    They are reward(prompts, responses) -> numbers and, if it has it, metrics(prompts, responses) -> {name: values}.
     """
-    need(os.path.isfile(path), f'reward file {path} does not exist')
-    with running(path):
+    with one_line(f'reward file {path}', path), contextlib.redirect_stdout(sys.stderr):
         functions = runpy.run_path(path)
     need(callable(functions.get('reward')), f'reward file {path} defines no function reward(prompts, responses)')
 
-    def number(value):
-        return bool(value) if isinstance(value, (bool, np.bool_)) else float(value)
-
     def score(prompts, responses):
-        with running(path):
-            given = {'true_reward': functions['reward'](list(prompts), list(responses))}
+        scores = {}
+        with one_line(f'reward file {path}', path), contextlib.redirect_stdout(sys.stderr):
+            results = {'true_reward': functions['reward'](prompts, responses)}
             if 'metrics' in functions:
-                given |= functions['metrics'](list(prompts), list(responses))
-            scores = {str(name): [number(value) for value in values] for name, values in given.items()}
-        for name, values in scores.items():
-            need(len(values) == len(responses),
-                 f'reward file {path}: {name} has {len(values)} results for {len(responses)} responses')
-            for i, value in enumerate(values):
-                need(math.isfinite(value), f'reward file {path}: {name} of response {i + 1} is {value}: '
-                     f'{responses[i]!r:.60}')
+                results |= functions['metrics'](prompts, responses)
+            for name, values in results.items():
+                scores[name] = [bool(x) if isinstance(x, (bool, np.bool_)) else float(x) for x in values]
+                finite = sum(map(math.isfinite, scores[name]))
+                need(len(scores[name]) == finite == len(responses), f'reward file {path}: {name} has '
+                     f'{len(scores[name])} results, {finite} of them finite, for {len(responses)} responses')
         return scores
     return score

@@ -1,10 +1,6 @@
-"""Text in a terminal: how wide it is, where its lines break, which colours it has.
-
-A styled text is a list of (character, style). A style is what its escape sequence holds, '' for none.
-"""
+"""Text in a terminal. A styled text is a list of (character, style), a style what an escape sequence holds."""
 import itertools
 import os
-import re
 import shutil
 import sys
 import unicodedata
@@ -12,6 +8,7 @@ import unicodedata
 from nanodpo.text import printable
 
 BOLD, DIM = '1', '2'
+BLUE, ORANGE = ('', '117', '75', '33'), ('', '222', '215', '208')       # of the 256 colours, the strongest last
 
 
 def colours():
@@ -19,38 +16,30 @@ def colours():
     return sys.stdout.isatty() and not os.environ.get('NO_COLOR') and os.environ.get('TERM') != 'dumb'
 
 
-def terminal_width():
-    return max(20, shutil.get_terminal_size().columns)
-
-
 def styled(text, style=''):
     return [(character, style) for character in text]
 
 
-def columns_of(text):
-    """Terminal columns of a text without line breaks: wide characters take two, combining ones none."""
-    columns = 0
-    for character in text:
-        if unicodedata.category(character) not in ('Mn', 'Me', 'Cf'):
-            columns += 2 if unicodedata.east_asian_width(character) in 'WF' else 1
-    return columns
+def columns_of(letters):
+    """Terminal columns of a styled text in one line: wide characters take two, combining ones none."""
+    visible = [character for character, _ in letters if unicodedata.category(character) not in ('Mn', 'Me', 'Cf')]
+    return len(visible) + sum(unicodedata.east_asian_width(character) in 'WF' for character in visible)
 
 
 def wrap(letters, width):
-    """The lines of a styled text, at most `width` columns each. They break between words where there are any."""
-    lines, text = [], ''.join(character for character, _ in letters)
-    for paragraph in re.finditer(r'(?m)^.*$', text):
-        start = end = paragraph.start()
-        for word in re.compile(r'\s*(\S+)').finditer(text, start, paragraph.end()):
-            if end > start and columns_of(text[start:word.end()]) > width:
-                lines.append(letters[start:end])
-                start = end = word.start(1)
-            for i in range(end, word.end()):        # a word that is wider than a line is broken
-                if columns_of(text[start:i + 1]) > width:
-                    lines.append(letters[start:i])
-                    start = i
-            end = word.end()
-        lines.append(letters[start:end])
+    """The lines of a styled text, at most `width` columns each, broken at white space where there is any."""
+    lines = [[]]
+    for letter in letters:
+        if letter[0] == '\n':
+            lines.append([])
+            continue
+        line = lines[-1]
+        line.append(letter)
+        if columns_of(line) > width:
+            spaces = [i for i in range(1, len(line)) if line[i][0].isspace()]
+            end = spaces[-1] if spaces else len(line) - 1
+            lines.append(line[end + 1:] if spaces else line[end:])
+            del line[end:]
     return lines
 
 
@@ -65,40 +54,32 @@ def paint(letters):
 
 def say(text, style='', file=None):
     """Print any text, wrapped, without what could move the cursor."""
-    for line in wrap(styled(printable(text), style), terminal_width()):
+    for line in wrap(styled(printable(text), style), shutil.get_terminal_size().columns):
         print(paint(line), file=file)
 
 
-def side_by_side(left, right, width):
-    """The lines of two lists of styled texts: in two columns, or below one another if the terminal has less than 60."""
-    if width < 60:
-        return [paint(line) for letters in left + right for line in wrap(letters, width)]
-    half, lines = (width - 3) // 2, []
+def say_side_by_side(left, right):
+    """Print two lists of styled texts in two columns."""
+    half = max(8, (shutil.get_terminal_size().columns - 3) // 2)
     for pair in zip(left, right):
         for a, b in itertools.zip_longest(*(wrap(letters, half) for letters in pair), fillvalue=[]):
-            padding = half - columns_of(character for character, _ in a)
-            lines.append(f'{paint(a)}{"":{padding}} | {paint(b)}'.rstrip())
-    return lines
+            print(f'{paint(a)}{"":{half - columns_of(a)}} | {paint(b)}'.rstrip())
 
 
 def tint(value):
-    """The style of a value from -1 to 1: black on blue if it is positive, on orange if negative, '' if near 0."""
-    strength = round(3 * min(1, abs(value)))
-    if strength == 0:
-        return ''
-    light = 5 - strength
-    red, green, blue = (light - 2, light, 5) if value > 0 else (5, light, light - 2)
-    return f'38;5;16;48;5;{16 + 36 * red + 6 * green + blue}'       # of the 256 colours, a cube of 6 x 6 x 6
+    """The style of a value from -1 to 1: black on blue if it is positive, on orange if negative; '' near 0."""
+    ground = (BLUE if value > 0 else ORANGE)[round(3 * min(1, abs(value)))]
+    return f'38;5;16;48;5;{ground}' if ground else ''
 
 
 def tinted(pieces, limit):
-    """The pieces [(text, values)] of a text as a styled text, each tinted by the sum of its values, in units of limit.
-
-    A line break and the end token, whose text is None, get a sign that can be tinted.
-    """
+    """The pieces of token_pieces as a styled text. A piece is tinted by the sum of its values, over limit."""
     letters = []
     for text, values in pieces:
-        shown = '∎' if text is None else printable(text).replace('\n', '↵\n')
+        shown = printable(text or '')
+        if colours():                               # line breaks and the end get signs that can be tinted
+            shown = '∎' if text is None else shown.replace('\n', '↵\n')
         letters += styled(shown, tint(sum(values) / limit))
-    text = ''.join(character for character, _ in letters)
-    return letters[len(text) - len(text.lstrip()):len(text.rstrip())]
+    while letters and letters[0][0].isspace():
+        del letters[0]
+    return letters

@@ -177,7 +177,7 @@ def page_html(samples, summary):
         title=safe(f'{knobs["name"]}: before and after'), STYLE=STYLE, SCRIPT=SCRIPT, beta=summary['beta'], **models,
         least=-limit, most=limit, swatches=''.join(swatches), rows='\n'.join(rows),
         sections='\n'.join(section_html(number, group, limit) for number, group in enumerate(by_prompt, 1)),
-        note=safe(f'{counted}; {summary["note"]}'),
+        note=counted,
         settings=safe('\n'.join(f'{name} = {value!r}' for name, value in knobs.items())))
 
 

@@ -13,18 +13,14 @@ import subprocess
 import sys
 from contextlib import suppress
 
-import numpy as np
 import pytest
 
 import config
 import sample
-from conftest import ROOT, small_gpt
-from nanodpo.rollout import token_logps_of
-from nanodpo.run import Worker
+from conftest import ROOT
 from nanodpo.text import printable, text_of, token_pieces
 from test_sample import (ACCENT, ATTACK, ENGLAND, FAMILY, FRANCE, GERMANY, HINDI, KEYCAP, RAINBOW, TEXTS, THUMB,
-                         as_seen_by_the_colour_blind, contrast, independent_logps, pieces_of, run, tokenizers,
-                         trained)      # noqa: F401
+                         as_seen_by_the_colour_blind, contrast, pieces_of, run, tokenizers, trained)    # noqa: F401
 
 sys.path.insert(0, str(ROOT / 'repro'))
 import page                                             # noqa: E402
@@ -43,15 +39,16 @@ def torture(tokenizer):
     """Samples and a summary, as of sample.py --json, of every one of TEXTS, with attacks wherever there is text."""
     samples = []
     for i, text in enumerate(TEXTS):
-        sides = {}
+        samples.append(dict(prompt=text, sample=0))
         for side, response in (('before', text), ('after', TEXTS[i - 1])):
             pieces, ids, values = pieces_of(tokenizer, response, i)
-            sides[side] = dict(text=response, tokens=len(ids), ended=True, implicit_reward=sum(values), pieces=pieces)
-            sides[side][ATTACK] = bool(i % 2)
-        samples.append(dict(prompt=text, sample=0, **sides))
+            samples[-1][side] = {'text': response, 'tokens': len(ids), 'ended': True, 'implicit_reward': sum(values),
+                                 'pieces': pieces, ATTACK: bool(i % 2)}
     means = {name: dict(mean=0.5, error=0.1) for name in ('tokens', 'ended', 'implicit_reward', ATTACK)}
-    knobs = dict(name=f'</title>{ATTACK}', before='out/' + ATTACK, after='out/\udcff', show=len(samples), prompt=f'</pre>{ATTACK}\udcff')
-    return samples, dict(samples=len(samples), prompts=len(samples), beta=0.1, config=knobs, note=ATTACK, before=means, after=means)
+    knobs = dict(name=f'</title>{ATTACK}', before='out/' + ATTACK, after='out/\udcff', show=len(samples),
+                 prompt=f'</pre>{ATTACK}\udcff')
+    n = len(samples)
+    return samples, dict(samples=n, prompts=n, beta=0.1, config=knobs, before=means, after=means)
 
 
 @pytest.fixture
@@ -97,58 +94,51 @@ class Page(html.parser.HTMLParser):
 # -----------------------------------------------------------------------------
 # the numbers
 
-def test_token_rewards_equal_one_sequence_at_a_time():
-    draw, net = random.Random(1), small_gpt(2)
-    groups = [[[draw.randrange(256) for _ in range(draw.randint(1, 20))] for _ in range(3)] for _ in range(30)]
-    for (prompt, *responses), scored in zip(groups, token_logps_of(net, groups, Worker('cpu'))):
-        for response, values in zip(responses, scored):
-            np.testing.assert_allclose(values, independent_logps(net, prompt, response), atol=2e-5)
-            assert values.dtype == np.float64
-
-
 def test_pieces_join_to_the_text_and_hold_every_value_once(tmp_path):
     for tokenizer in tokenizers(tmp_path / 'd'):
         draw = random.Random(0)
         scraps = [[draw.randrange(tokenizer.n_vocab - 1) for _ in range(n)] for n in range(1, 80)]      # any bytes
         cut = [tokenizer.encode_ordinary(text)[:-1] for text in TEXTS if text]
         for ids in [[tokenizer.eot_token], *scraps, *cut, *(pieces_of(tokenizer, text)[1] for text in TEXTS)]:
-            values = [float(i) for i in range(len(ids))]
+            values = list(range(len(ids)))
             pieces = token_pieces(tokenizer, ids, values)
             assert ''.join(text or '' for text, _ in pieces) == text_of(tokenizer, ids)
-            assert [v for _, some in pieces for v in some] == values
-            assert all(text for text, _ in pieces if text is not None)
+            assert [v for _, held in pieces for v in held] == values
+            last = [ids[-1] == tokenizer.eot_token]
+            assert [text is None for text, _ in pieces] == [False] * (len(pieces) - 1) + last
+            assert all(text != '' for text, _ in pieces)
+            data = [b''.join(tokenizer.decode_single_token_bytes(ids[v]) for v in held) for _, held in pieces]
             with suppress(UnicodeDecodeError):      # of whole characters a piece holds its tokens' bytes and no others
-                whole = iter(b''.join(map(tokenizer.decode_single_token_bytes, ids)).decode() and ids)
-                for text, some in pieces:
-                    data = b''.join(tokenizer.decode_single_token_bytes(next(whole)) for _ in some)
-                    assert text is None or data == text.encode()
-            assert [text is None for text, _ in pieces] == [False] * (len(pieces) - 1) + [ids[-1] == tokenizer.eot_token]
+                b''.join(data).decode()
+                assert all(text is None or text.encode() == held for (text, _), held in zip(pieces, data))
 
 
 def test_what_is_read_as_one_character_is_one_piece_and_words_are_not(tmp_path):
     for tokenizer in tokenizers(tmp_path / 'd'):
+        def texts(text):
+            ids = tokenizer.encode_ordinary(text)
+            pieces = token_pieces(tokenizer, ids, ids)
+            assert sum(len(values) for _, values in pieces) == len(ids)
+            return [text for text, _ in pieces]
+
         for one in (FAMILY, ENGLAND, GERMANY, FRANCE, THUMB, RAINBOW, ACCENT, KEYCAP, HINDI, '🎬', 'ع', '映'):
-            (text, values), (space, _), (again, _), _ = token_pieces(tokenizer, ids := [
-                *tokenizer.encode_ordinary(one), *tokenizer.encode_ordinary(' '), *tokenizer.encode_ordinary(one), tokenizer.eot_token],
-                [1.0] * len(ids))
-            assert (text, space, again) == (one, ' ', one)
-            assert len(values) == len(tokenizer.encode_ordinary(one))
-        (a, one), (b, two) = token_pieces(tokenizer, ids := tokenizer.encode_ordinary(GERMANY + FRANCE), [1.0] * len(ids))
-        assert (a, b) == (GERMANY, FRANCE) and len(one) + len(two) == len(ids)
-        ids = tokenizer.encode_ordinary('A plain sentence.')
-        assert len(token_pieces(tokenizer, ids, [0.0] * len(ids))) == len(ids), 'a token a piece'
+            assert texts(f'{one}\n{one}') == [one, '\n', one]
+        assert texts(GERMANY + FRANCE) == [GERMANY, FRANCE]
+        sentence = 'A plain sentence.'
+        assert len(texts(sentence)) == len(tokenizer.encode_ordinary(sentence)), 'a token a piece'
 
 
 def test_the_scale_is_symmetric_and_one_wild_token_does_not_take_it():
     def scale(rewards):
-        return sample.scale([dict(before=dict(pieces=[('a', rewards[::2])]), after=dict(pieces=[('b', rewards[1::2])]))])
+        sides = dict(before=dict(pieces=[('a', rewards[::2])]), after=dict(pieces=[('b', rewards[1::2])]))
+        return sample.scale([sides])
 
-    values = [0.001 * i for i in range(-500, 501)] + [300.0, math.nan, -math.inf]
+    values = [0.001 * i for i in range(-500, 501)] + [300.0]
     limit = scale(values)
     assert 0.45 < limit <= 0.5
     percent = [page.tint(v, limit)[1] for v in (0, limit, 3 * limit, math.inf, limit / 2)]
     assert percent == [''] + [f' style="--share: {share}%"' for share in (100, 100, 100, 50)]
-    assert all(page.tint(-v, limit)[1] == page.tint(v, limit)[1] for v in values if v == v)
+    assert all(page.tint(-v, limit)[1] == page.tint(v, limit)[1] for v in values)
     assert [page.tint(v, limit)[0] for v in (limit, -limit, 0)] == [' plus', ' minus', '']
     assert scale([0.0, 0.0]) == 0.01 and sample.scale([]) > 0
     assert page.tint(1e-7, scale([1e-7, -1e-7])) == ('', ''), 'rounding is no reward'
@@ -175,7 +165,8 @@ def test_text_on_every_tint_meets_wcag_aa_and_the_colour_blind_tell_the_two_side
 # -----------------------------------------------------------------------------
 # the page
 
-TAGS = set('html head meta title style body main h1 h2 h3 p b div ol li span i section table thead tbody tr th td pre script'.split())
+TAGS = {*'html head meta title style body main h1 h2 h3 p b div ol li span i section table'.split(),
+        *'thead tbody tr th td pre script'.split()}
 
 
 def test_whatever_the_texts_hold_the_page_shows_it_and_no_more(tmp_path):
@@ -185,15 +176,17 @@ def test_whatever_the_texts_hold_the_page_shows_it_and_no_more(tmp_path):
         seen = Page(text)
         assert not seen.open and {e[0] for e in seen.elements} == TAGS
         assert [e[2] for e in seen.of('script')] == [page.SCRIPT]
-        assert text.encode() and not re.search('[\0-\t\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2028\u2029]', text), 'nothing hidden'
+        assert text.encode()
+        assert not re.search('[\0-\t\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2028\u2029]', text), 'nothing hidden'
         bare = re.sub('>[^<]*<', '><', text)
         assert not re.search(r'(src|href|action|srcset|data)=|url\(|@import|https?:', bare), 'nothing from outside'
-        assert [e[2] for e in seen.of('prompt')] == [printable(t.strip('\n')) if t.strip() else '(empty prompt)' for t in TEXTS]
+        prompts = [printable(text.strip('\n')) if text.strip() else '(empty prompt)' for text in TEXTS]
+        assert [e[2] for e in seen.of('prompt')] == prompts
         shown = [printable(TEXTS[i]) or '(nothing) ' for n in range(len(TEXTS)) for i in (n, n - 1)]
         assert [e[2] for e in seen.of('response')] == [t + 'end' for t in shown]
         assert all(ATTACK in seen.of(tag)[0][2] for tag in ('title', 'h1', 'p'))
         assert printable(f'prompt = {summary["config"]["prompt"]!r}') in seen.of('pre')[0][2]
-        assert seen.of('note')[0][2].endswith(ATTACK) and ATTACK in [e[2] for e in seen.of('th')]
+        assert ATTACK in [e[2] for e in seen.of('th')]
         assert all(e[1]['dir'] == 'auto' for e in seen.of('text')) and seen.of('html')[0][1]['lang'] == 'en'
         assert len(seen.of('h2')) == len(seen.of('section')) == len(TEXTS) + 2 and len(seen.of('h1')) == 1
 
@@ -247,44 +240,47 @@ def test_a_page_without_samples_and_one_of_equal_models(trained, capsys, write):
     assert spans and all(e[1]['class'] in ('t', 't end') and float(e[1]['title'].split()[0]) == 0 for e in spans)
 
 
-@pytest.mark.parametrize('path, words', [('none/p.html', 'No such file'), ('data', 'is no file'), ('/dev/null', 'is no file'),
-                                         ('taken.html', 'Is a directory'), ('r.py/p.html', 'Not a directory'), ('x' * 300, 'name too long')])
-def test_a_page_that_cannot_be_written_is_refused_before_it_waits_for_samples(tmp_path, monkeypatch, path, words):
+@pytest.fixture
+def old(tmp_path, monkeypatch):
+    """A folder with an old page, which stands there unchanged in the end."""
     monkeypatch.chdir(tmp_path)
+    tmp_path.joinpath('p.html').write_text('old')
+    os.makedirs('data')
+    os.makedirs('taken.html.tmp')
+    yield tmp_path
+    assert tmp_path.joinpath('p.html').read_text() == 'old'
+    assert {path.name for path in tmp_path.iterdir()} <= {'data', 'p.html', 's.jsonl', 'taken.html.tmp'}
+
+
+@pytest.mark.parametrize('path, words', [
+    ('none/p.html', 'No such file'), ('data', 'is no file'), ('/dev/null', 'is no file'), ('x' * 300, 'name too long'),
+    ('taken.html', 'Is a directory'), ('p.html/q.html', 'Not a directory')])
+def test_a_page_that_cannot_be_written_is_refused_before_it_waits_for_samples(old, monkeypatch, path, words):
     monkeypatch.setattr(page, 'read_samples', lambda *_: pytest.fail('it waited'))
-    for name in ('data', 'taken.html.tmp'):
-        tmp_path.joinpath(name).mkdir()
-    tmp_path.joinpath('r.py').write_text('')
     with pytest.raises(config.UserError) as caught:
         page.main([path])
-    assert words in caught.value.message and os.path.basename(path) in caught.value.message and '\n' not in caught.value.message
-    assert sorted(p.name for p in tmp_path.iterdir()) == ['data', 'r.py', 'taken.html.tmp']
+    message = caught.value.message
+    assert words in message and os.path.basename(path) in message and '\n' not in message
 
 
-@pytest.mark.parametrize('lines', ['', 'no JSON\n', '3\n', '{"prompt": "a"}\n', '{"summary": {}}\n', '[' * 100_000,
-                                   '{"prompt": "", "sample": 0, "before": {"text": ""}, "after": {"text": ""}}\n{"summary": {}}\n'])
-def test_what_is_no_output_of_sample_py_is_one_line_and_leaves_the_old_page(tmp_path, monkeypatch, lines):
-    monkeypatch.chdir(tmp_path)
-    tmp_path.joinpath('p.html').write_text('old')
-    tmp_path.joinpath('s.jsonl').write_text(lines)
-    with pytest.raises(config.UserError, match='s.jsonl is not the whole output of sample.py --json'):
-        page.main(['p.html', 's.jsonl'])
-    for arguments, words in ((['p.html', 'none.jsonl'], 'none.jsonl cannot be read'), ([], 'name the page')):
+@pytest.mark.parametrize('lines', [
+    '', 'no JSON\n', '3\n', '{"prompt": "a"}\n', '{"summary": {}}\n', '[' * 100_000,
+    '{"prompt": "", "sample": 0, "before": {"text": ""}, "after": {"text": ""}}\n{"summary": {}}\n'])
+def test_what_is_no_output_of_sample_py_is_one_line_and_leaves_the_old_page(old, lines):
+    old.joinpath('s.jsonl').write_text(lines)
+    for arguments, words in ((['p.html', 's.jsonl'], 's.jsonl is not the whole output of sample.py --json'),
+                             (['p.html', 'none.jsonl'], 'none.jsonl cannot be read'), ([], 'name the page')):
         with pytest.raises(config.UserError, match=words):
             page.main(arguments)
-    assert tmp_path.joinpath('p.html').read_text() == 'old' and len(os.listdir()) == 2
 
 
-def test_a_full_disk_leaves_the_old_page_as_it_was(tmp_path, monkeypatch, write):
-    samples, summary = torture(next(tokenizers(tmp_path / 'd')))
-    tmp_path.joinpath('p.html').write_text('old')
-
+def test_a_full_disk_leaves_the_old_page_as_it_was(old, monkeypatch, write):
     def full(*_):
         raise OSError(errno.ENOSPC, 'No space left on device')
+    samples, summary = torture(next(tokenizers(old / 'data')))
     monkeypatch.setattr(os, 'replace', full)
     with pytest.raises(config.UserError, match='No space left'):
-        write('\n'.join(map(json.dumps, [*samples, dict(summary=summary)])), str(tmp_path / 'p.html'))
-    assert tmp_path.joinpath('p.html').read_text() == 'old' and not tmp_path.joinpath('p.html.tmp').exists()
+        write('\n'.join(map(json.dumps, [*samples, dict(summary=summary)])), 'p.html')
 
 
 # -----------------------------------------------------------------------------
