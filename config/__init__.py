@@ -45,6 +45,17 @@ def need(condition, message):
         raise UserError(message)
 
 
+@contextlib.contextmanager
+def one_line(what, path=''):
+    """Whatever goes wrong in here becomes one line: what, the error, and the line of the user's file `path`."""
+    try:
+        yield
+    except Exception as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+        where = f' ({path} line {lines[-1]})' if lines else ''
+        raise UserError(f'{what}: {type(error).__name__}: {str(error)[:300]}{where}') from None
+
+
 def run(main):
     """Call main(). End with one line on stderr where the user, a full disk or a closed pipe stopped it."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)        # Ctrl-C just ends it, until there is something to save

@@ -8,9 +8,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from config import need
+from config import need, one_line
 from nanodpo.data import Sampled, batches, distinct_prompts, row_limit
-from nanodpo.sources import one_line
 
 
 def draw_responses(model, prompts, meta, room, batch_size, seed, max_new_tokens=None, number=0, desc='', **knobs):
