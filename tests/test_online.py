@@ -194,7 +194,7 @@ def test_a_reward_models_rewards_equal_one_response_at_a_time(experiment):
     (['--reward=nowhere.py'], 'reward nowhere.py is neither'),
     (['--reward=empty.py'], 'defines no function reward(prompts, responses)'),
     (['--reward=short.py'], 'true_reward has 1 results, 1 of them finite, for 144 responses'),
-    (['--reward=nan.py'], 'of them finite, for 144 responses'),
+    (['--reward=nan.py'], 'true_reward has 1 results, 0 of them finite, for 1 responses'),
     (['--reward=flat.py'], 'no pairs for train: all 3 samples of each of its 48 prompts have equal rewards'),
     (['--reward=out/tiny/sft'], 'step-000001.pt is no reward model'),
     (['--reward=out/foreign'], 'was trained with another tokenizer'),
