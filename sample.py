@@ -104,8 +104,8 @@ def measure(cfg, groups, models, beta, score, tokenizer, worker):
 
 
 def summarize(cfg, samples, beta):
-    """{side: {name: {'mean', 'error'}}} of all samples. AFTER has its KL, too, where it draws from itself unchanged."""
-    summary = {'prompts': len(samples) // cfg.num_samples, 'samples': len(samples), 'beta': beta, 'config': asdict(cfg)}
+    """{side: {name: {'mean', 'error'}}} of all samples. AFTER has its KL, too, unless a knob narrows its draws."""
+    summary = dict(prompts=len(samples) // cfg.num_samples, samples=len(samples), beta=beta, config=asdict(cfg))
     for side in SIDES:
         names = [name for name in samples[0][side] if name not in ('text', 'pieces')]
         values = {name: [sample[side][name] for sample in samples] for name in names}
@@ -201,8 +201,8 @@ def main(argv=None):
     prompts = [ids[-longest:] for ids in prompts for _ in range(cfg.num_samples)]
     knobs = {key: getattr(cfg, key) for key in ('max_new_tokens', 'temperature', 'top_k', 'top_p')}
     with worker.autocast:
-        responses = [draw_responses(model, prompts, val.meta, room, cfg.batch_size, cfg.seed, desc=f'responses {side}',
-                                    **knobs) for model, side in zip(models, SIDES)]
+        responses = [draw_responses(model, prompts, val.meta, room, cfg.batch_size, cfg.seed, desc='responses', **knobs)
+                     for model in models]
     samples = measure(cfg, list(zip(prompts, *responses)), models, beta, score, tokenizer, worker)
     summary = summarize(cfg, samples, beta)
     if not cfg.json:

@@ -1,6 +1,6 @@
 """The implicit reward of each token: the numbers, the pieces of text they belong to, and the page that shows them."""
 import errno
-import html.parser
+import html
 import io
 import itertools
 import json
@@ -12,7 +12,10 @@ import shutil
 import subprocess
 import sys
 from contextlib import suppress
+from pathlib import Path
+from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 
 import config
@@ -28,11 +31,6 @@ import page                                             # noqa: E402
 CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome', 'chrome'))), None)
 COLOURS = re.findall(r'--(\w+): (\d+) (\d+) (\d+);', page.STYLE)
 LIGHT, DARK = ({name: tuple(map(int, rgb)) for name, *rgb in half} for half in (COLOURS[:6], COLOURS[6:]))
-
-
-def blend(palette, value):
-    """The background of a tint, from -1 to 1: (r, g, b)."""
-    return tuple(a + (b - a) * abs(value) for a, b in zip(palette['paper'], palette['plus' if value > 0 else 'minus']))
 
 
 def torture(tokenizer):
@@ -53,38 +51,19 @@ def torture(tokenizer):
 
 @pytest.fixture
 def write(monkeypatch):
-    """(what sample.py --json prints, a path) -> the page there, read by a browser, and its text."""
+    """(what sample.py --json prints, a path) -> the page there, read by a browser."""
     def write(lines, path):
         monkeypatch.setattr('sys.stdin', io.StringIO(lines))
         page.main([path])
-        with open(path, encoding='utf-8') as f:
-            text = f.read()
-        return Page(text), text
+        return Page(Path(path).read_text(encoding='utf-8'))
     return write
 
 
-class Page(html.parser.HTMLParser):
-    """A page as a browser reads it: elements in order as [tag, attributes, text inside]."""
+class Page:
+    """A page as its elements, (tag, attributes, text inside). They must be closed in their turn, as in XML."""
     def __init__(self, text):
-        super().__init__()
-        self.elements, self.open = [], []
-        self.feed(text)
-        self.close()
-
-    def handle_starttag(self, tag, attributes):
-        self.elements.append([tag, dict(attributes), ''])
-        if tag not in ('meta',):
-            self.open.append(self.elements[-1])
-
-    def handle_endtag(self, tag):
-        assert self.open.pop()[0] == tag, 'every element is closed in its turn'
-
-    def handle_data(self, data):
-        for element in self.open:
-            element[2] += data
-
-    def handle_comment(self, data):
-        raise AssertionError(f'a comment: {data}')
+        root = ElementTree.fromstring(re.sub('<meta[^>]*>', '', text))
+        self.elements = [(e.tag, e.attrib, ''.join(e.itertext())) for e in root.iter()]
 
     def of(self, name):
         """The elements of a tag or class."""
@@ -150,22 +129,22 @@ def test_the_scale_is_symmetric_and_one_wild_token_does_not_take_it():
 @pytest.mark.parametrize('palette', [LIGHT, DARK], ids=['light', 'dark'])
 def test_text_on_every_tint_meets_wcag_aa_and_the_colour_blind_tell_the_two_sides_apart(palette):
     assert contrast(palette['quiet'], palette['paper']) >= 4.5 and contrast(palette['paper'], palette['ink']) >= 7
-    for sign in (1, -1):
-        tints = [blend(palette, sign * tenth / 10) for tenth in range(11)]
+    paper = np.array(palette['paper'])
+    plus, minus = ([paper + (palette[side] - paper) * tenth / 10 for tenth in range(11)] for side in ('plus', 'minus'))
+    for tints in (plus, minus):
         assert min(contrast(palette['ink'], tint) for tint in tints) >= 4.5
-        away = [math.dist(tint, palette['paper']) for tint in tints]
-        assert all(b - a > 5 for a, b in itertools.pairwise(away)), 'stronger is farther from zero'
-    for share in (0.5, 1):
-        seen = as_seen_by_the_colour_blind(blend(palette, share), blend(palette, -share), palette['paper'])
-        for plus, minus, paper in seen:
-            assert math.dist(plus, minus) > 50 * share
-            assert math.dist(plus, minus) > 0.8 * math.dist(plus, paper), 'not two shades of one colour'
+        away = [math.dist(tint, paper) for tint in tints]
+        assert min(np.diff(away)) > 5, 'stronger is farther from zero'
+    for tenth in (5, 10):
+        for blue, orange, white in as_seen_by_the_colour_blind(plus[tenth], minus[tenth], paper):
+            assert math.dist(blue, orange) > 5 * tenth
+            assert math.dist(blue, orange) > 0.8 * math.dist(blue, white), 'not two shades of one colour'
 
 
 # -----------------------------------------------------------------------------
 # the page
 
-TAGS = {*'html head meta title style body main h1 h2 h3 p b div ol li span i section table'.split(),
+TAGS = {*'html head title style body main h1 h2 h3 p b div ol li span i section table'.split(),
         *'thead tbody tr th td pre script'.split()}
 
 
@@ -174,12 +153,13 @@ def test_whatever_the_texts_hold_the_page_shows_it_and_no_more(tmp_path):
         samples, summary = torture(tokenizer)
         text = page.page_html(samples, summary)
         seen = Page(text)
-        assert not seen.open and {e[0] for e in seen.elements} == TAGS
+        assert {e[0] for e in seen.elements} == TAGS
         assert [e[2] for e in seen.of('script')] == [page.SCRIPT]
         assert text.encode()
         assert not re.search('[\0-\t\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2028\u2029]', text), 'nothing hidden'
         bare = re.sub('>[^<]*<', '><', text)
         assert not re.search(r'(src|href|action|srcset|data)=|url\(|@import|https?:', bare), 'nothing from outside'
+        assert '<!--' not in bare
         prompts = [printable(text.strip('\n')) if text.strip() else '(empty prompt)' for text in TEXTS]
         assert [e[2] for e in seen.of('prompt')] == prompts
         shown = [printable(TEXTS[i]) or '(nothing) ' for n in range(len(TEXTS)) for i in (n, n - 1)]
@@ -194,39 +174,38 @@ def test_whatever_the_texts_hold_the_page_shows_it_and_no_more(tmp_path):
 def test_every_token_has_its_value_and_its_tint(tmp_path):
     for tokenizer in tokenizers(tmp_path / 'd'):
         for text in TEXTS:
-            pieces, ids, values = pieces_of(tokenizer, text)
-            spans = Page(page.response_html(pieces, 0.5)).of('t')
-            assert len(spans) == len(pieces) and 'end' in spans[-1][1]['class'].split() and spans[-1][2] == 'end'
-            listed = []
-            for (_, rewards), (_, attributes, _) in zip(pieces, spans):
-                title, reward = attributes['title'], sum(rewards)
-                assert title.split()[0] == f'{reward:+.3f}'
-                each = re.fullmatch(r'(\S+)( \((\d+) tokens: (.*)\))?', title)
-                listed += each[4].split(', ') if each[2] else [each[1]]
-                assert not each[2] or int(each[3]) == len(rewards)
+            pieces, _, values = pieces_of(tokenizer, text)
+            spans, listed = Page(f'<p>{page.response_html(pieces, 0.5)}</p>').of('t'), []
+            for (text, rewards), (_, attributes, shown) in zip(pieces, spans, strict=True):
+                reward = sum(rewards)
+                total, *tokens = re.findall(r'[+-][\d.]+', attributes['title'])
+                listed += tokens or [total]
+                assert total == f'{reward:+.3f}'
+                assert not tokens or f'({len(rewards)} tokens: ' in attributes['title']
                 share = 10 * round(10 * min(1, abs(reward) / 0.5))
                 assert attributes.get('style') == (f'--share: {share}%' if share else None)
-                assert attributes['class'].split()[1:2] == (['plus' if reward > 0 else 'minus'] if share else
-                                                            ['end'] if attributes is spans[-1][1] else [])
+                sign = [] if not share else ['plus'] if reward > 0 else ['minus']
+                assert attributes['class'].split() == ['t', *sign] + (['end'] if text is None else [])
+                assert shown == 'end' or text is not None
             assert listed == [f'{v:+.3f}' for v in values]
-    assert '.plus { background: rgb(var(--plus) / var(--share)); }' in page.STYLE
-    assert '.minus { background: rgb(var(--minus) / var(--share)); }' in page.STYLE
+    for side in ('plus', 'minus'):
+        assert f'.{side} {{ background: rgb(var(--{side}) / var(--share)); }}' in page.STYLE
 
 
 def test_the_page_of_a_run_holds_its_samples_its_table_and_its_settings(trained, capsys, write):    # noqa: F811
     trained.joinpath('r.py').write_text('def reward(p, r): return [len(x) for x in r]')
-    lines = run(capsys, '--json', '--num_prompts=5', '--num_samples=2', '--reward=r.py', '--max_new_tokens=30', '--show=7')
+    flags = ['--num_prompts=5', '--num_samples=2', '--reward=r.py', '--max_new_tokens=30', '--show=7']
+    lines = run(capsys, '--json', *flags)
     *samples, last = map(json.loads, lines.splitlines())
-    (seen, text), summary = write(lines, 'a&b.html'), last['summary']
-    assert len(seen.of('prompt')) == 5 and len(seen.of('response')) == 14
-    shown = [samples[i] for i in (0, 1, 2, 3, 4, 6, 8)]        # a sample of each prompt, then further ones; together on the page
+    seen, summary = write(lines, 'a&b.html'), last['summary']
+    shown = [samples[i] for i in (0, 1, 2, 3, 4, 6, 8)]     # one of each prompt, then further ones, side by side
     sides = [s[side] for s in shown for side in ('before', 'after')]
+    assert [e[2] for e in seen.of('prompt')] == [printable(s['prompt'].strip('\n')) for s in samples[::2]]
     for numbers, response, side in zip(seen.of('numbers'), seen.of('response'), sides, strict=True):
-        assert numbers[2] == ' · '.join([f'implicit {side["implicit_reward"]:+.2f}', f'true {side["true_reward"]:+.2f}',
-                                         f'{side["tokens"]} tokens' + ('' if side['ended'] else ', no end')])
+        end = '' if side['ended'] else ', no end'
+        assert numbers[2] == (f'implicit {side["implicit_reward"]:+.2f} · true {side["true_reward"]:+.2f} · '
+                              f'{side["tokens"]} tokens{end}')
         assert response[2].removesuffix('end') == (printable(side['text']) or '(nothing) ')
-    titles = re.findall(r'class="t[^>]* title="(\S+?)[ "]', text.split('<h3>')[2])
-    assert sum(map(float, titles)) == pytest.approx(shown[0]['after']['implicit_reward'], abs=0.0005 * len(titles))
     cells = [e[2] for e in seen.of('td')]
     for name, side in itertools.product(('implicit_reward', 'true_reward', 'tokens'), ('before', 'after')):
         assert f'{summary[side][name]["mean"]:,.3f} ±{summary[side][name]["error"]:.3f}' in cells
@@ -235,8 +214,8 @@ def test_the_page_of_a_run_holds_its_samples_its_table_and_its_settings(trained,
 
 
 def test_a_page_without_samples_and_one_of_equal_models(trained, capsys, write):            # noqa: F811
-    assert not write(run(capsys, '--json', '--show=0'), 'p.html')[0].of('t')
-    spans = write(run(capsys, '--json', '--after=out/tiny/sft'), 'p.html')[0].of('t')
+    assert not write(run(capsys, '--json', '--show=0'), 'p.html').of('t')
+    spans = write(run(capsys, '--json', '--after=out/tiny/sft'), 'p.html').of('t')
     assert spans and all(e[1]['class'] in ('t', 't end') and float(e[1]['title'].split()[0]) == 0 for e in spans)
 
 
@@ -290,20 +269,20 @@ PROBE = """<!DOCTYPE html><title>probe</title><iframe width="WIDTH" height="800"
 const frame = document.querySelector('iframe')
 frame.onload = () => {
     const page = frame.contentDocument, view = frame.contentWindow, root = page.scrollingElement
+    const width = content => {
+        const copy = page.createElement('div')
+        copy.className = 'response'
+        copy.style = 'position: absolute; visibility: hidden; white-space: pre; width: max-content'
+        root.append(copy)
+        copy.append(...content)
+        const width = copy.getBoundingClientRect().width
+        copy.remove()
+        return width
+    }
     const widths = [...page.querySelectorAll('.response')].map(p => {       // with and without spans around the tokens
-        const both = [p.innerHTML.replaceAll('<i></i>', ''), ''].map(inner => {
-            const copy = page.createElement('div')
-            copy.className = 'response'
-            copy.style = 'position: absolute; visibility: hidden; white-space: pre; width: max-content'
-            copy.innerHTML = inner
-            if (!inner) copy.textContent = [...p.childNodes].filter(n => !n.matches('.end')).map(n => n.textContent).join('')
-            copy.querySelector('.end')?.remove()
-            root.append(copy)
-            const width = copy.getBoundingClientRect().width
-            copy.remove()
-            return width
-        })
-        return both
+        const tokens = [...p.cloneNode(true).childNodes].filter(node => !node.matches('.end'))
+        tokens.forEach(node => node.querySelectorAll('i').forEach(mark => mark.remove()))
+        return [width([tokens.map(node => node.textContent).join('')]), width(tokens)]
     })
     const token = page.querySelector('.t'), bar = page.querySelector('[role=status]')
     const pair = page.querySelector('.pair').children
@@ -328,25 +307,25 @@ frame.srcdoc = PAGE
 def test_a_browser_shows_the_page_as_meant(tmp_path, width, dark):
     *_, tokenizer = tokenizers(tmp_path / 'd')
     shown = json.dumps(page.page_html(*torture(tokenizer))).replace('</', '<\\/').replace('<!--', '<\\u0021--')
-    tmp_path.joinpath('probe.html').write_text(PROBE.replace('WIDTH', str(width)).replace('PAGE', shown), encoding='utf-8')
-    done = subprocess.run([CHROMIUM, '--headless', '--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run',
-                           '--disable-background-networking', '--disable-component-update', '--disable-sync', '--window-size=1400,900',
-                           f'--user-data-dir={tmp_path}/profile', f'--blink-settings=preferredColorScheme={int(not dark)}',
-                           '--virtual-time-budget=3000', '--dump-dom', f'file://{tmp_path}/probe.html'],
-                          capture_output=True, text=True, timeout=120)
-    found = re.search(r'<pre id="out">(.+?)</pre>', done.stdout, re.S)
-    assert found, done.stderr
-    seen, palette = json.loads(html.unescape(found[1])), DARK if dark else LIGHT
+    probe = PROBE.replace('WIDTH', str(width)).replace('PAGE', shown)
+    tmp_path.joinpath('probe.html').write_text(probe, encoding='utf-8')
+    quiet = ['gpu', 'quic', 'background-networking', 'component-update', 'sync']
+    done = subprocess.run([CHROMIUM, '--headless', '--no-sandbox', '--no-first-run', '--window-size=1400,900',
+                           *(f'--disable-{part}' for part in quiet), f'--user-data-dir={tmp_path}/profile',
+                           f'--blink-settings=preferredColorScheme={int(not dark)}', '--virtual-time-budget=3000',
+                           '--dump-dom', f'file://{tmp_path}/probe.html'], capture_output=True, text=True, timeout=120)
+    out = re.search(r'<pre id="out">(.+?)</pre>', done.stdout, re.S)
+    assert out, done.stderr
+    seen, palette = json.loads(html.unescape(out[1])), DARK if dark else LIGHT
     assert not seen['pwned'] and seen['title'] == f'</title>{ATTACK}: before and after', 'no script of the data ran'
     assert seen['width'] <= seen['room'] <= width, 'nothing to scroll sideways'
     assert seen['columns'] is (width > 800)
     assert seen['bar'] == 'implicit reward ' + seen['token'] and seen['shown'] == 'visible', 'a tap shows the value'
     assert [seen[key] for key in ('paper', 'ink')] == [f'rgb{palette["paper"]}', f'rgb{palette["ink"]}']
-    for tenth, tint in zip(range(-10, 11), seen['tints'], strict=True):
-        rgb, alpha = palette['plus' if tenth > 0 else 'minus'], abs(tenth) / 10
-        opaque = f'rgb({rgb[0]}, {rgb[1]}, {rgb[2]})'
-        assert tint == (opaque if alpha == 1 else f'rgba{(*rgb, alpha)}' if alpha else 'rgba(0, 0, 0, 0)')
-    assert [d for d in seen['directions'] if d == 'rtl'] == ['rtl'] * 2 and seen['directions'][1:3] == ['rtl'] * 2
+    shares = [tenth / 10 for tenth in range(1, 10)]
+    minus, plus = ([f'rgba{(*palette[side], share)}' for share in shares] for side in ('minus', 'plus'))
+    assert seen['tints'] == [f'rgb{palette["minus"]}', *minus[::-1], 'rgba(0, 0, 0, 0)', *plus, f'rgb{palette["plus"]}']
+    assert [i for i, direction in enumerate(seen['directions']) if direction == 'rtl'] == [1, 2]
     assert abs(seen['indent']) < 1, 'each paragraph has its own direction'
-    for tinted, plain in seen['widths']:
+    for plain, tinted in seen['widths']:
         assert tinted == pytest.approx(plain, rel=0.003), 'spans do not break ligatures, joined letters, emoji'

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 import config
 import sample
-from conftest import VOCAB, run_stage, small_gpt, write_data
+from conftest import VOCAB, small_gpt, write_data
 from model import draw
 from nanodpo import checkpoint, losses, terminal
 from nanodpo.data import Groups, distinct_prompts, read_meta, write_meta
@@ -48,8 +48,9 @@ def run(capsys, *flags):
 
 
 def run_json(capsys, *flags):
-    """sample.main with --json. -> its samples and its summary"""
+    """sample.main with --json, which is all that stands on stdout. -> its samples and its summary"""
     *samples, last = map(json.loads, run(capsys, '--json', *flags).splitlines())
+    assert list(last) == ['summary']
     return samples, last['summary']
 
 
@@ -75,16 +76,13 @@ def independent_logps(net, prompt, response):
 
 
 def allowed(logits, temperature, top_k, top_p):
-    """Probabilities (V,) after temperature, top-k and top-p, by loops over a sorted list."""
-    p = (logits / temperature).softmax(-1).tolist()
-    order = sorted(range(len(p)), key=lambda i: -p[i])
-    kept, mass = [], 0.0
-    total = sum(p[i] for i in order[:top_k or None])
-    for i in order[:top_k or None]:
-        if mass < top_p:
-            kept.append(i)
-        mass += p[i] / total
-    return np.array([p[i] if i in kept else 0.0 for i in range(len(p))]) / sum(p[i] for i in kept)
+    """Probabilities (V,) after temperature, top-k and top-p, from one sorted list."""
+    p = (logits / temperature).softmax(-1).numpy()
+    order = np.argsort(-p)[:top_k or None]
+    before = p[order].cumsum() - p[order]
+    kept = np.zeros_like(p)
+    kept[order[before < top_p * p[order].sum()]] = 1
+    return kept * p / (kept * p).sum()
 
 
 def sample_slowly(net, prompts, n, end, seed, vocab_size=None, temperature=1.0, top_k=0, top_p=1.0):
@@ -112,7 +110,8 @@ PROMPTS = [[5], [7, 200, 31, 4, 4, 9], [80, 81, 82], list(range(40, 60))]
 # the generator
 
 @pytest.mark.parametrize('options', [dict(temperature=0), dict(), dict(temperature=0.6, top_k=20), dict(top_p=0.8),
-                                     dict(temperature=1.5, top_k=50, top_p=0.7)], ids=str)
+                                     dict(temperature=1.5, top_k=50, top_p=0.7), dict(top_p=1e-9),
+                                     dict(temperature=0.01)], ids=str)
 def test_cached_batched_generation_equals_one_token_at_a_time_without_cache(options):
     net = small_gpt(3)
     fast = net.generate(PROMPTS, 15, END, seed=11, **options)
@@ -121,8 +120,7 @@ def test_cached_batched_generation_equals_one_token_at_a_time_without_cache(opti
     assert net.generate(PROMPTS, 15, END, top_k=1) == net.generate(PROMPTS, 15, END, temperature=0), 'both are greedy'
 
 
-@pytest.mark.parametrize('options', [dict(), dict(top_k=7), dict(top_p=0.6), dict(top_p=1e-9), dict(temperature=0.01),
-                                     dict(temperature=2.0, top_k=30, top_p=0.9)], ids=str)
+@pytest.mark.parametrize('options', [dict(), dict(top_k=7), dict(top_p=0.6), dict(temperature=2, top_k=30, top_p=0.9)])
 def test_draw_has_the_frequencies_of_the_allowed_set_and_never_leaves_it(options):
     logits, n = 2 * torch.randn(60, generator=torch.Generator().manual_seed(0)), 20_000
     expected = allowed(logits.double(), **dict(temperature=1.0, top_k=0, top_p=1.0) | options)
@@ -177,12 +175,14 @@ def scored(trained, capsys, monkeypatch):
             for side, ids in zip(('before', 'after'), responses):
                 ratio = independent_logps(after, prompt, ids) - independent_logps(before, prompt, ids)
                 ratios.append(ratio.sum())
-                np.testing.assert_allclose(np.concatenate([values for _, values in s[side]['pieces']]), beta * ratio, atol=2e-5)
+                texts, rewards = zip(*s[side]['pieces'])
+                np.testing.assert_allclose(np.concatenate(rewards), beta * ratio, atol=2e-5)
                 assert s[side]['implicit_reward'] == pytest.approx(beta * ratios[-1], abs=1e-4)
                 assert (s[side]['tokens'], s[side]['ended']) == (len(ids), ids[-1] == END)
+                assert ''.join(text or '' for text in texts) == s[side]['text']
+                assert (texts[-1] is None) == s[side]['ended']
                 assert END not in ids[:-1] and '<|endoftext|>' not in s[side]['text']
-        longest = max(len(prompt) + len(ids) for prompt, *responses in drawn[0] for ids in responses)
-        return summary, ratios, longest
+        return summary, ratios, max(len(prompt + ids) for prompt, *responses in drawn[0] for ids in responses)
     monkeypatch.setattr(sample, 'token_logps_of', token_logps_of)
     return scored
 
@@ -191,8 +191,8 @@ def test_implicit_rewards_equal_one_sequence_at_a_time_up_to_the_last_position(s
     flags = ['--num_prompts=7', '--num_samples=3', '--max_new_tokens=60', '--batch_size=5']
     summary, ratios, longest = scored(small_gpt(0), small_gpt(1), 0.25, *flags)                  # the beta of AFTER
     by_prompt = np.reshape(ratios[1::2], (7, 3)).mean(1)
-    kl = summary['after']['kl']
     assert longest == 64
+    kl = summary['after']['kl']
     assert kl['mean'] == pytest.approx(by_prompt.mean(), abs=1e-3)
     assert kl['error'] == pytest.approx(by_prompt.std(ddof=1) / 7**0.5, abs=1e-3)
 
@@ -227,8 +227,8 @@ def test_the_same_weights_give_the_same_texts_zero_reward_and_no_kl(trained, cap
 
 
 def test_json_lines_hold_what_the_table_sums_up(trained, capsys):
-    trained.joinpath('r.py').write_text('def reward(p, r): print("hi"); return [len(x) for x in r]\n'
-                                        'def metrics(p, r): return dict(short=[len(x) < 9 for x in r], one=[1.5] * len(r))')
+    trained.joinpath('r.py').write_text('def reward(p, r): print("hi"); return [len(x) for x in r]\ndef metrics(p, r): '
+                                        'return dict(short=[len(x) < 9 for x in r], one=[1.5] * len(r))')
     flags = ['--reward=r.py', '--num_prompts=9', '--num_samples=2', '--beta=2']
     samples, summary = run_json(capsys, *flags)
     assert (len(samples), summary['samples'], summary['prompts'], summary['beta']) == (18, 18, 9, 2)
@@ -238,11 +238,6 @@ def test_json_lines_hold_what_the_table_sums_up(trained, capsys):
             assert summary[side][name]['mean'] == pytest.approx(np.mean([s[side][name] for s in samples]))
         assert all(s[side]['true_reward'] == len(s[side]['text']) for s in samples)
         assert all(s[side]['short'] is (len(s[side]['text']) < 9) for s in samples)
-        for response in (s[side] for s in samples):
-            texts, rewards = zip(*response['pieces'])
-            assert ''.join(text or '' for text in texts) == response['text'] and (texts[-1] is None) == response['ended']
-            assert sum(map(len, rewards)) == response['tokens']
-            assert sum(map(sum, rewards)) == pytest.approx(response['implicit_reward'], abs=1e-6 * response['tokens'])
     table = run(capsys, *flags)
     shares = [f'{summary[side]["short"]["mean"]:.1%}' for side in ('before', 'after')]
     assert re.search(rf'^short +{shares[0]} +{shares[1]}$', table, re.M)
@@ -285,13 +280,21 @@ def test_prompts_of_val_are_distinct_and_more_extend_fewer(tmp_path):
     assert sorted(prompts) == [[i] for i in range(1, 7)] and distinct_prompts(groups, 4, 0) == prompts[:4]
 
 
-def test_a_long_prompt_is_cut_from_the_left_and_it_says_so(trained, capsys):
-    long = ''.join(chr(97 + i % 26) for i in range(100))
-    assert 'cut from the left' in ' '.join(run(capsys, f'--prompt={long}').split())
-    (s,), _ = run_json(capsys, f'--prompt={long}')
-    assert s['prompt'] == long[-52:] and s['after']['tokens'] == 12
-    (s,), _ = run_json(capsys, f'--prompt={long}', '--max_new_tokens=1000')
-    assert s['prompt'] == long[-32:] and 1 <= s['after']['tokens'] <= 32
+LONG = ''.join(chr(97 + i % 26) for i in range(100))
+
+
+@pytest.mark.parametrize('prompt, n, template, shown, words', [
+    ('', 12, '{prompt}', '', '(empty prompt)'),                                     # from the end token
+    (LONG, 12, '{prompt}', LONG[-52:], 'cut from the left'), (LONG, 1000, '{prompt}', LONG[-32:], 'cut from the left'),
+    ('why?', 12, '<|endoftext|>Q: {prompt}\nA:', 'Q: why?\nA:', ''),
+    ('Q: why?\nA:', 12, '<|endoftext|>Q: {prompt}\nA:', 'Q: why?\nA:', ''),
+])
+def test_a_prompt_goes_into_the_template_and_is_cut_from_the_left(trained, capsys, prompt, n, template, shown, words):
+    write_meta(trained / 'data/tiny', read_meta(trained / 'data/tiny') | dict(template=template))
+    flags = [f'--prompt={prompt}', f'--max_new_tokens={n}']
+    (s,), _ = run_json(capsys, *flags)
+    assert s['prompt'] == shown and 0 < s['after']['tokens'] <= 64 - len(shown)
+    assert words in ' '.join(run(capsys, *flags).split())
 
 
 @pytest.mark.parametrize('name, content, expected', [
@@ -318,27 +321,13 @@ def test_a_bad_prompts_file_is_one_line(trained, name, content, words):
     assert words in error(f'--prompts_file={name}')
 
 
-def test_an_empty_prompt_samples_from_the_end_token(trained, capsys):
-    (s,), _ = run_json(capsys, '--prompt=')
-    assert s['prompt'] == '' and s['after']['tokens'] > 0
-    assert '(empty prompt)' in run(capsys, '--prompt=')
-
-
-def test_the_template_goes_around_a_prompt_as_in_training(trained, capsys):
-    folder = trained / 'data/tiny'
-    write_meta(folder, read_meta(folder) | dict(template='<|endoftext|>Q: {prompt}\nA:'))
-    for prompt in ('why?', 'Q: why?\nA:'):
-        (s,), _ = run_json(capsys, f'--prompt={prompt}')
-        assert s['prompt'] == 'Q: why?\nA:'
-
-
 # -----------------------------------------------------------------------------
 # mistakes
 
 @pytest.mark.parametrize('code, words', [
-    (None, 'No such file'), ('def reword(p, r): return [0] * len(r)', 'defines no function reward'), ('1 +', 'SyntaxError'),
-    ('import nothing_of_that_name', 'r.py line 1'), ('def reward(p, r): return [0]', '1 results, 1 of them finite, for 8'),
-    ('def reward(p, r): return [0] * 7 + [float("nan")]', '8 results, 7 of them finite'), ('def reward(p): 0', 'TypeError'),
+    (None, 'No such file'), ('def reword(p, r): return [0]', 'defines no function reward'), ('1 +', 'SyntaxError'),
+    ('import nothing_like_it', 'r.py line 1'), ('def reward(p, r): return [0]', '1 results, 1 of them finite, for 8'),
+    ('def reward(p, r): return [0] * 7 + [float("nan")]', '8 results, 7 of them'), ('def reward(p): 0', 'TypeError'),
     ('def reward(p, r): return [0] * 7 + [float("inf")]', '7 of them finite'),
     ('def reward(p, r):\n  return 1 / 0', 'ZeroDivisionError: division by zero (r.py line 2)'),
     ('def reward(p, r): return 3', 'TypeError'), ('def reward(p, r): return ["good"] * 8', 'ValueError'),
@@ -356,18 +345,11 @@ def test_a_bad_reward_file_is_one_line(trained, code, words):
 def test_other_mistakes_are_one_line(trained):
     assert 'keep one' in error('--prompt=a', '--prompts_file=b')
     assert 'neither a checkpoint' in error('--after=out')
-    save('wide', small_gpt(vocab_size=500))
-    assert 'vocabulary mismatch' in error('--before=out/tiny/wide')
-    save('short', small_gpt(block_size=32))
-    assert 'positions' in error('--after=out/tiny/short')
     save('foreign', small_gpt(), vocabulary='gpt2')
-    assert 'another tokenizer' in error('--after=out/tiny/foreign')
-    trained.joinpath('out/tiny/dpo/step-000001.pt').write_bytes(b'cut')
-    assert 'damaged' in error()
+    assert 'another tokenizer' in error('--after=out/tiny/foreign') and 'another' in error('--before=out/tiny/foreign')
     os.remove('out/tiny/dpo/step-000001.json')
     assert re.search('dpo holds no checkpoint: run dpo.py .* out/tiny/sft', error())
     assert 'prepare_prefs.py' in error('--name=none')
-
 
 
 # -----------------------------------------------------------------------------
@@ -376,7 +358,8 @@ def test_other_mistakes_are_one_line(trained):
 ENGLAND = '\U0001f3f4\U000e0067\U000e0062\U000e0065\U000e006e\U000e0067\U000e007f'
 FAMILY, RAINBOW, GERMANY, FRANCE, THUMB = '👨\u200d👩\u200d👧\u200d👦', '🏳\ufe0f\u200d🌈', '🇩🇪', '🇫🇷', '👍🏽'
 HINDI, ACCENT, KEYCAP = 'स्ते', 'e\u0301', '1\ufe0f\u20e3'
-ATTACK = '<script>document.title="pwned"</script><img src=x onerror="document.title=\'pwned\'"></p></main><!-- </textarea> &amp; "\''
+ATTACK = ('<script>document.title="pwned"</script><img src=x onerror="document.title=\'pwned\'"></p></main>'
+          '<!-- </textarea> &amp; "\'')
 TEXTS = [f'{FAMILY} family, {ENGLAND} and {GERMANY}{FRANCE} flags, {THUMB} {RAINBOW} {ACCENT}a\u0308 {KEYCAP} 🎬🎬',
          'مرحبا بالعالم، هذا نص عربي with English inside 123 وأرقام.\n\nand English after it',
          'שלום עולם! with (parentheses) וסימנים — 42%.', f'नम{HINDI} दुनिया ภาษาไทย', ATTACK, '', ' \n ',
@@ -401,21 +384,16 @@ def pieces_of(tokenizer, text, seed=0):
     return token_pieces(tokenizer, ids, values), ids, values
 
 
-def width_of(line):
+def width_of(cells):
     return sum(2 if unicodedata.east_asian_width(c) in ('W', 'F') else unicodedata.category(c) not in ('Mn', 'Me', 'Cf')
-               for c in line)
+               for c, *_ in cells)
 
 
 def cells_of(line):
-    """A line with escapes as [(character, its style)]."""
-    cells, style = [], ''
-    for escape, c in re.findall(r'\x1b\[([\d;]*)m|(.)', line):
-        if c:
-            cells.append((c, style))
-        else:
-            style = '' if escape == '0' else escape
-    assert style == '', 'a style ends with its line'
-    return cells
+    """A line with escapes as [(character, its style)]. A style ends with its line."""
+    assert re.fullmatch(r'(\x1b\[[\d;]+m[^\x1b]*\x1b\[0m|[^\x1b])*', line)
+    runs = re.findall(r'\x1b\[([\d;]+)m([^\x1b]*)\x1b\[0m|([^\x1b]+)', line)
+    return [(c, style) for style, styled_text, plain in runs for c in styled_text or plain]
 
 
 @pytest.fixture
@@ -433,17 +411,17 @@ def test_two_columns_hold_every_character_in_its_tint_and_fit(colours, tmp_path,
     for tokenizer in tokenizers(tmp_path / 'd'):
         for left, right in zip(TEXTS, TEXTS[1:] + TEXTS[:1]):
             texts = [tinted(pieces_of(tokenizer, text)[0], 0.5) for text in (left, right)]
-            say_side_by_side(*([styled(side, BOLD), text, numbers] for side, text in zip(('BEFORE', 'AFTER'), texts)))
+            say_side_by_side(*([styled('BEFORE', BOLD), text, numbers] for text in texts))
             shown = [], []
             for line in map(cells_of, capsys.readouterr().out.splitlines()):
-                text = ''.join(c for c, _ in line)
-                assert width_of(text) <= width
-                bar = next(i for i in range(len(text)) if width_of(text[:i]) == (width - 3) // 2 and text[i:i + 2] == ' |')
+                assert width_of(line) <= width
+                half = [i for i in range(len(line)) if width_of(line[:i]) == (width - 3) // 2]
+                bar = next(i for i in half if line[i + 1][0] == '|')
                 shown[0].extend(line[:bar])
                 shown[1].extend(line[bar + 3:])
             for cells, wanted in zip(shown, texts):         # the titles and numbers are bold and dim
-                assert [p for p in cells if p[1] not in (BOLD, DIM) and not p[0].isspace()] == [
-                    p for p in wanted if not p[0].isspace()]
+                cells = [(c, style) for c, style in cells if style not in (BOLD, DIM) and not c.isspace()]
+                assert cells == [(c, style) for c, style in wanted if not c.isspace()]
 
 
 def test_a_tinted_response_is_its_text_with_line_breaks_and_the_end_marked(colours, tmp_path):
@@ -451,7 +429,8 @@ def test_a_tinted_response_is_its_text_with_line_breaks_and_the_end_marked(colou
     for text in TEXTS:
         letters = tinted(pieces_of(tokenizer, text)[0], 0.5)
         assert ''.join(c for c, _ in letters) == (printable(text).replace('\n', '↵\n') + '∎').strip()
-        assert not [c for c, _ in letters if c != '\n' and unicodedata.category(c) in ('Cc', 'Cs', 'Zl', 'Zp') or c == '\u202e']
+        hidden = {c for c, _ in letters if unicodedata.category(c) in ('Cc', 'Cs', 'Zl', 'Zp') or c == '\u202e'}
+        assert hidden <= {'\n'}
     letters = tinted([(' a', [0.5]), ('b', [-0.25, -0.25]), ('c', [0.01]), (None, [0.2])], 0.5)
     assert ''.join(c for c, _ in letters) == 'abc∎'
     styles = [style for _, style in letters]
@@ -496,20 +475,21 @@ def test_tints_of_the_terminal_set_both_colours_and_can_be_read_by_the_colour_bl
 @pytest.mark.parametrize('width', ['24', '60', '100'])
 def test_every_printed_line_fits_and_without_colours_it_holds_no_escape(trained, colours, capsys, monkeypatch, width):
     monkeypatch.setenv('COLUMNS', width)
-    trained.joinpath('r.py').write_text('def reward(p, r): return [-1234.5] * len(r)\n'
-                                        'def metrics(p, r): return {"a metric with a long name \\x1b": [True] * len(r)}')
+    trained.joinpath('r.py').write_text('def reward(p, r): return [-1234.5] * len(r)\ndef metrics(p, r): '
+                                        'return {"a metric with a long name \\x1b": [True] * len(r)}')
     flags = ['--num_prompts=10', '--show=10', '--max_new_tokens=60', '--reward=r.py']
-    tinted_lines = run(capsys, *flags).split('\n')
-    for part in ('\x1b[38;5;16;48;5;', '\x1b[1mBEFORE', 'a token is'):
-        assert any(part in line for line in tinted_lines)
-    assert max(width_of(''.join(c for c, _ in cells_of(line))) for line in tinted_lines) <= int(width)
+    lines = [cells_of(line) for line in run(capsys, *flags).split('\n')]
+    assert max(map(width_of, lines)) <= int(width)
+    styles = {style for line in lines for _, style in line}
+    assert {'', BOLD, DIM, tint(1), tint(-1)} <= styles
+    assert 'a token is' in ''.join(c for line in lines for c, _ in line)
     for name, value in (('NO_COLOR', '1'), ('TERM', 'dumb')):
         with monkeypatch.context() as m:
             m.setenv(name, value)
             plain = run(capsys, *flags)
         assert '\\x' in plain, 'random bytes held control characters'
-        assert max(map(width_of, plain.split('\n'))) <= int(width)
-        assert not [c for c in plain if c != '\n' and unicodedata.category(c) == 'Cc' or c == '∎'] and 'a token is' not in plain
+        assert max(map(width_of, plain.split('\n'))) <= int(width) and 'a token is' not in plain
+        assert not [c for c in plain if c != '\n' and unicodedata.category(c) == 'Cc' or c == '∎']
     assert len(run_json(capsys, *flags)[0]) == 10, 'JSON has none'
 
 
@@ -517,9 +497,3 @@ def test_show_limits_what_is_printed_not_what_is_summed_up(trained, capsys):
     out = run(capsys, '--num_prompts=10', '--show=2')
     assert len(re.findall('^BEFORE', out, re.M)) == 2 and 'samples: 10, prompts: 10' in out
     assert run(capsys, '--num_prompts=10', '--show=0').count('implicit ') == 2      # the config's line and the table's
-
-
-def test_json_is_all_that_stands_on_stdout(trained):
-    done = run_stage('sample.py', '--name=tiny', '--json', '--max_new_tokens=5', cwd=trained)
-    lines = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(lines) == 9 and list(lines[-1]) == ['summary'] and 'num_prompts' in done.stderr
