@@ -191,7 +191,8 @@ def main(argv=None):
     cached = None
     if cfg.precompute_ref:
         score = functools.partial(response_logps, reference)
-        cached = reference_cache.load_or_compute(run, ref_fingerprint, score, [train, val], row_tokens)
+        cached = {groups.split: reference_cache.load_or_compute(run, ref_fingerprint, score, groups, row_tokens)
+                  for groups in (train, val)}
         reference = score = ratios = None                           # its memory is free
 
     @torch.no_grad()

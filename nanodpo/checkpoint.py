@@ -9,12 +9,12 @@ import json
 import os
 import re
 import shutil
-import warnings
 from dataclasses import asdict
+from pathlib import Path
 
 import torch
 
-from config import UserError, need
+from config import UserError, need, one_line
 from model import GPT, GPTConfig
 from nanodpo.data import sha256_file
 
@@ -23,47 +23,34 @@ from nanodpo.data import sha256_file
 # on disk
 
 @contextlib.contextmanager
-def written_aside(*paths):
-    """The names to write to, one a path. At the end they are renamed to the paths, in order; after an error they go."""
-    aside = [path + '.tmp' for path in paths]
+def written_aside(path):
+    """The name to write to. At the end it is renamed to `path`; after an error it is removed."""
     try:
-        yield aside
-        for name, path in zip(aside, paths):
-            os.replace(name, path)
+        yield path + '.tmp'
+        os.replace(path + '.tmp', path)
     finally:
-        for name in aside:
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(name)
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(path + '.tmp')
 
 
 def save(folder, step, model, state, keep=2):
     """Write the model and `state`, tensors and plain Python, as checkpoint `step`. Raises OSError.
 
-    Then all but the last `keep` checkpoints go. So do those of a later step, which a resumed run has left behind.
+    Then only the last `keep` checkpoints up to this step stay.
     """
-    path = os.path.join(folder, f'step-{step:06}.pt')
+    path = os.path.join(folder, f'step-{step:06}')
     state = dict(state, format=1, step=step, model_config=asdict(model.config), model=model.state_dict())
-    with written_aside(path, path[:-3] + '.json') as (weights_file, record_file):
+    with written_aside(path + '.json') as record_file, written_aside(path + '.pt') as weights_file:
         with open(weights_file, 'wb') as f:
             try:
                 torch.save(state, f)
             except RuntimeError as error:       # torch's zip writer hides the disk's own error
-                raise OSError(getattr(error.__context__, 'strerror', None) or str(error)) from None
+                raise OSError(str(error.__context__ or error)) from None
             f.flush()
             os.fsync(f.fileno())
-        with open(record_file, 'w') as f:
-            json.dump(dict(step=step, config=state.get('config'), sha256=sha256_file(weights_file)), f, indent=2)
-    up_to_now = [p for p in find(folder) if step_of(p) <= step]
-    keep_only(folder, up_to_now[-keep:])
-
-
-def keep_only(folder, kept):
-    """Remove all checkpoints of a folder but `kept`, and what a killed run has left half-written or half-removed."""
-    for path in set(find(folder)) - set(kept):
-        os.remove(path[:-3] + '.json')          # first: it makes the weights count
-    for path in glob.glob(os.path.join(glob.escape(folder), 'step-*')):
-        if path not in kept and re.search(r'step-\d+\.(pt|pt\.tmp|json\.tmp)$', path):
-            os.remove(path)
+        record = dict(step=step, config=state.get('config'), sha256=sha256_file(weights_file))
+        Path(record_file).write_text(json.dumps(record, indent=2))
+    keep_only(folder, [p for p in find(folder) if step_of(p) <= step][-keep:])
 
 
 def step_of(path):
@@ -74,133 +61,90 @@ def step_of(path):
 
 def find(folder):
     """The checkpoints of a folder, oldest first: paths of .pt files."""
-    records = [p for p in glob.glob(os.path.join(glob.escape(folder), 'step-*.json')) if step_of(p) is not None]
-    return [p[:-5] + '.pt' for p in sorted(records, key=step_of)]
+    paths = glob.glob(os.path.join(glob.escape(folder), 'step-*.json'))
+    records = [path for path in paths if step_of(path) is not None]
+    return [path[:-5] + '.pt' for path in sorted(records, key=step_of)]
+
+
+def keep_only(folder, kept):
+    """Remove all checkpoints of a folder but `kept`, and what a killed run has left of others."""
+    for path in sorted(glob.glob(os.path.join(glob.escape(folder), 'step-*'))):     # a .json before its .pt
+        if re.search(r'step-\d+\.(json|pt)(\.tmp)?$', path) and os.path.splitext(path)[0] + '.pt' not in kept:
+            os.remove(path)
 
 
 def read(path):
     """The state of a checkpoint, on the CPU. Raises UserError where it is cut short, altered or foreign."""
-    try:
-        with open(path[:-3] + '.json') as f:
-            sha256 = json.load(f)['sha256']
-        need(sha256_file(path) == sha256, f'{path} is damaged: its content is not what {path[:-3]}.json records')
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')     # torch's guesses about foreign files; ours is one line
-            state = torch.load(path, map_location='cpu', weights_only=True)     # no code is ever run from a checkpoint
-        ours = state['format'] == 1 and {'model', 'model_config', 'step'} <= state.keys()
-    except OSError as error:
-        raise UserError(f'{path} cannot be read as a checkpoint: {error.strerror}: {error.filename}') from None
-    except Exception as error:      # whatever a foreign file makes of json and torch
-        raise UserError(f'{path} is not a checkpoint of this project ({type(error).__name__})') from None
-    need(ours, f'{path} is not a checkpoint of this version of the project')
-    need(step_of(path) in (None, state['step']), f'{path} is not what its name says, but step {state["step"]}')
+    with one_line(f'{path} cannot be read as a checkpoint'):
+        sha256 = json.loads(Path(path[:-3] + '.json').read_bytes())['sha256']
+        need(sha256_file(path) == sha256,
+             f'{path} is damaged: its .json records another content; use the checkpoint before it')
+        state = torch.load(path, map_location='cpu', weights_only=True)     # never runs code
+        step = state['step']
+        need(state['format'] == 1, f'{path} is of another version of this project')
+        need(step_of(path) in (None, step), f'{path} is not what its name says, but step {step}')
     return state
 
 
 def read_last(folder, say):
-    """The last checkpoint of a folder that can be read, its state and path; None, '' where the folder has none.
+    """The last checkpoint that can be read: its state and path, or (None, '') for an empty folder.
 
-    say: prints why a checkpoint was refused. Raises UserError where all were.
+    say(text): prints why one is refused. Raises UserError if all are.
     """
-    paths = find(folder)
-    for path in reversed(paths):
+    for path in reversed(find(folder)):
         try:
             return read(path), path
         except UserError as error:
             say(f'refused: {error.message}')
-    need(not paths, f'cannot resume: no checkpoint of {folder} can be read')
+    need(not find(folder), f'cannot resume: no checkpoint of {folder} can be read')
     return None, ''
 
 
-# ----------------------------------------------------------------------------------------------------
-# the folder of a run
-
 def open_run(folder, start_step):
-    """Make the folder of a run ready to go on after step `start_step`, and open its log.jsonl to append.
+    """Make a run's folder ready to go on after `start_step`. -> its log.jsonl, open to append. Raises OSError.
 
-    At 0 a run that stands there already is moved to <folder>.previous, which is replaced. Otherwise the log loses its
-    lines beyond the step: they will be written again. Raises OSError.
+    At 0 an earlier run is moved to <folder>.previous. Else the log loses its lines beyond the step.
     """
     if start_step == 0 and find(folder):
         shutil.rmtree(folder + '.previous', ignore_errors=True)
         os.rename(folder, folder + '.previous')
     os.makedirs(folder, exist_ok=True)
-    paths = find(folder)                        # killed in its last save, a run has not removed the oldest yet
-    last = sum(step_of(p) <= start_step for p in paths)
-    keep_only(folder, paths[max(0, last - 2):])
+    older = [p for p in find(folder) if step_of(p) <= start_step]
+    keep_only(folder, set(find(folder)) - set(older[:-2]))      # a run killed in `save` may have left three
     log = os.path.join(folder, 'log.jsonl')
     lines = []
     if start_step and os.path.exists(log):
-        with open(log, 'rb') as f:
-            lines = [line for line in f if is_logged(line, start_step)]
-    with written_aside(log) as (log_file,), open(log_file, 'wb') as f:
-        f.writelines(lines)
+        for line in Path(log).read_bytes().splitlines(keepends=True):
+            match = re.fullmatch(rb'{"step": (\d+).*}\n', line)     # None where a kill has torn it
+            if match and int(match[1]) <= start_step:
+                lines.append(line)
+    with written_aside(log) as aside:
+        Path(aside).write_bytes(b''.join(lines))
     return open(log, 'a', buffering=1)
-
-
-def is_logged(line, step):
-    """Whether a line of log.jsonl is of a step up to `step`. It is not where a kill has torn it."""
-    try:
-        return line.endswith(b'\n') and json.loads(line)['step'] <= step
-    except (ValueError, LookupError, TypeError):
-        return False
 
 
 # ----------------------------------------------------------------------------------------------------
 # models
 
 def load_model(init_from, groups=None, **options):
-    """The weights of `init_from` as a GPT, on the CPU. Its `.record` is what a checkpoint says beside its weights.
+    """The weights of `init_from` as a GPT, on the CPU. Its `.record` is what a checkpoint holds beside them.
 
-    init_from: a checkpoint of ours, as a .pt or as a folder, whose last one counts; or GPT-2 weights, as a folder in
-    the Hugging Face layout or a hub name. groups: the data that the model must fit. options: GPTConfig fields that are
-    no part of the weights (dropout, activation_checkpointing). Raises UserError.
+    init_from: a .pt, a folder of which the last one counts, or GPT-2 weights as for GPT.from_pretrained.
+    groups: the data that the model must fit. options: as of GPT.from_pretrained. Raises UserError.
     """
-    paths = [init_from] if init_from.endswith('.pt') else find(init_from)
-    model = load_checkpoint(paths, options) if paths else load_gpt2(init_from, options)
-    if groups is not None:
-        groups.check_model(model.config, model.record.get('vocabulary'), init_from)
-    return model
-
-
-def load_checkpoint(paths, options):
-    """The model of the last of the checkpoints `paths`."""
-    try:
-        record = read(paths[-1])
-    except UserError as error:
-        before = f'; the one before it is {paths[-2]}' if len(paths) > 1 else ''
-        raise UserError(error.message + before) from None
-    try:
-        model = GPT(GPTConfig(**record.pop('model_config') | options))
-        model.load_state_dict(record.pop('model'))
-    except Exception as error:      # whatever foreign content makes of torch
-        raise UserError(f'{paths[-1]}: its weights are not those of its model_config '
-                        f'({type(error).__name__})') from None
-    record.pop('optimizer', None)
+    path = (find(init_from) or [init_from])[-1]
+    record = {}
+    with one_line(f'{path} is no checkpoint, and no directory or hub name of GPT-2 weights that can be read'):
+        if path.endswith('.pt'):
+            record = read(path)
+            model = GPT(GPTConfig(**record.pop('model_config') | options))
+            model.load_state_dict(record.pop('model'))
+            record.pop('optimizer', None)
+        else:
+            model = GPT.from_pretrained(path, **options)
     model.record = record
-    return model
-
-
-def load_gpt2(name_or_dir, options):
-    """GPT.from_pretrained, with one line for whatever is wrong."""
-    here = os.path.isdir(name_or_dir)
-    files = os.listdir(name_or_dir) if here else []
-    need('config.json' in files or not here,
-         f'{name_or_dir} holds neither a checkpoint (step-*.pt) nor GPT-2 weights (config.json)')
-    need('pytorch_model.bin' not in files or any(file.endswith('.safetensors') for file in files),
-         f'{name_or_dir}: model.safetensors does not exist; convert pytorch_model.bin first: '
-         f'transformers.GPT2LMHeadModel.from_pretrained({name_or_dir!r}).save_pretrained({name_or_dir!r})')
-    what = f'{name_or_dir} cannot be read as GPT-2 weights'
-    if not here:
-        what = f"'{name_or_dir}' is neither a directory here nor GPT-2 weights that the hub gives"
-    try:
-        model = GPT.from_pretrained(name_or_dir, **options)
-    except ImportError as error:
-        raise UserError(f'{name_or_dir}: to read GPT-2 weights, pip install {error.name}') from None
-    except Exception as error:      # whatever a wrong name or a damaged file makes of the hub, json and safetensors
-        kind = '' if type(error) is ValueError else f'{type(error).__name__}: '
-        raise UserError(f'{what}: {kind}{error}') from None
-    model.record = {}
+    if groups is not None:
+        groups.check_model(model.config, record.get('vocabulary'), init_from)
     return model
 
 

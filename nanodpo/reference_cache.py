@@ -1,7 +1,7 @@
 """The reference's log-probs of a whole data set, computed once and kept in out/<name>/reference-<split>.npz.
 
 A cache counts only for the same data, weights and type of matmuls. Its first few log-probs must equal live ones.
-Packed beside other pairs they round differently: within 1e-4 of their size in float32, 2e-2 in bfloat16.
+Beside other pairs they round differently: within 1e-4 of their size in float32, 2e-2 in bfloat16.
 """
 import math
 import os
@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from config import UserError, need, one_line
 from nanodpo.checkpoint import written_aside
 from nanodpo.data import batches
 
@@ -27,50 +28,39 @@ def compute(run, score, groups, ids, row_tokens):
 
 
 def read(path, key, live, shape):
-    """The cached log-probs and '', or None and why they cannot be used. live: the first few, computed now."""
-    try:
-        with np.load(path) as file:
-            same_key = str(file['key']) == key
-            cached = torch.from_numpy(file['logps'])
-    except FileNotFoundError:
-        return None, 'none cached'
-    except Exception as error:          # whatever a damaged file makes of numpy
-        return None, f'the cache is damaged ({type(error).__name__})'
-    if not same_key:
-        return None, 'the cache is of other data or weights'
-    tolerance = 2e-2 if 'bfloat16' in key else 1e-4
-    if cached.shape != shape or not torch.allclose(cached[:len(live)], live, rtol=tolerance, atol=1e-3):
-        return None, 'the cache does not equal live values'
-    return cached, ''
+    """The cached log-probs. Raises UserError where they cannot be used. live: the first few, computed now."""
+    need(os.path.exists(path), 'none cached')
+    with one_line('the cache is damaged'), np.load(path) as file:
+        need(str(file['key']) == key, 'the cache is of other data or weights')
+        logps = torch.from_numpy(file['logps'])
+        rtol = 2e-2 if 'bfloat16' in key else 1e-4
+        same = logps.shape == shape and torch.allclose(logps[:len(live)], live, rtol=rtol, atol=1e-3)
+        need(same, 'the cache does not equal live values')
+    return logps
 
 
 def write(path, key, logps):
-    """Keep log-probs for `read`: written aside and renamed. Raises OSError."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    with written_aside(path) as (aside,), open(aside, 'wb') as f:
+    with written_aside(path) as aside, open(aside, 'wb') as f:
         np.savez(f, key=np.array(key), logps=logps.numpy())
 
 
-def load_or_compute(run, weights, score, splits, row_tokens):
-    """{split: (N, K) log-probs} of `splits`, Groups.
-
-    weights: the reference's fingerprint; score(batch): its log-probs, (G, K).
-    """
-    cached = {}
-    for groups in splits:
-        path = os.path.join('out', run.cfg.name, f'reference-{groups.split}.npz')       # outlives this run
-        key = f'{groups.fingerprint} {weights} {"bfloat16" if run.bf16 else "float32"}'
-        few = np.arange(min(16, len(groups)))
-        live = compute(run, score, groups, few, row_tokens)[few]
-        logps, reason = None, ''
-        if run.rank == 0:                       # it alone reads and writes
-            logps, reason = read(path, key, live, (len(groups), groups.K))
-        if run.gather(reason)[0]:
-            run.say(f'reference log-probs of {groups.split}: {reason}, computing them')
-            logps = compute(run, score, groups, np.arange(len(groups)), row_tokens)
-            run.on_first(lambda: write(path, key, logps), f'cannot write {path}')
-        else:
-            run.say(f'reference log-probs of {groups.split}: from {path}, equal to live ones')
-            logps = run.sum(logps if run.rank == 0 else torch.zeros(len(groups), groups.K))
-        cached[groups.split] = logps
-    return cached
+def load_or_compute(run, weights, score, groups, row_tokens):
+    """(N, K): the log-probs of all groups. weights: the reference's fingerprint; score(batch): (G, K)."""
+    path = os.path.join('out', run.cfg.name, f'reference-{groups.split}.npz')       # outlives this run
+    key = f'{groups.fingerprint} {weights} {"bfloat16" if run.bf16 else "float32"}'
+    few = np.arange(min(16, len(groups)))
+    live = compute(run, score, groups, few, row_tokens)[few]
+    reason = ''
+    try:
+        logps = read(path, key, live, (len(groups), groups.K))
+    except UserError as error:
+        reason = error.message
+    reason = max(run.gather(reason))        # '' if all ranks have read it
+    if reason:
+        run.say(f'reference log-probs of {groups.split}: {reason}, computing them')
+        logps = compute(run, score, groups, np.arange(len(groups)), row_tokens)
+        run.on_first(lambda: write(path, key, logps), f'cannot write {path}')
+    else:
+        run.say(f'reference log-probs of {groups.split}: from {path}, equal to live ones')
+    return logps
