@@ -53,7 +53,8 @@ def one_line(what, path=''):
     except Exception as error:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
         where = f' ({path} line {lines[-1]})' if lines else ''
-        raise UserError(f'{what}: {type(error).__name__}: {str(error)[:300]}{where}') from None
+        sentence = str(error).split('. ')[0]        # torch's next one tells how to run code from a checkpoint
+        raise UserError(f'{what}: {type(error).__name__}: {sentence[:300]}{where}') from None
 
 
 def run(main):
@@ -95,14 +96,8 @@ def nearest(key, known):
 def read_file(path, stage):
     """The knobs that config file `path` sets for `stage`, {key: value}, and its functions, {name: function}."""
     need(os.path.isfile(path), f'config file {path} does not exist (a flag is written --key=value)')
-    try:
+    with one_line(f'config file {path}', path):
         names = runpy.run_path(path)
-    except Exception as error:
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
-        if isinstance(error, SyntaxError) and error.lineno:
-            lines.append(error.lineno)
-        line = f' line {lines[-1]}' if lines else ''
-        raise UserError(f'config file {path}{line}: {type(error).__name__}: {error}') from None
     functions = {key: value for key, value in names.items() if callable(value)}
     for key, value in names.items():
         free = key.startswith('_') or key.isupper() or key in functions or isinstance(value, types.ModuleType)

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 
@@ -75,7 +76,8 @@ def keep_only(folder, kept):
 
 def read(path):
     """The state of a checkpoint, on the CPU. Raises UserError where it is cut short, altered or foreign."""
-    with one_line(f'{path} cannot be read as a checkpoint'):
+    with one_line(f'{path} cannot be read as a checkpoint'), warnings.catch_warnings():
+        warnings.simplefilter('ignore')         # torch's, of foreign files
         sha256 = json.loads(Path(path[:-3] + '.json').read_bytes())['sha256']
         need(sha256_file(path) == sha256,
              f'{path} is damaged: its .json records another content; use the checkpoint before it')
