@@ -16,12 +16,12 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 import config
-from config import In, Literal, need
+from config import In, Literal, need, one_line
 from nanodpo import checkpoint, losses
 from nanodpo.data import Groups, distinct_prompts
 from nanodpo.rollout import draw_responses, mean_and_error, read_reward, token_logps_of
 from nanodpo.run import Worker
-from nanodpo.sources import one_line, read_prompt
+from nanodpo.sources import read_prompt
 from nanodpo.terminal import BOLD, DIM, colours, say, say_side_by_side, styled, tinted
 from nanodpo.text import load_tokenizer, printable, prompt_ids, text_of, token_pieces
 

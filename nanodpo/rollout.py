@@ -1,6 +1,7 @@
 """Responses drawn from a model, and what is measured on them: log-probs, KL, the score of a reward file."""
 import contextlib
 import math
+import os
 import runpy
 import sys
 
@@ -80,6 +81,7 @@ def read_reward(path):
 
     They are reward(prompts, responses) -> numbers and, if it has it, metrics(prompts, responses) -> {name: values}.
     """
+    need(os.path.isfile(path), f'reward file {path} does not exist')
     with one_line(f'reward file {path}', path), contextlib.redirect_stdout(sys.stderr):
         functions = runpy.run_path(path)
     need(callable(functions.get('reward')), f'reward file {path} defines no function reward(prompts, responses)')

@@ -325,7 +325,7 @@ def test_a_bad_prompts_file_is_one_line(trained, name, content, words):
 # mistakes
 
 @pytest.mark.parametrize('code, words', [
-    (None, 'No such file'), ('def reword(p, r): return [0]', 'defines no function reward'), ('1 +', 'SyntaxError'),
+    (None, 'does not exist'), ('def reword(p, r): return [0]', 'defines no function reward'), ('1 +', 'SyntaxError'),
     ('import nothing_like_it', 'r.py line 1'), ('def reward(p, r): return [0]', '1 results, 1 of them finite, for 8'),
     ('def reward(p, r): return [0] * 7 + [float("nan")]', '8 results, 7 of them'), ('def reward(p): 0', 'TypeError'),
     ('def reward(p, r): return [0] * 7 + [float("inf")]', '7 of them finite'),
