@@ -199,7 +199,7 @@ def test_a_reward_models_rewards_equal_one_response_at_a_time(experiment):
     (['--reward=out/tiny/sft'], 'step-000001.pt is no reward model'),
     (['--reward=out/foreign'], 'was trained with another tokenizer'),
     (['--policy=nowhere.pt'], 'nowhere.json'),
-    (['--policy=out/foreign'], 'its weights are not those of its model_config'),
+    (['--policy=out/foreign'], 'is no checkpoint, and no directory or hub name of GPT-2 weights'),
     (['--policy=out/other'], 'was trained with another tokenizer'),
     (['--source=nowhere'], "source='nowhere' must be a prepared set"),
     (['--source=out'], 'out/meta.json does not exist'),

@@ -344,7 +344,7 @@ def test_a_bad_reward_file_is_one_line(trained, code, words):
 
 def test_other_mistakes_are_one_line(trained):
     assert 'keep one' in error('--prompt=a', '--prompts_file=b')
-    assert 'neither a checkpoint' in error('--after=out')
+    assert 'is no checkpoint, and no directory' in error('--after=out')
     save('foreign', small_gpt(), vocabulary='gpt2')
     assert 'another tokenizer' in error('--after=out/tiny/foreign') and 'another' in error('--before=out/tiny/foreign')
     os.remove('out/tiny/dpo/step-000001.json')
