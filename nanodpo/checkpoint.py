@@ -20,9 +20,6 @@ from model import GPT, GPTConfig
 from nanodpo.data import sha256_file
 
 
-# ----------------------------------------------------------------------------------------------------
-# on disk
-
 @contextlib.contextmanager
 def written_aside(path):
     """The name to write to. At the end it is renamed to `path`; after an error it is removed."""
@@ -37,7 +34,7 @@ def written_aside(path):
 def save(folder, step, model, state, keep=2):
     """Write the model and `state`, tensors and plain Python, as checkpoint `step`. Raises OSError.
 
-    Then only the last `keep` checkpoints up to this step stay.
+    All but the last `keep` checkpoints go, and those of later steps, which a resumed run has left behind.
     """
     path = os.path.join(folder, f'step-{step:06}')
     state = dict(state, format=1, step=step, model_config=asdict(model.config), model=model.state_dict())
@@ -79,8 +76,7 @@ def read(path):
     with one_line(f'{path} cannot be read as a checkpoint'), warnings.catch_warnings():
         warnings.simplefilter('ignore')         # torch's, of foreign files
         sha256 = json.loads(Path(path[:-3] + '.json').read_bytes())['sha256']
-        need(sha256_file(path) == sha256,
-             f'{path} is damaged: its .json records another content; use the checkpoint before it')
+        need(sha256_file(path) == sha256, f'{path} is damaged (SHA-256): use the checkpoint before it')
         state = torch.load(path, map_location='cpu', weights_only=True)     # never runs code
         step = state['step']
         need(state['format'] == 1, f'{path} is of another version of this project')
@@ -89,10 +85,7 @@ def read(path):
 
 
 def read_last(folder, say):
-    """The last checkpoint that can be read: its state and path, or (None, '') for an empty folder.
-
-    say(text): prints why one is refused. Raises UserError if all are.
-    """
+    """State and path of the last readable checkpoint, (None, '') if there is none. UserError if all are bad."""
     for path in reversed(find(folder)):
         try:
             return read(path), path
@@ -103,7 +96,7 @@ def read_last(folder, say):
 
 
 def open_run(folder, start_step):
-    """Make a run's folder ready to go on after `start_step`. -> its log.jsonl, open to append. Raises OSError.
+    """Make a run's folder ready to go on after start_step. -> its log.jsonl, to append to. Raises OSError.
 
     At 0 an earlier run is moved to <folder>.previous. Else the log loses its lines beyond the step.
     """
@@ -116,10 +109,8 @@ def open_run(folder, start_step):
     log = os.path.join(folder, 'log.jsonl')
     lines = []
     if start_step and os.path.exists(log):
-        for line in Path(log).read_bytes().splitlines(keepends=True):
-            match = re.fullmatch(rb'{"step": (\d+).*}\n', line)     # None where a kill has torn it
-            if match and int(match[1]) <= start_step:
-                lines.append(line)
+        complete = re.findall(rb'(?m)^({"step": (\d+).*}\n)', Path(log).read_bytes())    # a kill may tear one
+        lines = [line for line, step in complete if int(step) <= start_step]
     with written_aside(log) as aside:
         Path(aside).write_bytes(b''.join(lines))
     return open(log, 'a', buffering=1)
@@ -151,7 +142,7 @@ def load_model(init_from, groups=None, **options):
 
 
 def fingerprint(model):
-    """SHA-256 over every parameter's name, shape and bytes, hex: the same weights, wherever they came from."""
+    """SHA-256 over every parameter's name, shape and bytes, hex: equal for the same weights from anywhere."""
     digest = hashlib.sha256()
     for name, p in sorted(model.state_dict().items()):
         digest.update(f'{name} {tuple(p.shape)} {p.dtype}'.encode())

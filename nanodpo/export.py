@@ -1,10 +1,10 @@
-"""A checkpoint in the Hugging Face layout, for transformers and the like: weights, tokenizer, turn template.
+"""A checkpoint in the Hugging Face layout, for transformers and the like: weights, tokenizer, chat template.
 
     python -m nanodpo.export out/hh/dpo hh-hf               # into a new or an empty directory
-    python -m nanodpo.export gpt2 gpt2-hf --data=data/hh    # of weights that do not say what data they are for
+    python -m nanodpo.export gpt2 gpt2-hf --data=data/hh    # weights that do not say what data they are for
     python -m nanodpo.export gpt2 gpt2-hf --data=           # the weights alone
 
-The tokenizer and the template are those of data/<name>, the data set that a checkpoint was trained on.
+The tokenizer and the template are those of data/<name>, which a checkpoint was trained on.
 """
 import json
 import os
@@ -23,7 +23,7 @@ from nanodpo.text import EOT, load_tokenizer
 def save_pretrained(model, folder, data_dir=''):
     """Write a GPT for transformers' GPT2LMHeadModel, and the tokenizer of data_dir (data/<name>), if given.
 
-    A vocabulary that is padded beyond the tokenizer's is cut to it. Without a tokenizer the last id ends a text.
+    A vocabulary that is padded beyond the tokenizer's is cut to it. Without one the last id ends a text.
     Raises UserError, OSError.
     """
     from safetensors.torch import save
@@ -40,8 +40,8 @@ def save_pretrained(model, folder, data_dir=''):
     files['generation_config.json'] = ends
     files['config.json'] = dict(
         architectures=['GPT2LMHeadModel'], model_type='gpt2', activation_function='gelu_new', vocab_size=size,
-        n_positions=c.block_size, n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd, dtype='float32',
-        attn_pdrop=0.0, embd_pdrop=c.dropout, resid_pdrop=c.dropout, layer_norm_epsilon=c.layer_norm_epsilon, **ends)
+        n_positions=c.block_size, n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd, attn_pdrop=0.0,
+        embd_pdrop=c.dropout, resid_pdrop=c.dropout, layer_norm_epsilon=c.layer_norm_epsilon, dtype='float32', **ends)
     tensors = {}
     for name, p in hf_names(model):
         p = p.detach().float().cpu()
@@ -65,7 +65,7 @@ def tokenizer_json(tokenizer):
     """
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]      # GPT-2's characters for bytes
     others = [b for b in range(256) if b not in printable]
-    letters = {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
+    letters = dict(zip(printable + others, map(chr, [*printable, *range(256, 324)])))
     ranks = tokenizer._mergeable_ranks
     spelled = {token: ''.join(letters[b] for b in token) for token in sorted(ranks, key=ranks.get)}
     vocab = {text: ranks[token] for token, text in spelled.items()} | tokenizer._special_tokens
@@ -73,12 +73,12 @@ def tokenizer_json(tokenizer):
     vocab |= {f'<|unused_{i}|>': i for i in gaps}
     pairs = [last_merge(token, ranks) for token in spelled if len(token) > 1]
     merges = [f'{spelled[left]} {spelled[right]}' for left, right in pairs]
-    # possessive quantifiers are there for speed, and this engine reads {1,3}+ as repeated; its $ is a line's end
+    # possessive quantifiers are for speed, and this engine reads {1,3}+ as repeated; its $ is a line's end
     pattern = re.sub(r'([+*?]|\{[\d,]+\})\+', r'\1', tokenizer._pat_str).replace('$', r'(?![\s\S])')
     split = dict(type='Split', pattern={'Regex': pattern}, behavior='Isolated', invert=False)
     byte_level = dict(type='ByteLevel', add_prefix_space=False, trim_offsets=True, use_regex=False)
-    flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
-    end = dict(id=tokenizer.eot_token, content=EOT, **flags)
+    end = dict(id=tokenizer.eot_token, content=EOT, special=True,
+               single_word=False, lstrip=False, rstrip=False, normalized=False)
     return dict(version='1.0', added_tokens=[end], decoder=byte_level,
                 pre_tokenizer=dict(type='Sequence', pretokenizers=[split, byte_level]),
                 model=dict(type='BPE', vocab=vocab, merges=merges))
@@ -112,15 +112,12 @@ CHAT = '''\
 
 
 def tokenizer_config(template, max_length):
-    """The content of tokenizer_config.json. max_length: the model's positions.
-
-    Its chat template is text.render in Jinja. The end token follows an answer that comes last.
-    """
+    """The content of tokenizer_config.json. Its chat template is text.render in Jinja."""
     before, after = template.removeprefix(EOT).split('{prompt}', 1)
     start = EOT if template.startswith(EOT) else ''
     strings = json.dumps([start, before, after], ensure_ascii=False)
     return dict(tokenizer_class='PreTrainedTokenizerFast', padding_side='left', model_max_length=max_length,
-                bos_token=EOT, eos_token=EOT, unk_token=EOT, pad_token=EOT, clean_up_tokenization_spaces=False,
+                bos_token=EOT, eos_token=EOT, pad_token=EOT, unk_token=EOT, clean_up_tokenization_spaces=False,
                 model_input_names=['input_ids', 'attention_mask'],      # GPT-2 would embed token types, too
                 chat_template=f'{{%- set start, before, after = {strings} -%}}\n{CHAT}')
 
@@ -138,10 +135,9 @@ def main(argv=None):
     need(len(paths) == 2, 'usage: python -m nanodpo.export WEIGHTS DIRECTORY [--data=data/NAME]')
     source, folder = paths
     model = load_model(source, dropout=0.0)
-    if not data_dirs and 'name' in model.record.get('config', {}):
-        data_dirs = [f'data/{model.record["config"]["name"]}']
-    need(data_dirs, f'{source} does not say what data it is for: add --data=data/NAME, or --data= for none')
-    data_dir = data_dirs[-1]
+    name = model.record.get('config', {}).get('name')
+    need(name or data_dirs, f'{source} does not say what data it is for: add --data=data/NAME, or --data=')
+    data_dir = [f'data/{name}', *data_dirs][-1]
     if data_dir:
         split = list(read_meta(data_dir)['splits'])[-1]
         Groups(data_dir, split).check_model(model.config, model.record.get('vocabulary'), source)

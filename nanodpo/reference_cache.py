@@ -1,7 +1,6 @@
 """The reference's log-probs of a whole data set, computed once and kept in out/<name>/reference-<split>.npz.
 
-A cache counts only for the same data, weights and type of matmuls. Its first few log-probs must equal live ones.
-Beside other pairs they round differently: within 1e-4 of their size in float32, 2e-2 in bfloat16.
+A cache counts only for the same data, weights and type of matmuls, and if its first few equal live ones.
 """
 import math
 import os
@@ -33,7 +32,7 @@ def read(path, key, live, shape):
     with one_line('the cache is damaged'), np.load(path) as file:
         need(str(file['key']) == key, 'the cache is of other data or weights')
         logps = torch.from_numpy(file['logps'])
-        rtol = 2e-2 if 'bfloat16' in key else 1e-4
+        rtol = 2e-2 if 'bfloat16' in key else 1e-4          # beside other pairs they round differently
         same = logps.shape == shape and torch.allclose(logps[:len(live)], live, rtol=rtol, atol=1e-3)
         need(same, 'the cache does not equal live values')
     return logps

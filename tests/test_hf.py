@@ -20,7 +20,7 @@ import prepare_prefs
 import sample
 import sft
 from config import UserError
-from conftest import SHARED, small_gpt
+from conftest import SHARED, small_gpt, write_rows
 from model import GPT, GPTConfig, hf_names, transposed
 from nanodpo import checkpoint, export
 from nanodpo.checkpoint import fingerprint, load_model
@@ -48,13 +48,6 @@ def fuzz(n):
         yield ''.join((rng.choice(pools) if rng.random() < 0.3 else mostly)() for _ in range(rng.randrange(1, 30)))
 
 
-def gpt2_encoding():
-    try:
-        return tiktoken.get_encoding('gpt2')
-    except Exception:
-        pytest.skip("GPT-2's tokenizer is not cached here")
-
-
 def learned(pattern, special):
     """A tiktoken.Encoding with 500 tokens learned from HARD and TALK. special: {name: steps beyond the last rank}"""
     words = {word.encode(): 2 for word in ' '.join([TALK, *HARD[12:]]).split(' ')}
@@ -75,7 +68,6 @@ CL100K = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\
           r"\s+(?!\S)|\s")
 BYTES = {bytes([b]): b for b in range(256)}
 ENCODINGS = {
-    'gpt2': gpt2_encoding,
     'learned': lambda: learned(PATTERN, {EOT: 0}),
     'as p50k_base': past_the_end_token,
     'as cl100k_base, with gaps': lambda: learned(CL100K, {EOT: 1, '<|fim_prefix|>': 2, '<|endofprompt|>': 20}),
@@ -93,9 +85,9 @@ def loaded_tokenizer(folder, encoding, template='{prompt}'):
     return transformers.AutoTokenizer.from_pretrained(folder)
 
 
-@pytest.mark.parametrize('name', ENCODINGS)
-def test_an_exported_tokenizer_gives_the_ids_of_ours(name, tmp_path):
-    encoding = ENCODINGS[name]()
+@pytest.mark.parametrize('name', ['gpt2', *ENCODINGS])
+def test_an_exported_tokenizer_gives_the_ids_of_ours(name, tmp_path, request):
+    encoding = ENCODINGS[name]() if name in ENCODINGS else request.getfixturevalue(name)
     theirs = loaded_tokenizer(tmp_path, encoding)
     texts = [*HARD, *fuzz(500)]
     for path in sorted((SHARED / 'data' / 'hh-rlhf').rglob('*.jsonl*'))[:1]:        # real dialogues, where they are
@@ -169,16 +161,18 @@ def assert_equal_up_to_rounding(ours, theirs, ids):
     torch.testing.assert_close(a, b, atol=2**-24 * 300 * a.abs().max().item(), rtol=0)
 
 
-@pytest.mark.parametrize('max_shard_size, files', [('1GB', 1), ('100KB', 4)])
-def test_a_gpt2_of_transformers_has_its_logits_and_greedy_text_there_and_back(tmp_path, max_shard_size, files):
+@pytest.mark.parametrize('max_shard_size, dtype', [('1GB', torch.float32), ('100KB', torch.bfloat16)])
+def test_a_gpt2_of_transformers_has_its_logits_and_greedy_text_there_and_back(tmp_path, max_shard_size, dtype):
     torch.manual_seed(0)
     config = transformers.GPT2Config(vocab_size=211, n_positions=48, n_embd=48, n_layer=3, n_head=4, bos_token_id=210,
                                      eos_token_id=210, initializer_range=0.1)
-    theirs = transformers.GPT2LMHeadModel(config).eval()
+    theirs = transformers.GPT2LMHeadModel(config).eval().to(dtype)
     theirs.save_pretrained(tmp_path / 'a', max_shard_size=max_shard_size)
-    assert len(list(tmp_path.glob('a/*.safetensors'))) >= files
+    assert (tmp_path / 'a/model.safetensors.index.json').exists() == (max_shard_size == '100KB')
+    theirs.float()
     ours = GPT.from_pretrained(str(tmp_path / 'a'))
     assert ours.config.block_size == 48 and ours.config.n_layer == 3
+    assert {p.dtype for p in ours.parameters()} == {torch.float32} and all(p.requires_grad for p in ours.parameters())
     export.save_pretrained(ours, str(tmp_path / 'b'))
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'b')
     assert again.config.eos_token_id == 210, 'without a tokenizer the last id'
@@ -189,18 +183,6 @@ def test_a_gpt2_of_transformers_has_its_logits_and_greedy_text_there_and_back(tm
     for prompt, response in zip(prompts, ours.generate(prompts, 30, end_token=210, temperature=0)):
         expected = theirs.generate(torch.tensor([prompt]), max_new_tokens=30, do_sample=False, pad_token_id=210)
         assert response == expected[0, len(prompt):].tolist()
-
-
-def test_a_sharded_bfloat16_gpt2_of_124m_that_transformers_wrote_is_read_as_float32(tmp_path):
-    torch.manual_seed(0)
-    config = transformers.GPT2Config(initializer_range=0.05, bos_token_id=50256, eos_token_id=50256)
-    theirs = transformers.GPT2LMHeadModel(config)
-    theirs.bfloat16().save_pretrained(tmp_path, max_shard_size='100MB')
-    assert (tmp_path / 'model.safetensors.index.json').exists()
-    assert '"dtype": "bfloat16"' in (tmp_path / 'config.json').read_text()
-    ours = GPT.from_pretrained(str(tmp_path))
-    assert {p.dtype for p in ours.parameters()} == {torch.float32} and all(p.requires_grad for p in ours.parameters())
-    assert_equal_up_to_rounding(ours, theirs.float(), torch.randint(0, 50257, (1, 9)))
 
 
 @pytest.fixture
@@ -225,10 +207,12 @@ def test_a_float16_hub_layout_with_buffers_and_other_files_is_read(hub_layout):
     ours = GPT.from_pretrained(str(hub_layout))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(hub_layout, dtype=torch.float32)
     assert_equal_up_to_rounding(ours, theirs, torch.randint(0, 97, (2, 24)))
-    config = hub_layout / 'config.json'
+    expected, config = fingerprint(ours), hub_layout / 'config.json'
     good = json.loads(config.read_text())
     config.write_text(json.dumps(good | dict(activation_function='gelu_pytorch_tanh', n_inner=4 * good['n_embd'])))
-    assert fingerprint(GPT.from_pretrained(str(hub_layout))) == fingerprint(ours), 'the same in other words'
+    assert fingerprint(GPT.from_pretrained(str(hub_layout))) == expected, 'the same in other words'
+    os.truncate(hub_layout / 'model.safetensors', 0)
+    assert fingerprint(ours) == expected, 'no memory is shared with the file'
 
 
 @pytest.mark.parametrize('name', ['gpt2', 'openai-community/gpt2-medium'])
@@ -247,14 +231,6 @@ def test_a_hub_name_is_read_from_the_cache_without_a_network(hub_layout, tmp_pat
     for offline in (True, False):           # HF_HUB_OFFLINE, which is read once
         monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_OFFLINE', offline)
         assert fingerprint(GPT.from_pretrained(name)) == expected
-
-
-def test_weights_share_no_memory_with_the_file_they_came_from(hub_layout):
-    ours = GPT.from_pretrained(str(hub_layout))
-    before = fingerprint(ours)
-    with open(hub_layout / 'model.safetensors', 'r+b') as f:
-        f.truncate(0)
-    assert fingerprint(ours) == before
 
 
 def refused(folder, match):
@@ -338,11 +314,9 @@ def own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     rng = random.Random(0)
     words = TALK.split() + ['🚀', 'né', '\n', 'naïve']
-    with open('pairs.jsonl', 'w') as f:
-        for i in range(40):
-            texts = [' '.join(rng.choices(words, k=rng.randrange(2, 9))) for _ in range(3)]
-            row = dict(prompt=f'{i} {texts[0]}', chosen=' ' + texts[1], rejected=' ' + texts[2])
-            f.write(json.dumps(row) + '\n')
+    texts = [[' ' + ' '.join(rng.choices(words, k=rng.randrange(2, 9))) for _ in range(3)] for _ in range(40)]
+    write_rows('pairs.jsonl', [dict(prompt=f'{i}{text[0]}', chosen=text[1], rejected=text[2])
+                               for i, text in enumerate(texts)])
     prepare_prefs.main(['--name=own', '--source=pairs.jsonl', '--tokenizer=bpe:300', '--template=Q: {prompt}\nA:',
                         '--max_length=64', '--max_prompt_length=32'])
     for stage, seed in (('sft', 1), ('dpo', 2)):
@@ -364,25 +338,22 @@ def names(folder):
     return {path.name for path in Path(folder).iterdir()}
 
 
-def loaded(folder):
-    """What transformers makes of an export, with any warning an error. -> model, tokenizer"""
-    import logging
-    messages = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = messages.append
-    logger = logging.getLogger('transformers')
-    logger.addHandler(handler)
-    try:
+@pytest.fixture
+def loaded(caplog):
+    """loaded(folder): what transformers makes of an export, with any warning an error. -> model, tokenizer"""
+    def load(folder):
         model = transformers.AutoModelForCausalLM.from_pretrained(folder)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    finally:
-        logger.removeHandler(handler)
-    assert not messages, [record.getMessage() for record in messages]
-    return model, tokenizer
+        assert not [record for record in caplog.records if record.levelname != 'INFO']
+        return model, tokenizer
+
+    transformers.logging.enable_propagation()
+    yield load
+    transformers.logging.disable_propagation()
 
 
 @pytest.mark.parametrize('padding', [0, 20])
-def test_transformers_greedy_text_is_ours_token_for_token(own, capsys, padding):
+def test_transformers_greedy_text_is_ours_token_for_token(own, loaded, capsys, padding):
     """A batch of prompts, padded on the left there: against generate and against sample.py; also where the model's
     vocabulary is padded, with large logits at ids that no token has."""
     meta = Groups('data/own', 'val').meta
@@ -420,7 +391,7 @@ def test_transformers_greedy_text_is_ours_token_for_token(own, capsys, padding):
         assert after == tokenizer.batch_decode(made, skip_special_tokens=True)
 
 
-def test_transformers_loss_of_an_export_is_ours(own):
+def test_transformers_loss_of_an_export_is_ours(own, loaded):
     groups = Groups('data/own', 'val')
     export.main(['out/own/sft', 'hf'])
     ours, (theirs, _) = load_model('out/own/sft').eval(), loaded('hf')
@@ -436,7 +407,9 @@ def test_transformers_loss_of_an_export_is_ours(own):
                 assert abs(loss + logp) < 1e-5 * abs(logp) + 1e-4
 
 
-def test_an_export_comes_back_to_the_bit_and_a_stage_starts_from_it(own):
+def test_an_export_comes_back_to_the_bit_and_a_stage_starts_from_it(own, capsys):
+    export.main(['--help'])
+    assert export.__doc__.strip() in capsys.readouterr().out
     os.makedirs('b')            # empty
     export.main(['out/own/sft/step-000001.pt', 'a'])
     export.main(['a', 'b', '--data=data/own'])
@@ -459,11 +432,13 @@ def test_an_export_comes_back_to_the_bit_and_a_stage_starts_from_it(own):
 
 
 @pytest.mark.parametrize('argv, match', [
-    ([], 'usage'), (['out/own/dpo'], 'usage'), (['out/own/dpo', 'x', 'y'], 'usage'), (['out/own/dpo', 'x', '--dat=y'], 'usage'),
-    (['out/own/dpo', ''], 'cannot write : .*No such file'), (['nowhere', 'x'], 'nowhere is no checkpoint, and no directory or'),
+    ([], 'usage'), (['out/own/dpo'], 'usage'), (['out/own/dpo', 'x', 'y'], 'usage'),
+    (['out/own/dpo', 'x', '--dat=y'], 'usage'), (['out/own/dpo', ''], 'cannot write : .*No such file'),
+    (['nowhere', 'x'], 'nowhere is no checkpoint, and no directory or hub name'),
     (['hf', 'x'], 'does not say what data.*--data='), (['out/own/nameless', 'x'], 'does not say what data'),
     (['out/own/dpo', 'x', '--data=data/no'], 'data/no/meta.json does not exist'),
-    (['out/own/nameless', 'x', '--data=data/own'], 'another tokenizer'), (['data', 'x', '--data='], 'data is no checkpoint'),
+    (['out/own/nameless', 'x', '--data=data/own'], 'another tokenizer'),
+    (['data', 'x', '--data='], 'data is no checkpoint'),
     (['out/own/dpo', 'hf'], 'hf is not empty: export into a new or an empty directory'),
     (['out/own/dpo', 'out/own/dpo'], 'is not empty'), (['out/own/dpo', '.'], 'is not empty'),
     (['out/own/dpo', 'file'], 'cannot write file: .*File exists'),
@@ -483,11 +458,6 @@ def test_a_mistake_in_the_command_is_one_line_and_writes_nothing(experiment, arg
         export.main(argv)
     assert '\n' not in error.value.code
     assert snapshot() == before and not os.path.exists('x')
-
-
-def test_help_is_the_docstring(capsys):
-    export.main(['--help'])
-    assert capsys.readouterr().out.strip() == export.__doc__.strip()
 
 
 def test_what_stops_an_export_is_one_line_and_leaves_nothing_that_loads(own, monkeypatch):

@@ -3,7 +3,6 @@ import json
 import os
 import struct
 import sys
-import types
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,7 @@ import torch
 
 import dpo
 import sft
-from conftest import random_groups, read_log, run_ranks, small_gpt, write_data
+from conftest import random_groups, read_log, run_ranks, small_gpt, write_data, write_rows
 from model import GPT
 from nanodpo import checkpoint
 from nanodpo.data import Groups
@@ -151,14 +150,6 @@ def wandb_history(path):
     return rows
 
 
-def merged(log):
-    """{step: all that log.jsonl says of it}."""
-    steps = {}
-    for record in log:
-        steps.setdefault(record['step'], {}).update({key: value for key, value in record.items() if key != 'step'})
-    return steps
-
-
 def test_wandb_offline_holds_the_numbers_of_the_log_and_stays_in_out(experiment, monkeypatch):
     wandb = pytest.importorskip('wandb', reason='wandb is not installed')
     before = set(os.listdir())
@@ -167,44 +158,35 @@ def test_wandb_offline_holds_the_numbers_of_the_log_and_stays_in_out(experiment,
     dpo.main([*DPO, '--max_steps=5', '--log_interval=2', '--eval_interval=2', '--track=wandb'])
     wandb.teardown()        # as at the end of a process: its service writes the file a moment after the run's end
     path, = Path('out/tiny/wandb').glob('offline-run-*/*.wandb')
-    rows, steps = wandb_history(path), merged(read_log('out/tiny/dpo'))
+    steps = {record['step']: {} for record in read_log('out/tiny/dpo')}
+    for record in read_log('out/tiny/dpo'):
+        steps[record.pop('step')] |= record
+    rows = wandb_history(path)
     assert {row['_step']: {key: value for key, value in row.items() if key[0] != '_'} for row in rows} == steps
     assert sorted(steps) == [0, 1, 2, 4, 5] and 'eval/kl' in steps[4] and 'loss' in steps[4]
     assert set(os.listdir()) == before
 
 
-def test_a_missing_package_is_one_line_before_training_and_moves_no_old_run(experiment, monkeypatch):
+@pytest.mark.parametrize('module, message', [
+    ("raise ModuleNotFoundError('none here', name='wandb')", 'track=wandb needs wandb: pip install wandb'),
+    ("def init(**options): raise RuntimeError('no key\\nat all.')",
+     'track=wandb: no key at all. WANDB_MODE=offline needs neither a login nor a network')])
+def test_what_keeps_wandb_away_is_one_line_and_moves_no_old_run(experiment, monkeypatch, module, message):
     dpo.main([*DPO, '--max_steps=1'])
     old = {path: path.read_bytes() for path in Path('out/tiny').rglob('*') if path.is_file()}
     monkeypatch.delitem(sys.modules, 'wandb', raising=False)
-    Path('wandb.py').write_text("raise ModuleNotFoundError('none here', name='wandb')")
+    Path('wandb.py').write_text(module)
     monkeypatch.syspath_prepend(os.getcwd())
     sft_flags = [*DPO[:2], '--device=cpu', '--init_from=out/tiny/sft', '--train_on=chosen']
     for stage, flags in ((dpo, DPO), (sft, sft_flags)):
         with pytest.raises(SystemExit) as stop:
             stage.main([*flags, '--max_steps=1', '--track=wandb'])
-        assert stop.value.code == 'error: track=wandb needs wandb: pip install wandb'
+        assert stop.value.code == f'error: {message}'
     assert {path: path.read_bytes() for path in Path('out/tiny').rglob('*') if path.is_file()} == old
-
-
-def test_what_wandb_refuses_is_one_line_before_an_old_run_is_moved(experiment, monkeypatch):
-    def init(**options):
-        raise RuntimeError('no key\nat all.')
-    monkeypatch.setitem(sys.modules, 'wandb', types.SimpleNamespace(init=init))
-    with pytest.raises(SystemExit) as stop:
-        dpo.main([*DPO, '--max_steps=1', '--track=wandb'])
-    advice = 'WANDB_MODE=offline needs neither a login nor a network'
-    assert stop.value.code == f'error: track=wandb: no key at all. {advice}'
-    assert not os.path.exists('out/tiny/dpo')
 
 
 # -----------------------------------------------------------------------------
 # the curves
-
-def write_log(folder, records):
-    os.makedirs(folder, exist_ok=True)
-    Path(folder, 'log.jsonl').write_text(''.join(json.dumps(record) + '\n' for record in records))
-
 
 def dpo_log(slope, steps=5):
     """A log whose every value tells run, key and step."""
@@ -232,7 +214,7 @@ def test_the_curves_of_several_runs_are_the_numbers_of_their_logs(tmp_path, monk
     monkeypatch.chdir(tmp_path)
     logs = {'out/a/dpo': dpo_log(1), 'out/b/dpo': dpo_log(20, 9)}
     for folder, log in logs.items():
-        write_log(folder, log)
+        write_rows(f'{folder}/log.jsonl', log)
     with open('out/b/dpo/log.jsonl', 'a') as f:
         f.write('{"step": 10, "loss": 3')           # torn
     figure = figure_of(monkeypatch, *logs, '--out=both.png')
@@ -257,11 +239,12 @@ def test_the_curves_of_several_runs_are_the_numbers_of_their_logs(tmp_path, monk
 
 def test_one_run_and_an_sft_run_have_their_panels(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    write_log('out/a/sft', [{'step': s, 'loss': 3 - s, 'perplexity': 2.0 ** s, 'lr': s * 1e-3} for s in range(3)])
+    log = [{'step': s, 'loss': 3 - s, 'perplexity': 2.0 ** s, 'lr': s * 1e-3} for s in range(3)]
+    write_rows('out/a/sft/log.jsonl', log)
     figure = figure_of(monkeypatch, 'out/a/sft')
     assert [ax.get_title() for ax in figure.axes] == ['loss', 'perplexity', 'learning rate', '']
     assert os.path.exists('out/a/sft/curves.png')
-    write_log('out/a/dpo', dpo_log(1))
+    write_rows('out/a/dpo/log.jsonl', dpo_log(1))
     titles = [ax.get_title().split(',')[0].split(':')[0] for ax in figure_of(monkeypatch, 'out/a/dpo').axes]
     assert titles == ['loss', 'accuracy', 'reward margin', 'implicit rewards', 'KL(policy || reference)', '']
 
@@ -274,7 +257,7 @@ def test_one_run_and_an_sft_run_have_their_panels(tmp_path, monkeypatch):
 def test_a_log_that_is_none_is_one_line_and_no_figure(tmp_path, monkeypatch, content, message):
     from repro import plot
     monkeypatch.chdir(tmp_path)
-    write_log('good', dpo_log(1))
+    write_rows('good/log.jsonl', dpo_log(1))
     os.mkdir('bad')
     if content is not None:
         Path('bad/log.jsonl').write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -287,7 +270,7 @@ def test_a_log_that_is_none_is_one_line_and_no_figure(tmp_path, monkeypatch, con
 def test_a_run_is_its_folder_or_the_log_in_it_and_help_is_no_error(tmp_path, monkeypatch, capsys):
     from repro import plot
     monkeypatch.chdir(tmp_path)
-    write_log('a', dpo_log(1))
+    write_rows('a/log.jsonl', dpo_log(1))
     drawn = []
     monkeypatch.setattr(plot, 'plot', lambda folders, out: drawn.append((folders, out)))
     plot.main(['a/log.jsonl'])
