@@ -179,13 +179,14 @@ def main(argv=None):
          f'{init_from} holds no checkpoint: run sft.py with this config first, or set --init_from')
     policy = load_model(init_from, train, dropout=0.0, activation_checkpointing=cfg.activation_checkpointing)
     policy.to(run.device)
+    init_fingerprint = fingerprint(policy)
     reference, ref_fingerprint = None, ''
     if losses.needs(cfg.loss, 'ref_logps'):
         reference = load_model(cfg.ref_from, train, dropout=0.0) if cfg.ref_from else copy.deepcopy(policy)
-        ref_fingerprint = fingerprint(reference)
+        ref_fingerprint = fingerprint(reference) if cfg.ref_from else init_fingerprint
         run.freeze(reference.to(run.device))
     optimizer = policy.configure_optimizer(cfg.optimizer, cfg.learning_rate, cfg.weight_decay)
-    start = run.resume(policy, optimizer, train, val, init=fingerprint(policy), reference=ref_fingerprint)
+    start = run.resume(policy, optimizer, train, val, init=init_fingerprint, reference=ref_fingerprint)
     ddp = run.wrap(policy)
     ratios = functools.partial(log_ratios, policy, reference)
     cached = None

@@ -89,9 +89,9 @@ def read_reward(path):
     def score(prompts, responses):
         scores = {}
         with one_line(f'reward file {path}', path), contextlib.redirect_stdout(sys.stderr):
-            results = {'true_reward': functions['reward'](prompts, responses)}
+            results = {'true_reward': functions['reward'](list(prompts), list(responses))}
             if 'metrics' in functions:
-                results |= functions['metrics'](prompts, responses)
+                results |= functions['metrics'](list(prompts), list(responses))
             for name, values in results.items():
                 scores[name] = [bool(x) if isinstance(x, (bool, np.bool_)) else float(x) for x in values]
                 finite = sum(map(math.isfinite, scores[name]))

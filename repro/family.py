@@ -31,7 +31,7 @@ import torch
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 import config                                                                               # noqa: E402
-from config import In, UserError, need                                                      # noqa: E402
+from config import In, need                                                      # noqa: E402
 from draw_prefs import write_set                                                            # noqa: E402
 from frontier import mean_and_error, prepare                                                # noqa: E402
 from nanodpo import losses                                                                  # noqa: E402

@@ -1,6 +1,5 @@
 """What only a GPU shows: FlexAttention's backward pass, compiled once for all lengths, and steps that never wait."""
 import copy
-import shutil
 import warnings
 
 import numpy as np
