@@ -432,7 +432,7 @@ def test_rankings_examples_and_demonstrations_take_messages_too():
 
 def test_strings_before_messages_need_a_template():
     write_rows('rows.jsonl', [PAIRS[0], TALKS[0]])
-    assert 'row 2 holds messages, the first row has none: set --template' in error_of('--source=rows.jsonl')
+    assert 'rows hold messages, but not the first: set --template' in error_of('--source=rows.jsonl')
     assert len(prepare_all('--source=rows.jsonl', '--template=Q {prompt}')[0]) == 2
     write_rows('rows.jsonl', [TALKS[0], PAIRS[1]])
     expected = [HUMAN.format(prompt=PAIRS[1]['prompt']), f' naïve 👍{EOT}', f' [1, NA]{EOT}']

@@ -165,7 +165,7 @@ def test_validation_prompts_are_new_to_the_model():
         assert [len(texts['train']), len(texts['val'])] == sizes
     for rows in (pairs[:1], [pairs[0], pairs[40]]):
         write_rows('pairs.jsonl', rows)
-        expected = f'pairs.jsonl: two different prompts are needed, one to hold out for validation, of {len(rows)} rows'
+        expected = f'two different prompts are needed, one to hold out for val, of {len(rows)} rows'
         assert expected in error_of('--source=pairs.jsonl')
 
 
@@ -267,13 +267,13 @@ def test_a_user_s_mistake_is_one_line_on_stderr_without_a_traceback():
 
 
 @pytest.mark.parametrize('flags, expected', [
-    (['--max_length=64', '--max_prompt_length=64'], 'max_prompt_length=64 must be less than max_length=64'),
+    (['--max_length=64', '--max_prompt_length=64'], 'max_prompt_length must be less than max_length'),
     (['--max_length=1'], 'max_length=1 is out of range'),
     (['--val_fraction=1.0'], 'val_fraction=1.0 is out of range'),
-    (['--template=Q:'], "template='Q:' must hold {prompt} once"),
+    (['--template=Q:'], 'template must hold {prompt} once'),
     (['--template={prompt}{prompt}'], 'must hold {prompt} once'),
-    (['--tokenizer=bpe:256'], "tokenizer='bpe:256' must be"),
-    (['--tokenizer=bpe'], "tokenizer='bpe' must be"),
+    (['--tokenizer=bpe:256'], 'bpe:N needs N of at least 257'),
+    (['--tokenizer=bpe'], 'bpe:N needs N of at least 257'),
     (['--tokenizer=gpt3'], "tokenizer 'gpt3' is unknown"),
     (['--source='], 'nothing to prepare'),
     (['--source=absent.jsonl'], 'source absent.jsonl does not exist'),
@@ -331,7 +331,8 @@ def test_sft_and_documents_learn_from_the_desirable_examples_alone(capfd):
         assert int(printed['desirable'][split == 'val']) == len(desirable)
         assert int(printed['undesirable'][split == 'val']) == len(every) - len(desirable)
     write_rows('unpaired.jsonl', [dict(row, label=False) for row in UNPAIRED])
-    assert 'no desirable example is left for train' in error_of('--source=unpaired.jsonl', '--documents=chosen')
+    message = "documents='chosen': train or val holds no desirable example"
+    assert message in error_of('--source=unpaired.jsonl', '--documents=chosen')
     prepare('--source=unpaired.jsonl')
     with pytest.raises(SystemExit, match='data/made train holds no desirable example'):
         Groups('data/made', 'train', k=1)
