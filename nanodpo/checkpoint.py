@@ -3,7 +3,6 @@
 The .json is written last: it makes the .pt count.
 """
 import contextlib
-import glob
 import hashlib
 import json
 import os
@@ -22,7 +21,8 @@ from nanodpo.data import sha256_file
 
 @contextlib.contextmanager
 def written_aside(path):
-    """The name to write to. At the end it is renamed to `path`; after an error it is removed."""
+    """The name to write to, in a folder that is made. It is renamed to `path`, or after an error removed."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
     try:
         yield path + '.tmp'
         os.replace(path + '.tmp', path)
@@ -32,22 +32,18 @@ def written_aside(path):
 
 
 def save(folder, step, model, state, keep=2):
-    """Write the model and `state`, tensors and plain Python, as checkpoint `step`. Raises OSError.
-
-    All but the last `keep` checkpoints go, and those of later steps, which a resumed run has left behind.
-    """
+    """Write the model and `state` as checkpoint `step`. The last `keep` up to it stay, no others. Raises OSError."""
     path = os.path.join(folder, f'step-{step:06}')
     state = dict(state, format=1, step=step, model_config=asdict(model.config), model=model.state_dict())
-    with written_aside(path + '.json') as record_file, written_aside(path + '.pt') as weights_file:
-        with open(weights_file, 'wb') as f:
-            try:
-                torch.save(state, f)
-            except RuntimeError as error:       # torch's zip writer hides the disk's own error
-                raise OSError(str(error.__context__ or error)) from None
-            f.flush()
-            os.fsync(f.fileno())
-        record = dict(step=step, config=state.get('config'), sha256=sha256_file(weights_file))
-        Path(record_file).write_text(json.dumps(record, indent=2))
+    with written_aside(path + '.json') as record, written_aside(path + '.pt') as weights, open(weights, 'wb') as f:
+        try:
+            torch.save(state, f)
+        except RuntimeError as error:           # torch's zip writer hides the disk's own error
+            raise OSError(str(error.__context__ or error)) from None
+        f.flush()
+        os.fsync(f.fileno())
+        about = dict(step=step, config=state.get('config'), sha256=sha256_file(weights))
+        Path(record).write_text(json.dumps(about, indent=2))
     keep_only(folder, [p for p in find(folder) if step_of(p) <= step][-keep:])
 
 
@@ -59,16 +55,15 @@ def step_of(path):
 
 def find(folder):
     """The checkpoints of a folder, oldest first: paths of .pt files."""
-    paths = glob.glob(os.path.join(glob.escape(folder), 'step-*.json'))
-    records = [path for path in paths if step_of(path) is not None]
-    return [path[:-5] + '.pt' for path in sorted(records, key=step_of)]
+    paths = [str(path.with_suffix('.pt')) for path in Path(folder).glob('step-*.json')]
+    return sorted([path for path in paths if step_of(path) is not None], key=step_of)
 
 
 def keep_only(folder, kept):
     """Remove all checkpoints of a folder but `kept`, and what a killed run has left of others."""
-    for path in sorted(glob.glob(os.path.join(glob.escape(folder), 'step-*'))):     # a .json before its .pt
-        if re.search(r'step-\d+\.(json|pt)(\.tmp)?$', path) and os.path.splitext(path)[0] + '.pt' not in kept:
-            os.remove(path)
+    for path in sorted(Path(folder).glob('step-*')):        # a .json before its .pt
+        if re.search(r'step-\d+\.(json|pt)(\.tmp)?$', path.name) and str(path.with_suffix('.pt')) not in kept:
+            path.unlink()
 
 
 def read(path):
@@ -78,9 +73,8 @@ def read(path):
         sha256 = json.loads(Path(path[:-3] + '.json').read_bytes())['sha256']
         need(sha256_file(path) == sha256, f'{path} is damaged (SHA-256): use the checkpoint before it')
         state = torch.load(path, map_location='cpu', weights_only=True)     # never runs code
-        step = state['step']
         need(state['format'] == 1, f'{path} is of another version of this project')
-        need(step_of(path) in (None, step), f'{path} is not what its name says, but step {step}')
+        need(step_of(path) in (None, state['step']), f'{path} is not what its name says, but step {state["step"]}')
     return state
 
 
@@ -103,9 +97,6 @@ def open_run(folder, start_step):
     if start_step == 0 and find(folder):
         shutil.rmtree(folder + '.previous', ignore_errors=True)
         os.rename(folder, folder + '.previous')
-    os.makedirs(folder, exist_ok=True)
-    older = [p for p in find(folder) if step_of(p) <= start_step]
-    keep_only(folder, set(find(folder)) - set(older[:-2]))      # a run killed in `save` may have left three
     log = os.path.join(folder, 'log.jsonl')
     lines = []
     if start_step and os.path.exists(log):

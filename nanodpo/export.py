@@ -3,8 +3,6 @@
     python -m nanodpo.export out/hh/dpo hh-hf               # into a new or an empty directory
     python -m nanodpo.export gpt2 gpt2-hf --data=data/hh    # weights that do not say what data they are for
     python -m nanodpo.export gpt2 gpt2-hf --data=           # the weights alone
-
-The tokenizer and the template are those of data/<name>, which a checkpoint was trained on.
 """
 import json
 import os
@@ -13,7 +11,7 @@ import sys
 from pathlib import Path
 
 import config
-from config import UserError, need
+from config import need, one_line
 from model import hf_names, transposed
 from nanodpo.checkpoint import load_model
 from nanodpo.data import Groups, read_meta
@@ -24,7 +22,6 @@ def save_pretrained(model, folder, data_dir=''):
     """Write a GPT for transformers' GPT2LMHeadModel, and the tokenizer of data_dir (data/<name>), if given.
 
     A vocabulary that is padded beyond the tokenizer's is cut to it. Without one the last id ends a text.
-    Raises UserError, OSError.
     """
     from safetensors.torch import save
     c = model.config
@@ -32,20 +29,18 @@ def save_pretrained(model, folder, data_dir=''):
     size = meta['vocab_size']
     if size < c.vocab_size:
         print(f"the vocabulary of {c.vocab_size:,} is cut to the tokenizer's {size:,}")
-    files = {}
+    ends = dict.fromkeys(['bos_token_id', 'eos_token_id', 'pad_token_id'], meta['eot_token'])
+    files = {'generation_config.json': ends}
     if data_dir:
         files['tokenizer.json'] = tokenizer_json(load_tokenizer(data_dir, meta['tokenizer']))
         files['tokenizer_config.json'] = tokenizer_config(meta['template'], c.block_size)
-    ends = dict.fromkeys(['bos_token_id', 'eos_token_id', 'pad_token_id'], meta['eot_token'])
-    files['generation_config.json'] = ends
     files['config.json'] = dict(
         architectures=['GPT2LMHeadModel'], model_type='gpt2', activation_function='gelu_new', vocab_size=size,
         n_positions=c.block_size, n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd, attn_pdrop=0.0,
         embd_pdrop=c.dropout, resid_pdrop=c.dropout, layer_norm_epsilon=c.layer_norm_epsilon, dtype='float32', **ends)
     tensors = {}
     for name, p in hf_names(model):
-        p = p.detach().float().cpu()
-        tensors['transformer.' + name] = (p.t() if transposed(name) else p).contiguous()
+        tensors['transformer.' + name] = (p.t() if transposed(name) else p).detach().contiguous()
     tensors['transformer.wte.weight'] = tensors['transformer.wte.weight'][:size]
 
     os.makedirs(folder, exist_ok=True)
@@ -69,10 +64,8 @@ def tokenizer_json(tokenizer):
     ranks = tokenizer._mergeable_ranks
     spelled = {token: ''.join(letters[b] for b in token) for token in sorted(ranks, key=ranks.get)}
     vocab = {text: ranks[token] for token, text in spelled.items()} | tokenizer._special_tokens
-    gaps = set(range(tokenizer.n_vocab)) - set(vocab.values())             # cl100k_base has some
-    vocab |= {f'<|unused_{i}|>': i for i in gaps}
-    pairs = [last_merge(token, ranks) for token in spelled if len(token) > 1]
-    merges = [f'{spelled[left]} {spelled[right]}' for left, right in pairs]
+    vocab |= {f'<|unused_{i}|>': i for i in set(range(tokenizer.n_vocab)) - set(vocab.values())}     # cl100k's gaps
+    merges = [' '.join(spelled[part] for part in last_merge(token, ranks)) for token in spelled if len(token) > 1]
     # possessive quantifiers are for speed, and this engine reads {1,3}+ as repeated; its $ is a line's end
     pattern = re.sub(r'([+*?]|\{[\d,]+\})\+', r'\1', tokenizer._pat_str).replace('$', r'(?![\s\S])')
     split = dict(type='Split', pattern={'Regex': pattern}, behavior='Isolated', invert=False)
@@ -122,9 +115,6 @@ def tokenizer_config(template, max_length):
                 chat_template=f'{{%- set start, before, after = {strings} -%}}\n{CHAT}')
 
 
-# ----------------------------------------------------------------------------------------------------
-# the command
-
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     if argv in (['-h'], ['--help']):
@@ -141,10 +131,8 @@ def main(argv=None):
     if data_dir:
         split = list(read_meta(data_dir)['splits'])[-1]
         Groups(data_dir, split).check_model(model.config, model.record.get('vocabulary'), source)
-    try:
+    with one_line(f'cannot write {folder}'):
         save_pretrained(model, folder, data_dir)
-    except (ImportError, OSError) as error:
-        raise UserError(f'cannot write {folder}: {error}') from None
     print(f'{folder}: {model.num_params():,} parameters of {source}, tokenizer of {data_dir or "none"}')
 
 

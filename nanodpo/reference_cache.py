@@ -1,7 +1,4 @@
-"""The reference's log-probs of a whole data set, computed once and kept in out/<name>/reference-<split>.npz.
-
-A cache counts only for the same data, weights and type of matmuls, and if its first few equal live ones.
-"""
+"""The reference's log-probs of a whole data set, computed once and kept in out/<name>/reference-<split>.npz."""
 import math
 import os
 
@@ -26,40 +23,36 @@ def compute(run, score, groups, ids, row_tokens):
     return run.sum(logps)
 
 
-def read(path, key, live, shape):
-    """The cached log-probs. Raises UserError where they cannot be used. live: the first few, computed now."""
+def read(path, key, live):
+    """The cached log-probs. A UserError if the key is another, or the first few do not equal `live`, computed now."""
     need(os.path.exists(path), 'none cached')
     with one_line('the cache is damaged'), np.load(path) as file:
         need(str(file['key']) == key, 'the cache is of other data or weights')
         logps = torch.from_numpy(file['logps'])
         rtol = 2e-2 if 'bfloat16' in key else 1e-4          # beside other pairs they round differently
-        same = logps.shape == shape and torch.allclose(logps[:len(live)], live, rtol=rtol, atol=1e-3)
-        need(same, 'the cache does not equal live values')
+        need(torch.allclose(logps[:len(live)], live, rtol, atol=1e-3), 'the cache does not equal live values')
     return logps
 
 
 def write(path, key, logps):
-    os.makedirs(os.path.dirname(path), exist_ok=True)
     with written_aside(path) as aside, open(aside, 'wb') as f:
-        np.savez(f, key=np.array(key), logps=logps.numpy())
+        np.savez(f, key=key, logps=logps.numpy())
 
 
 def load_or_compute(run, weights, score, groups, row_tokens):
     """(N, K): the log-probs of all groups. weights: the reference's fingerprint; score(batch): (G, K)."""
     path = os.path.join('out', run.cfg.name, f'reference-{groups.split}.npz')       # outlives this run
     key = f'{groups.fingerprint} {weights} {"bfloat16" if run.bf16 else "float32"}'
-    few = np.arange(min(16, len(groups)))
-    live = compute(run, score, groups, few, row_tokens)[few]
+    live = compute(run, score, groups, np.arange(min(16, len(groups))), row_tokens)[:16]
     reason = ''
     try:
-        logps = read(path, key, live, (len(groups), groups.K))
+        logps = read(path, key, live)
     except UserError as error:
         reason = error.message
     reason = max(run.gather(reason))        # '' if all ranks have read it
+    how = f'{reason}, computing them' if reason else f'from {path}, equal to live ones'
+    run.say(f'reference log-probs of {groups.split}: {how}')
     if reason:
-        run.say(f'reference log-probs of {groups.split}: {reason}, computing them')
         logps = compute(run, score, groups, np.arange(len(groups)), row_tokens)
         run.on_first(lambda: write(path, key, logps), f'cannot write {path}')
-    else:
-        run.say(f'reference log-probs of {groups.split}: from {path}, equal to live ones')
     return logps

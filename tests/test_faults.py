@@ -193,14 +193,15 @@ def test_what_a_killed_run_left_goes_and_foreign_names_stay(tmp_path):
         (run / left).write_text('half')
     (run / 'step-000003 (copy).json').write_text('mine')
     assert [p[-9:] for p in checkpoint.find(str(run))] == ['000001.pt', '000002.pt', '000003.pt']
+    checkpoint.open_run(str(run), 1).close()        # a run that goes on before damaged ones keeps them until it saves
+    assert len(checkpoint.find(str(run))) == 3
     (run / 'log.jsonl').write_bytes(b'{"step": 3}\n{"st\xffp": 3}\n{"step": 4}\n')
     checkpoint.open_run(str(run), 3).close()
+    checkpoint.save(str(run), 3, model, state)
     assert sorted(p.name for p in run.iterdir()) == [
         'log.jsonl', 'step-000002.json', 'step-000002.pt', 'step-000003 (copy).json', 'step-000003.json',
         'step-000003.pt']
     assert (run / 'log.jsonl').read_text() == '{"step": 3}\n'
-    checkpoint.open_run(str(run), 1).close()        # a run that goes on before damaged ones keeps them until it saves
-    assert len(checkpoint.find(str(run))) == 2
 
 
 def test_a_checkpoint_under_the_name_of_another_step_is_refused(tmp_path):

@@ -472,6 +472,6 @@ def test_what_stops_an_export_is_one_line_and_leaves_nothing_that_loads(own, mon
     export.main(['out/own/dpo', 'new'])
     assert fingerprint(GPT.from_pretrained('new')) == fingerprint(load_model('out/own/dpo'))
     monkeypatch.setattr(Path, 'write_text', lambda *args, **options: 1 / 0)     # killed before the last file
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(UserError, match='cannot write half: ZeroDivisionError'):
         export.main(['out/own/dpo', 'half'])
     refused('half', 'config.json')
