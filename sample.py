@@ -1,14 +1,12 @@
 """Before and after, side by side: what the reference and the policy answer to the same prompts, with rewards.
 
     python sample.py config/reviews.py                                      # held-out prompts, true rewards, metrics
-    python sample.py config/hh.py --temperature=0.7 --num_prompts=250 --show=4
     python sample.py config/hh.py --prompt='How do I fold a fitted sheet?' --num_samples=3
     python sample.py config/hh.py --json | python repro/page.py compare.html            # the same, for a browser
 
 The implicit reward of a response is beta log(after / before). A terminal with colours tints each token by its part.
 Both models draw with the same random numbers, a batch at a time: another batch_size gives other samples.
 """
-import itertools
 import json
 import sys
 from dataclasses import asdict, dataclass
@@ -22,11 +20,10 @@ from nanodpo.data import Groups, distinct_prompts
 from nanodpo.rollout import draw_responses, mean_and_error, read_reward, token_logps_of
 from nanodpo.run import Worker
 from nanodpo.sources import read_prompt
-from nanodpo.terminal import BOLD, DIM, colours, say, say_side_by_side, styled, tinted
+from nanodpo.terminal import BOLD, DIM, colours, say, styled, tinted
 from nanodpo.text import load_tokenizer, printable, prompt_ids, text_of, token_pieces
 
 SIDES = {'before': 'sft', 'after': 'dpo'}           # the two models, each with the stage that trained it
-FIELDS = ('text', 'tokens', 'ended', 'implicit_reward', 'kl', 'pieces')      # of a response, beside its scores
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -70,21 +67,17 @@ def read_prompts(path):
 
 def choose_prompts(cfg, val, tokenizer):
     """The prompts to answer, the user's own or distinct ones of val: lists of ids."""
+    need('prompt' not in cfg.origin or not cfg.prompts_file, 'prompt and prompts_file are both set: keep one')
+    prompts = distinct_prompts(val, cfg.num_prompts, seed=0)
     if 'prompt' in cfg.origin or cfg.prompts_file:
-        need('prompt' not in cfg.origin or not cfg.prompts_file, 'prompt and prompts_file are both set: keep one')
         own = read_prompts(cfg.prompts_file) if cfg.prompts_file else [cfg.prompt]
         prompts = [prompt_ids(tokenizer, prompt, val.meta['template']) for prompt in own]
-    else:
-        prompts = distinct_prompts(val, cfg.num_prompts, seed=0)
     need(prompts, f'{cfg.prompts_file or val.folder} holds no prompt: set --prompt, or another --prompts_file')
     return prompts
 
 
 def measure(cfg, groups, models, beta, score, tokenizer, worker):
-    """A sample for each group [prompt, BEFORE's response, AFTER's]: {'prompt', 'sample': n, 'before', 'after'}.
-
-    A side has FIELDS, but for 'kl', and the results of `score`, if any. See token_pieces for its pieces.
-    """
+    """A sample for each group [prompt, BEFORE's response, AFTER's]: {'prompt', 'sample': n, 'before', 'after'}."""
     before, after = (token_logps_of(model, groups, worker, 'log-probs') for model in models)
     prompts = [text_of(tokenizer, prompt) for prompt, *_ in groups]
     samples = [{'prompt': prompt, 'sample': i % cfg.num_samples} for i, prompt in enumerate(prompts)]
@@ -92,14 +85,13 @@ def measure(cfg, groups, models, beta, score, tokenizer, worker):
         responses = [group[1 + k] for group in groups]
         texts = [text_of(tokenizer, ids) for ids in responses]
         scores = score(prompts, texts) if score else {}
-        need(not scores.keys() & FIELDS, f'{cfg.reward}: no metric may be named {", ".join(FIELDS)}')
         for i, ids in enumerate(responses):
             ratios = after[i][k] - before[i][k]                         # (tokens,)
-            samples[i][side] = {
-                'text': texts[i], 'tokens': len(ids), 'ended': ids[-1] == tokenizer.eot_token,
-                'implicit_reward': beta * float(ratios.sum()),
+            samples[i][side] = dict(
+                text=texts[i], tokens=len(ids), ended=ids[-1] == tokenizer.eot_token,
+                implicit_reward=beta * float(ratios.sum()),
                 **{name: values[i] for name, values in scores.items()},
-                'pieces': token_pieces(tokenizer, ids, (beta * ratios).round(6).tolist())}
+                pieces=token_pieces(tokenizer, ids, (beta * ratios).round(6).tolist()))
     return samples
 
 
@@ -124,10 +116,8 @@ LABELS = {'tokens': 'tokens a response', 'ended': 'ended by end token', 'implici
 
 def scale(samples):
     """The reward of the strongest tint: above all but 2% of the tokens, or one token would pale the others."""
-    rewards = []
-    for sample, side in itertools.product(samples, SIDES):
-        for _, values in sample[side]['pieces']:
-            rewards += values
+    pieces = [piece for sample in samples for side in SIDES for piece in sample[side]['pieces']]
+    rewards = [reward for _, values in pieces for reward in values]
     return max(0.01, float(f'{np.quantile(np.abs(rewards), 0.98):.2g}')) if rewards else 1.0
 
 
@@ -155,15 +145,16 @@ def show(cfg, samples, summary):
     shown = sorted(samples, key=lambda sample: sample['sample'])[:cfg.show]
     limit = scale(shown)
     for sample in shown:
-        say(f'\n{"-" * 60}\n{sample["prompt"].strip() or "(empty prompt)"}\n', BOLD)
-        columns = [[styled(side.upper(), BOLD), tinted(sample[side]['pieces'], limit) or styled('(nothing)'),
-                    styled('  '.join(numbers_of(sample[side])), DIM)] for side in SIDES]
-        say_side_by_side(*columns)
-    say(f'\n{"-" * 60}\nsamples: {summary["samples"]:,}, prompts: {summary["prompts"]:,}, ± a standard error\n')
+        say(styled(f'\n{"-" * 60}\n{sample["prompt"].strip() or "(empty prompt)"}\n', BOLD))
+        say(*(styled(side.upper(), BOLD) for side in SIDES))
+        say(*(tinted(sample[side]['pieces'], limit) or styled('(nothing)') for side in SIDES))
+        say(*(styled('  '.join(numbers_of(sample[side])), DIM) for side in SIDES))
+    counted = 'samples: {samples:,}, prompts: {prompts:,}, ± a standard error'.format(**summary)
+    say(styled(f'\n{"-" * 60}\n{counted}\n'))
     for label, *numbers in [['', 'BEFORE', 'AFTER'], *table_rows(summary, samples)]:
-        say(f'{label:21}' + ''.join(f'{number:>17}' for number in numbers))
+        say(styled(f'{label:21}' + ''.join(f'{number:>17}' for number in numbers)))
     if shown and colours():
-        say('a token is blue if AFTER finds it likelier than BEFORE, orange if less likely; ∎ is the end token')
+        say(styled('a token is blue if AFTER finds it likelier than BEFORE, orange if less likely; ∎ is the end token'))
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -179,8 +170,7 @@ def main(argv=None):
     models = []
     for side, stage in SIDES.items():
         source = getattr(cfg, side) or f'out/{cfg.name}/{stage}'
-        need(getattr(cfg, side) or checkpoint.find(source), f'{source} holds no checkpoint: run {stage}.py with this '
-             f'config first, or set --{side}, such as to out/{cfg.name}/sft')
+        need(getattr(cfg, side) or checkpoint.find(source), f'{source} holds no checkpoint: run {stage}.py first')
         models.append(checkpoint.load_model(source, val, dropout=0.0).to(worker.device).eval())
     before, after = models
     trained = after.record.get('config', {})
@@ -189,14 +179,14 @@ def main(argv=None):
     room = min(model.config.block_size for model in models)
     longest = room - min(cfg.max_new_tokens, room // 2)     # of a prompt
 
-    file = sys.stderr if cfg.json else sys.stdout
-    say(f'sample on {worker.device.type}, implicit rewards with beta {beta:g}:\n{config.show(cfg)}', file=file)
+    notes = [f'sample on {worker.device.type}, implicit rewards with beta {beta:g}:\n{config.show(cfg)}']
     origin = after.record.get('origin', {})
     reference = origin.get('reference') or origin.get('init')
     if after.record.get('stage') == 'dpo' and reference != checkpoint.fingerprint(before):
-        say('note: AFTER was trained against other weights than BEFORE; KL and rewards are from BEFORE', file=file)
+        notes.append('note: AFTER was trained against other weights than BEFORE; KL and rewards are from BEFORE')
     if any(len(ids) > longest for ids in prompts):
-        say(f'note: prompts were cut from the left to {longest:,} tokens, to leave room to respond', file=file)
+        notes.append(f'note: prompts were cut from the left to {longest:,} tokens, to leave room to respond')
+    say(styled('\n'.join(notes)), file=sys.stderr if cfg.json else sys.stdout)
 
     prompts = [ids[-longest:] for ids in prompts for _ in range(cfg.num_samples)]
     knobs = {key: getattr(cfg, key) for key in ('max_new_tokens', 'temperature', 'top_k', 'top_p')}

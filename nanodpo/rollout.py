@@ -1,7 +1,6 @@
 """Responses drawn from a model, and what is measured on them: log-probs, KL, the score of a reward file."""
 import contextlib
 import math
-import os
 import runpy
 import sys
 
@@ -16,8 +15,7 @@ from nanodpo.data import Sampled, batches, distinct_prompts, row_limit
 def draw_responses(model, prompts, meta, room, batch_size, seed, max_new_tokens=None, number=0, desc='', **knobs):
     """One response to each prompt, lists of ids: at most max_new_tokens, and with its prompt at most `room`.
 
-    knobs: of GPT.generate. desc: of a bar, '' for none. Batches are numbered from `number` on, and each has its own
-    seed, so it does not matter which process draws which.
+    Batches are numbered from `number` on. Each has a seed of its own: any process draws the same. knobs: of generate.
     """
     responses = []
     for i in tqdm(range(0, len(prompts), batch_size), desc, leave=False, disable=None if desc else True):
@@ -31,10 +29,7 @@ def draw_responses(model, prompts, meta, room, batch_size, seed, max_new_tokens=
 
 @torch.no_grad()
 def token_logps_of(model, groups, worker, desc=''):
-    """Log-probability of every token of every response, nats: for each group a list of K float64 arrays.
-
-    groups: [[prompt, response_1, ..., response_K], ...], lists of ids. desc: of a bar, '' for none.
-    """
+    """Log-probs of all tokens of responses, nats: a list of K float64 arrays for each group [prompt, K responses]."""
     groups = Sampled(groups)
     logps = np.zeros(len(groups.tokens))
     rows = batches(groups, np.arange(len(groups)), worker.alone(), row_limit(0, worker.device, groups))
@@ -48,12 +43,9 @@ def token_logps_of(model, groups, worker, desc=''):
 
 @torch.no_grad()
 def estimate_kl(policy, ratios, groups, n, seed, run, row_tokens):
-    """KL(policy || reference) of whole responses, nats, and its standard error: {'kl', 'kl_error'}.
-
-    It is the mean of log pi - log ref over one response of the policy to each of n prompts of `groups`. Any number of
-    ranks gives the same draws. ratios: Batch -> log pi - log ref, (G, 1).
-    """
-    size, room = 16, groups.meta['max_length']
+    """{'kl', 'kl_error'}: KL(policy || reference), nats, from a response to each of n prompts. ratios: see dpo.py."""
+    size = 16
+    room = groups.meta['max_length']
     prompts = distinct_prompts(groups, n, seed)
     sums = torch.zeros(2, dtype=run.exact, device=run.device)           # of the ratios, and of their squares
     for number in range(run.rank, math.ceil(len(prompts) / size), run.world):
@@ -77,25 +69,22 @@ def mean_and_error(values, num_samples):
 
 
 def read_reward(path):
-    """The functions of a reward file as one: (prompts, responses) -> {name: list of float or bool}. UserErrors.
+    """A reward file's functions as one: (prompts, responses) -> {name: list of float or bool}. UserErrors.
 
-    They are reward(prompts, responses) -> numbers and, if it has it, metrics(prompts, responses) -> {name: values}.
+    They are reward(prompts, responses) -> numbers and perhaps metrics(prompts, responses) -> {name: values}.
     """
-    need(os.path.isfile(path), f'reward file {path} does not exist')
     with one_line(f'reward file {path}', path), contextlib.redirect_stdout(sys.stderr):
         functions = runpy.run_path(path)
     need(callable(functions.get('reward')), f'reward file {path} defines no function reward(prompts, responses)')
 
     def score(prompts, responses):
-        scores = {}
         with one_line(f'reward file {path}', path), contextlib.redirect_stdout(sys.stderr):
-            results = {'true_reward': functions['reward'](list(prompts), list(responses))}
+            scores = {'true_reward': functions['reward'](list(prompts), list(responses))}
             if 'metrics' in functions:
-                results |= functions['metrics'](list(prompts), list(responses))
-            for name, values in results.items():
+                scores |= functions['metrics'](list(prompts), list(responses))
+            for name, values in scores.items():
                 scores[name] = [bool(x) if isinstance(x, (bool, np.bool_)) else float(x) for x in values]
-                finite = sum(map(math.isfinite, scores[name]))
-                need(len(scores[name]) == finite == len(responses), f'reward file {path}: {name} has '
-                     f'{len(scores[name])} results, {finite} of them finite, for {len(responses)} responses')
+                need(len(scores[name]) == len(responses) and all(map(math.isfinite, scores[name])),
+                     f'reward file {path}: {name} must be {len(responses)} finite numbers')
         return scores
     return score

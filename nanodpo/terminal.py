@@ -17,7 +17,7 @@ def colours():
 
 
 def styled(text, style=''):
-    return [(character, style) for character in text]
+    return [(character, style) for character in printable(text)]
 
 
 def columns_of(letters):
@@ -30,16 +30,11 @@ def wrap(letters, width):
     """The lines of a styled text, at most `width` columns each, broken at white space where there is any."""
     lines = [[]]
     for letter in letters:
-        if letter[0] == '\n':
-            lines.append([])
-            continue
         line = lines[-1]
         line.append(letter)
-        if columns_of(line) > width:
-            spaces = [i for i in range(1, len(line)) if line[i][0].isspace()]
-            end = spaces[-1] if spaces else len(line) - 1
-            lines.append(line[end + 1:] if spaces else line[end:])
-            del line[end:]
+        if letter[0] == '\n' or columns_of(line) > width:
+            end = max((i for i in range(1, len(line)) if line[i][0].isspace()), default=len(line) - 1)
+            lines[-1:] = [line[:end], line[end + line[end][0].isspace():]]
     return lines
 
 
@@ -52,34 +47,20 @@ def paint(letters):
     return painted
 
 
-def say(text, style='', file=None):
-    """Print any text, wrapped, without what could move the cursor."""
-    for line in wrap(styled(printable(text), style), shutil.get_terminal_size().columns):
-        print(paint(line), file=file)
-
-
-def say_side_by_side(left, right):
-    """Print two lists of styled texts in two columns."""
-    half = max(8, (shutil.get_terminal_size().columns - 3) // 2)
-    for pair in zip(left, right):
-        for a, b in itertools.zip_longest(*(wrap(letters, half) for letters in pair), fillvalue=[]):
-            print(f'{paint(a)}{"":{half - columns_of(a)}} | {paint(b)}'.rstrip())
-
-
-def tint(value):
-    """The style of a value from -1 to 1: black on blue if it is positive, on orange if negative; '' near 0."""
-    ground = (BLUE if value > 0 else ORANGE)[round(3 * min(1, abs(value)))]
-    return f'38;5;16;48;5;{ground}' if ground else ''
+def say(*texts, file=None):
+    """Print styled texts side by side, each wrapped in a column of its own."""
+    width = max(8, (shutil.get_terminal_size().columns + 3) // len(texts) - 3)
+    for line in itertools.zip_longest(*(wrap(text, width) for text in texts), fillvalue=[]):
+        print(' | '.join(paint(part) + ' ' * (width - columns_of(part)) for part in line).rstrip(), file=file)
 
 
 def tinted(pieces, limit):
-    """The pieces of token_pieces as a styled text. A piece is tinted by the sum of its values, over limit."""
+    """The pieces of token_pieces as a styled text, tinted by the sum of their values: full at `limit`, orange below 0."""
     letters = []
     for text, values in pieces:
-        shown = printable(text or '')
+        value = sum(values) / limit
+        ground = (BLUE if value > 0 else ORANGE)[round(3 * min(1, abs(value)))]
         if colours():                               # line breaks and the end get signs that can be tinted
-            shown = '∎' if text is None else shown.replace('\n', '↵\n')
-        letters += styled(shown, tint(sum(values) / limit))
-    while letters and letters[0][0].isspace():
-        del letters[0]
-    return letters
+            text = '∎' if text is None else text.replace('\n', '↵\n')
+        letters += styled(text or '', f'38;5;16;48;5;{ground}' if ground else '')
+    return list(itertools.dropwhile(lambda letter: letter[0].isspace(), letters))

@@ -299,7 +299,7 @@ def test_results_are_json_with_a_record_a_line(tmp_path, value, lines):
     ('ppo', ['--name=tiny'], 'reward is not set'),
     ('ppo', ['--name=tiny', '--reward=nowhere'], 'nowhere holds no checkpoint: run repro/reward_model.py first'),
     ('ppo', ['--name=tiny', '--reward=out/tiny/sft'], 'is no reward model'),
-    ('best_of_n', ['--name=tiny', '--reward=nowhere.py'], 'reward file nowhere.py does not exist'),
+    ('best_of_n', ['--name=tiny', '--reward=nowhere.py'], 'reward file nowhere.py: FileNotFoundError'),
     ('offline', ['--name=tiny', '--init_from=nowhere'], 'nowhere holds no checkpoint'),
     ('frontier', ['--name=tiny', '--held_out=50'], 'distinct prompts in val'),
     ('temperature', ['--name=tiny'], 'run repro/frontier.py first'),

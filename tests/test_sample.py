@@ -19,7 +19,7 @@ from model import draw
 from nanodpo import checkpoint, losses, terminal
 from nanodpo.data import Groups, distinct_prompts, read_meta, write_meta
 from nanodpo.rollout import mean_and_error
-from nanodpo.terminal import BOLD, DIM, say_side_by_side, styled, tint, tinted
+from nanodpo.terminal import BOLD, DIM, say, styled, tinted
 from nanodpo.text import load_tokenizer, printable, token_pieces
 
 END = VOCAB - 1
@@ -114,9 +114,12 @@ PROMPTS = [[5], [7, 200, 31, 4, 4, 9], [80, 81, 82], list(range(40, 60))]
                                      dict(temperature=0.01)], ids=str)
 def test_cached_batched_generation_equals_one_token_at_a_time_without_cache(options):
     net = small_gpt(3)
-    fast = net.generate(PROMPTS, 15, END, seed=11, **options)
-    assert fast == sample_slowly(net, PROMPTS, 15, END, 11, **options)
-    assert len(set(map(tuple, fast))) == len(PROMPTS)
+    free = net.generate(PROMPTS, 15, -1, seed=11, **options)
+    for end in (END, free[1][4]):
+        fast = net.generate(PROMPTS, 15, end, seed=11, **options)
+        assert fast == sample_slowly(net, PROMPTS, 15, end, 11, **options)
+        assert len(set(map(tuple, fast))) == len(PROMPTS)
+    assert fast[1][-1] == end and len(fast[1]) <= 5, 'it ends with the end token'
     assert net.generate(PROMPTS, 15, END, top_k=1) == net.generate(PROMPTS, 15, END, temperature=0), 'both are greedy'
 
 
@@ -128,15 +131,6 @@ def test_draw_has_the_frequencies_of_the_allowed_set_and_never_leaves_it(options
     counts = np.bincount(draw(logits.expand(n, -1), u, **options), minlength=60)
     assert (counts[expected == 0] == 0).all()
     np.testing.assert_allclose(counts / n, expected, atol=2 / n)
-
-
-def test_a_response_ends_with_the_end_token_and_holds_it_once():
-    net = small_gpt(3)
-    free = net.generate(PROMPTS, 15, -1, temperature=0)
-    end = free[1][4]
-    stopped = net.generate(PROMPTS, 15, end, temperature=0)
-    assert stopped == [ids[:ids.index(end) + 1] if end in ids else ids for ids in free]
-    assert 1 <= len(stopped[1]) <= 5 and stopped[1][-1] == end
 
 
 def test_ids_of_a_padded_vocabulary_are_never_drawn(trained, capsys):
@@ -308,38 +302,28 @@ def test_prompts_file_is_text_or_jsonl_and_all_of_it_is_used(trained, capsys, na
     assert [s['prompt'] for s in samples] == expected and summary['prompts'] == len(expected)
 
 
-@pytest.mark.parametrize('name, content, words', [
-    ('p.txt', None, 'p.txt cannot be read'), ('p.txt', b'', 'p.txt holds no prompt'), ('p.txt', b' \n\n', 'no prompt'),
-    ('p.txt', b'a\n\xff', 'UnicodeDecodeError'), ('p.jsonl', b'{"prompt": "a"}\n\n{"prompt": 3}', '"prompt": 3'),
-    ('p.jsonl', b'{"prompt": "a"}\nprompt', "in 'prompt'"), ('p.jsonl', b'{"text": "a"}', "missing key 'prompt'"),
-    ('p.jsonl', b'["a"]', 'not an object'), ('p.jsonl', b'{"prompt": "\\ud800"}', 'half a character'),
-    ('p.jsonl', b'[' * 100_000, 'RecursionError'), ('.', None, 'cannot be read'),
-])
-def test_a_bad_prompts_file_is_one_line(trained, name, content, words):
-    if content is not None:
-        trained.joinpath(name).write_bytes(content)
-    assert words in error(f'--prompts_file={name}')
-
-
 # -----------------------------------------------------------------------------
 # mistakes
 
-@pytest.mark.parametrize('code, words', [
-    (None, 'does not exist'), ('def reword(p, r): return [0]', 'defines no function reward'), ('1 +', 'SyntaxError'),
-    ('import nothing_like_it', 'r.py line 1'), ('def reward(p, r): return [0]', '1 results, 1 of them finite, for 8'),
-    ('def reward(p, r): return [0] * 7 + [float("nan")]', '8 results, 7 of them'), ('def reward(p): 0', 'TypeError'),
-    ('def reward(p, r): return [0] * 7 + [float("inf")]', '7 of them finite'),
-    ('def reward(p, r):\n  return 1 / 0', 'ZeroDivisionError: division by zero (r.py line 2)'),
-    ('def reward(p, r): return 3', 'TypeError'), ('def reward(p, r): return ["good"] * 8', 'ValueError'),
-    ('def reward(p, r): return [0] * 8\ndef metrics(p, r): return dict(m=[True])', 'm has 1 results'),
-    ('def reward(p, r): return [0] * 8\ndef metrics(p, r): return dict(text=[0] * 8)', 'no metric may be named text'),
-    ('def reward(p, r): return [0] * 8\ndef metrics(p, r): return [True] * 8', 'TypeError'),
+@pytest.mark.parametrize('name, content, words', [
+    ('none.txt', b'', 'none.txt cannot be read'), ('p.txt', b' \n\n', 'p.txt holds no prompt'),
+    ('p.txt', b'a\n\xff', 'UnicodeDecodeError'), ('p.jsonl', b'{"prompt": "a"}\n\n{"prompt": 3}', '"prompt": 3'),
+    ('p.jsonl', b'{"prompt": "a"}\nprompt', "in 'prompt'"), ('p.jsonl', b'{"text": "a"}', "missing key 'prompt'"),
+    ('p.jsonl', b'["a"]', 'not an object'), ('p.jsonl', b'{"prompt": "\\ud800"}', 'half a character'),
+    ('none.py', b'', 'none.py: FileNotFoundError'), ('r.py', b'def reword(p, r): 0', 'defines no function reward'),
+    ('r.py', b'1 +', 'SyntaxError'), ('r.py', b'import nothing_like_it', 'r.py line 1'),
+    ('r.py', b'def reward(p): 0', 'TypeError'), ('r.py', b'def reward(p, r): return ["good"] * 8', 'ValueError'),
+    ('r.py', b'def reward(p, r): return [0]', 'true_reward must be 8 finite numbers'),
+    ('r.py', b'def reward(p, r): return [0] * 7 + [float("nan")]', 'true_reward must be 8 finite numbers'),
+    ('r.py', b'def reward(p, r):\n  return 1 / 0', 'ZeroDivisionError: division by zero (r.py line 2)'),
+    ('r.py', b'def reward(p, r): return [0] * 8\ndef metrics(p, r): return dict(m=[True])', 'm must be 8 finite'),
+    ('r.py', b'def reward(p, r): return [0] * 8\ndef metrics(p, r): return [True] * 8', 'TypeError'),
 ])
-def test_a_bad_reward_file_is_one_line(trained, code, words):
-    if code is not None:
-        trained.joinpath('r.py').write_text(code)
-    message = error('--reward=r.py', '--num_prompts=8')
-    assert words in message and 'r.py' in message
+def test_a_bad_file_of_prompts_or_rewards_is_one_line(trained, name, content, words):
+    if content:
+        trained.joinpath(name).write_bytes(content)
+    message = error(f'--{"reward" if name.endswith("py") else "prompts_file"}={name}')
+    assert words in message and name in message
 
 
 def test_other_mistakes_are_one_line(trained):
@@ -348,7 +332,7 @@ def test_other_mistakes_are_one_line(trained):
     save('foreign', small_gpt(), vocabulary='gpt2')
     assert 'another tokenizer' in error('--after=out/tiny/foreign') and 'another' in error('--before=out/tiny/foreign')
     os.remove('out/tiny/dpo/step-000001.json')
-    assert re.search('dpo holds no checkpoint: run dpo.py .* out/tiny/sft', error())
+    assert 'out/tiny/dpo holds no checkpoint: run dpo.py' in error()
     assert 'prepare_prefs.py' in error('--name=none')
 
 
@@ -411,7 +395,9 @@ def test_two_columns_hold_every_character_in_its_tint_and_fit(colours, tmp_path,
     for tokenizer in tokenizers(tmp_path / 'd'):
         for left, right in zip(TEXTS, TEXTS[1:] + TEXTS[:1]):
             texts = [tinted(pieces_of(tokenizer, text)[0], 0.5) for text in (left, right)]
-            say_side_by_side(*([styled('BEFORE', BOLD), text, numbers] for text in texts))
+            for column in (styled('BEFORE', BOLD), numbers):
+                say(column, column)
+            say(*texts)
             shown = [], []
             for line in map(cells_of, capsys.readouterr().out.splitlines()):
                 assert width_of(line) <= width
@@ -435,6 +421,11 @@ def test_a_tinted_response_is_its_text_with_line_breaks_and_the_end_marked(colou
     assert ''.join(c for c, _ in letters) == 'abc∎'
     styles = [style for _, style in letters]
     assert styles == [tint(1), tint(-1), '', tint(0.4)] and len(set(styles)) == 4
+
+
+def tint(value):
+    """The style of a token of that value, where 1 is the limit."""
+    return tinted([('token', [value])], 1)[0][1]
 
 
 def linear(rgb):
