@@ -1,12 +1,8 @@
 """Weights and tokenizers that transformers wrote or reads: the same shapes, ids, logits, losses and greedy text."""
-import gzip
-import itertools
 import json
 import os
 import random
-import resource
 import shutil
-import signal
 import sys
 from pathlib import Path
 
@@ -20,7 +16,7 @@ import prepare_prefs
 import sample
 import sft
 from config import UserError
-from conftest import SHARED, small_gpt, write_rows
+from conftest import small_gpt, write_rows
 from model import GPT, GPTConfig, hf_names, transposed
 from nanodpo import checkpoint, export
 from nanodpo.checkpoint import fingerprint, load_model
@@ -33,6 +29,7 @@ HARD = ['', ' ', '\n', '\r', 'a\r\n  ', 'a \n', 'x\n\n  y', '  \n\n \t  \r\n\r\n
         'aaaa' * 9, ' ' * 40, 'e\u0301\u200d👩‍👩‍👧‍👦🏽 🚀🚀', 'مرحبا بالعالم \u202e\u200f\u061c', 'שלום', '日本語テキスト、漢字。',
         '한국어', '\x00\x01\x1b[31m\x7f\x85', 'a<|endoftext|>b <|end', 'x <|fim_prefix|> y', "I'LL don't 's'T 'ſ 'Re",
         '1234567 12½ Ⅷ ٣٤٥', 'ﬀ ﬆ ŉ ß İ ı', '\ud7ff\ue000\uffff\U0010ffff']
+HH = '\n\nHuman: {prompt}\n\nAssistant:'
 TALK = 'Few fables of recent years are as superb as this one. The leads are deftly chosen, and will amuse the crowd! '
 
 
@@ -40,12 +37,11 @@ def fuzz(n):
     """n strings of all scripts, control characters, digits and white space, the same every time."""
     rng = random.Random(0)
     ranges = [(32, 127), (0, 32), (0x80, 0x3000), (0x3000, 0xd800), (0xe000, 0x110000)]
-    pools = [lambda: chr(rng.randrange(*rng.choice(ranges))), lambda: rng.choice(' \n\t\r\u00a0\u2003 '),
-             lambda: rng.choice("abcdefgst'AERLS' "), lambda: rng.choice('0123456789½²٣ '), lambda: rng.choice(HARD),
-             lambda: rng.choice(TALK.split(' '))]
+    anything = [chr(rng.randrange(*limits)) for limits in ranges for _ in range(500)]
+    pools = [anything, ' \n\t\r\u00a0\u2003 ', "abcdefgst'AERLS' ", '0123456789½²٣ ', HARD, TALK.split(' ')]
     for _ in range(n):
         mostly = rng.choice(pools)
-        yield ''.join((rng.choice(pools) if rng.random() < 0.3 else mostly)() for _ in range(rng.randrange(1, 30)))
+        yield ''.join(rng.choice(rng.choice([mostly] * 8 + pools)) for _ in range(rng.randrange(1, 30)))
 
 
 def learned(pattern, special):
@@ -89,11 +85,7 @@ def loaded_tokenizer(folder, encoding, template='{prompt}'):
 def test_an_exported_tokenizer_gives_the_ids_of_ours(name, tmp_path, request):
     encoding = ENCODINGS[name]() if name in ENCODINGS else request.getfixturevalue(name)
     theirs = loaded_tokenizer(tmp_path, encoding)
-    texts = [*HARD, *fuzz(500)]
-    for path in sorted((SHARED / 'data' / 'hh-rlhf').rglob('*.jsonl*'))[:1]:        # real dialogues, where they are
-        with (gzip.open if path.suffix == '.gz' else open)(path, 'rt', encoding='utf-8') as f:
-            texts += [json.loads(line)['chosen'] for line in itertools.islice(f, 200)]
-    for text in texts:
+    for text in [*HARD, TALK, *fuzz(500)]:
         ids = encoding.encode_ordinary(text)
         assert theirs.encode(text, split_special_tokens=True) == ids, repr(text)
         assert theirs.decode(ids) == text
@@ -107,9 +99,6 @@ def turns(*texts):
     return [dict(role=role, content=text) for role, text in zip(roles, texts) if text is not None]
 
 
-HH = '\n\nHuman: {prompt}\n\nAssistant:'
-
-
 @pytest.mark.parametrize('template, messages, expected', [
     ('{prompt}', turns(None, ' hi'), ' hi'),
     ('{prompt}', turns('Be kind.', 'a', 'b', 'c'), 'Be kind.\na b\nc'),
@@ -118,15 +107,11 @@ HH = '\n\nHuman: {prompt}\n\nAssistant:'
     (HH, turns('S', 'a', ' b'), f'S\n\nHuman: a\n\nAssistant: b{EOT}'),
     (EOT + 'Q "{prompt}" {% if %} A:\n', turns(None, 'a', 'b', 'c', 'd'),
      f'{EOT}Q "a" {{% if %}} A:\nb\nQ "c" {{% if %}} A:\nd{EOT}')])
-def test_a_chat_template_writes_turns_as_training_has_them(tmp_path, template, messages, expected):
-    theirs = loaded_tokenizer(tmp_path, ENCODINGS['learned'](), template)
-    assert theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == expected
-
-
-@pytest.mark.parametrize('template', ['{prompt}', EOT + 'Ask: {prompt}\n', HH])
-def test_a_chat_template_gives_a_prompt_the_ids_of_training(tmp_path, template):
+def test_a_chat_template_writes_turns_as_training_has_them_and_a_prompt_with_its_ids(
+        tmp_path, template, messages, expected):
     encoding = ENCODINGS['learned']()
     theirs = loaded_tokenizer(tmp_path, encoding, template)
+    assert theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == expected
     for text in ('hello', '😀 one\ntwo ', "it's 42"):
         ids = theirs.apply_chat_template(turns(None, text), add_generation_prompt=True, return_dict=False)
         assert ids == prompt_ids(encoding, text, template)
@@ -145,18 +130,13 @@ def test_each_size_of_gpt2_has_transformers_tensors(n_layer, n_head, n_embd):
     assert ours.num_params() == theirs.num_parameters()
 
 
-def logits(model, ids):
-    """(B, T, V) by one plain forward pass."""
+def assert_equal_up_to_rounding(ours, theirs, ids):
+    """The same logits up to float32's rounding, half of 2**-23 of the largest each, of some hundred sums on the way."""
     B, T = ids.shape
     mask = torch.ones(T, T, dtype=torch.bool).tril()[None, None]
     with torch.no_grad():
-        return model.eval()(ids, torch.arange(T).expand(B, -1), mask) @ model.wte.weight.t()
-
-
-def assert_equal_up_to_rounding(ours, theirs, ids):
-    """The same logits up to float32's rounding, half of 2**-23 of the largest each, of some hundred sums on the way."""
-    with torch.no_grad():
-        a, b = logits(ours, ids), theirs.eval()(ids).logits
+        a = ours.eval()(ids, torch.arange(T).expand(B, -1), mask) @ ours.wte.weight.t()
+        b = theirs.eval()(ids).logits
     assert a.std() > 0.3, 'logits that tell tokens apart'
     torch.testing.assert_close(a, b, atol=2**-24 * 300 * a.abs().max().item(), rtol=0)
 
@@ -187,7 +167,7 @@ def test_a_gpt2_of_transformers_has_its_logits_and_greedy_text_there_and_back(tm
 
 @pytest.fixture
 def hub_layout(tmp_path):
-    """A small GPT-2 in the layout of the hub's own: no prefix, causal masks as buffers, other files beside it."""
+    """A small GPT-2 in the layout of the hub's own: float16, no prefix, causal masks as buffers."""
     from safetensors.torch import save_file
     torch.manual_seed(0)
     config = transformers.GPT2Config(vocab_size=97, n_positions=24, n_embd=16, n_layer=2, n_head=2,
@@ -198,12 +178,10 @@ def hub_layout(tmp_path):
     del state['lm_head.weight']
     state |= {f'h.{i}.attn.bias': torch.ones(1, 1, 24, 24).tril() for i in range(2)}
     save_file(state | {'h.0.attn.masked_bias': torch.tensor(-1e4)}, tmp_path / 'model.safetensors')
-    for file in ('vocab.json', 'merges.txt', 'README.md', '64.tflite'):
-        (tmp_path / file).write_text('not read')
     return tmp_path
 
 
-def test_a_float16_hub_layout_with_buffers_and_other_files_is_read(hub_layout):
+def test_a_float16_hub_layout_with_buffers_is_read(hub_layout):
     ours = GPT.from_pretrained(str(hub_layout))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(hub_layout, dtype=torch.float32)
     assert_equal_up_to_rounding(ours, theirs, torch.randint(0, 97, (2, 24)))
@@ -216,17 +194,15 @@ def test_a_float16_hub_layout_with_buffers_and_other_files_is_read(hub_layout):
 
 
 @pytest.mark.parametrize('name', ['gpt2', 'openai-community/gpt2-medium'])
-def test_a_hub_name_is_read_from_the_cache_without_a_network(hub_layout, tmp_path, monkeypatch, name):
+def test_a_hub_name_is_read_from_the_cache_without_a_network(hub_layout, tmp_path_factory, monkeypatch, name):
     import huggingface_hub.constants
-    cache = tmp_path / 'cache' / ('models--' + name.replace('/', '--'))
-    (cache / 'snapshots' / 'abc').mkdir(parents=True)
-    for file in ('config.json', 'model.safetensors'):
-        shutil.copy(hub_layout / file, cache / 'snapshots' / 'abc')
-    (cache / 'refs').mkdir()
-    (cache / 'refs' / 'main').write_text('abc')
-    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_CACHE', str(tmp_path / 'cache'))
+    cache = tmp_path_factory.mktemp('cache')
+    repo = cache / ('models--' + name.replace('/', '--'))
+    shutil.copytree(hub_layout, repo / 'snapshots' / 'abc')
+    (repo / 'refs').mkdir()
+    (repo / 'refs' / 'main').write_text('abc')
+    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_CACHE', str(cache))
     monkeypatch.setenv('HF_ENDPOINT', 'http://127.0.0.1:9')
-    monkeypatch.chdir(tmp_path)
     expected = fingerprint(GPT.from_pretrained(str(hub_layout)))
     for offline in (True, False):           # HF_HUB_OFFLINE, which is read once
         monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_OFFLINE', offline)
@@ -243,55 +219,46 @@ def test_a_wrong_config_ends_with_one_line(hub_layout):
     config = hub_layout / 'config.json'
     good = json.loads(config.read_text())
     for key, value, match in [
-            ('n_layer', 3, 'RuntimeError.*Missing.*h.2.ln_1'), ('n_layer', 1, 'RuntimeError.*Unexpected.*h.1.ln_1'),
-            ('n_layer', None, 'TypeError'), ('n_layer', -1, 'RuntimeError'), ('n_embd', 32, 'size mismatch for wte.w'),
-            ('n_embd', '16', 'TypeError'), ('n_head', 3, 'not a multiple'),
-            ('n_head', 0, 'ZeroDivisionError'), ('vocab_size', 98, 'size mismatch for wte.weight'),
-            ('vocab_size', 2.5, 'TypeError'), ('n_positions', 25, 'size mismatch for wpe.weight'),
-            ('n_inner', 7, 'n_inner=7'), ('model_type', 'llama', "model_type='llama', this model is GPT-2"),
-            ('activation_function', 'relu', "activation_function='relu', this model is GPT-2 with 'gelu_new'")]:
+            ('n_layer', 3, 'Missing key.*h.2.ln_1'), ('n_layer', 1, 'Unexpected key.*h.1.ln_1'),
+            ('n_embd', 32, 'size mismatch for wte.weight'), ('n_positions', 25, 'size mismatch for wpe.weight'),
+            ('vocab_size', 98, 'size mismatch for wte.weight'), ('n_head', 3, 'not a multiple'), ('n_inner', 7, '=7')]:
         config.write_text(json.dumps(good | {key: value}))
         refused(hub_layout, match)
-    for text, match in [(b'[]', 'TypeError'), (b'', 'JSONDecodeError'), (b'{"n_layer": ', 'JSONDecodeError'),
-                        (b'{}', "KeyError: 'vocab_size'"), (b'\x80', 'UnicodeDecodeError')]:
+    for text, match in [(b'[]', 'TypeError'), (b'{"n_l', 'JSONDecodeError'), (b'{}', "KeyError: 'vocab_size'")]:
         config.write_bytes(text)
         refused(hub_layout, f'{hub_layout} is no checkpoint, and no .* GPT-2 weights that can be read: {match}')
 
 
-def test_a_missing_file_or_package_ends_with_one_line(hub_layout, monkeypatch):
+def test_damaged_weights_and_a_missing_file_or_package_end_with_one_line(hub_layout, monkeypatch):
+    weights, good = hub_layout / 'model.safetensors', fingerprint(load_model(str(hub_layout)))
+    whole = weights.read_bytes()
+    for size in (0, 8, 100, len(whole) - 1):
+        weights.write_bytes(whole[:size])
+        refused(hub_layout, 'SafetensorError')
+    header = 8 + int.from_bytes(whole[:8], 'little')
+    outcomes = set()
+    for bit in random.Random(0).choices(range(8 * header), k=150):
+        data = bytearray(whole)
+        data[bit // 8] ^= 1 << bit % 8
+        weights.write_bytes(data)
+        try:
+            outcomes.add(fingerprint(load_model(str(hub_layout))))
+        except UserError:
+            outcomes.add('refused')
+    assert outcomes == {'refused', good}, 'a bit of the header flipped: refused, or of no consequence'
+    weights.write_bytes(whole)
     for package, weights_of in (('safetensors.torch', hub_layout), ('huggingface_hub', 'gpt2')):
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, package, None)
             refused(weights_of, f'ModuleNotFoundError: .*{package}')
     theirs = transformers.AutoModelForCausalLM.from_pretrained(hub_layout, dtype=torch.float32)
-    (hub_layout / 'model.safetensors').rename(hub_layout / 'pytorch_model.bin')
+    weights.rename(hub_layout / 'pytorch_model.bin')
     refused(hub_layout, 'holds no model.safetensors')
     theirs.save_pretrained(hub_layout, max_shard_size='10KB')
     sorted(hub_layout.glob('model-*.safetensors'))[1].unlink()
     refused(hub_layout, 'Missing key')
     (hub_layout / 'config.json').unlink()
     refused(hub_layout, 'FileNotFoundError.*config.json')
-
-
-def test_damaged_weights_end_with_one_line(hub_layout):
-    weights = hub_layout / 'model.safetensors'
-    whole = weights.read_bytes()
-    for size in (0, 3, 8, 100, 1500, len(whole) // 2, len(whole) - 1):
-        weights.write_bytes(whole[:size])
-        refused(hub_layout, 'SafetensorError')
-    rng = random.Random(0)
-    header = 8 + int.from_bytes(whole[:8], 'little')
-    outcomes = set()
-    for bit in (None, *(rng.randrange(8 * header) for _ in range(150))):
-        data = bytearray(whole)
-        if bit is not None:
-            data[bit // 8] ^= 1 << bit % 8
-        weights.write_bytes(data)
-        try:
-            outcomes.add(fingerprint(load_model(str(hub_layout))))
-        except UserError:
-            outcomes.add('refused')
-    assert 'refused' in outcomes and len(outcomes) == 2, 'a bit of the header flipped: refused, or of no consequence'
 
 
 # -----------------------------------------------------------------------------
@@ -303,9 +270,9 @@ def own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     rng = random.Random(0)
     words = TALK.split() + ['🚀', 'né', '\n', 'naïve']
-    texts = [[' ' + ' '.join(rng.choices(words, k=rng.randrange(2, 9))) for _ in range(3)] for _ in range(40)]
-    write_rows('pairs.jsonl', [dict(prompt=f'{i}{text[0]}', chosen=text[1], rejected=text[2])
-                               for i, text in enumerate(texts)])
+    texts = [[' '.join(rng.choices(words, k=rng.randrange(2, 9))) for _ in range(3)] for _ in range(40)]
+    rows = [dict(prompt=f'{i} {text[0]}', chosen=text[1], rejected=text[2]) for i, text in enumerate(texts)]
+    write_rows('pairs.jsonl', rows)
     prepare_prefs.main(['--name=own', '--source=pairs.jsonl', '--tokenizer=bpe:300', '--template=Q: {prompt}\nA:',
                         '--max_length=64', '--max_prompt_length=32'])
     for stage, seed in (('sft', 1), ('dpo', 2)):
@@ -343,8 +310,7 @@ def loaded(caplog):
 
 @pytest.mark.parametrize('padding', [0, 20])
 def test_transformers_greedy_text_is_ours_token_for_token(own, loaded, capsys, padding):
-    """A batch of prompts, padded on the left there: against generate and against sample.py; also where the model's
-    vocabulary is padded, with large logits at ids that no token has."""
+    """Prompts padded on the left there; with `padding`, a vocabulary with large logits at ids that no token has."""
     meta = Groups('data/own', 'val').meta
     size, end = meta['vocab_size'], meta['eot_token']
     if padding:
@@ -375,8 +341,7 @@ def test_transformers_greedy_text_is_ours_token_for_token(own, loaded, capsys, p
         Path('p.jsonl').write_text('\n'.join(json.dumps(dict(prompt=text)) for text in texts))
         capsys.readouterr()
         sample.main(['--name=own', '--prompts_file=p.jsonl', '--temperature=0', '--max_new_tokens=30', '--json'])
-        lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()][:-1]
-        after = [line['after']['text'] for line in lines]
+        after = [json.loads(line)['after']['text'] for line in capsys.readouterr().out.splitlines()[:-1]]
         assert after == tokenizer.batch_decode(made, skip_special_tokens=True)
 
 
@@ -390,8 +355,7 @@ def test_transformers_loss_of_an_export_is_ours(own, loaded):
             prompt, *responses = groups[i]
             for response, logp in zip(responses, row):
                 ids = torch.from_numpy(np.concatenate([prompt, response]).astype(np.int64))[None]
-                labels = ids.clone()
-                labels[:, :len(prompt)] = -100
+                labels = torch.where(torch.arange(ids.shape[1]) < len(prompt), -100, ids)
                 loss = theirs(ids, labels=labels).loss * len(response)
                 assert abs(loss + logp) < 1e-5 * abs(logp) + 1e-4
 
@@ -408,7 +372,6 @@ def test_an_export_comes_back_to_the_bit_and_a_stage_starts_from_it(own, capsys)
     assert snapshot('b') == {path.replace('a/', 'b/'): content for path, content in snapshot('a').items()}
     assert names('new/c') == {'config.json', 'generation_config.json', 'model.safetensors'}
     assert names('a') == names('new/c') | {'tokenizer.json', 'tokenizer_config.json'}
-    assert os.stat('a/model.safetensors').st_mode == os.stat('a/config.json').st_mode
     seen = {expected}
     for stage in (dpo, sft):
         folder = f'out/own/{stage.__name__}'
@@ -420,58 +383,38 @@ def test_an_export_comes_back_to_the_bit_and_a_stage_starts_from_it(own, capsys)
         seen.add(trained)
 
 
-@pytest.mark.parametrize('argv, match', [
-    ([], 'usage'), (['out/own/dpo'], 'usage'), (['out/own/dpo', 'x', 'y'], 'usage'),
-    (['out/own/dpo', 'x', '--dat=y'], 'usage'), (['out/own/dpo', ''], 'cannot write : .*No such file'),
-    (['nowhere', 'x'], 'nowhere is no checkpoint, and no directory or hub name'),
-    (['hf', 'x'], 'does not say what data.*--data='), (['out/own/nameless', 'x'], 'does not say what data'),
-    (['out/own/dpo', 'x', '--data=data/no'], 'data/no/meta.json does not exist'),
-    (['out/own/nameless', 'x', '--data=data/own'], 'another tokenizer'),
-    (['data', 'x', '--data='], 'data is no checkpoint'),
-    (['out/own/dpo', 'hf'], 'hf is not empty: export into a new or an empty directory'),
-    (['out/own/dpo', 'out/own/dpo'], 'is not empty'), (['out/own/dpo', '.'], 'is not empty'),
-    (['out/own/dpo', 'file'], 'cannot write file: .*File exists'),
-    (['out/own/dpo', 'file/x'], 'cannot write file/x: .*Not a directory')])
-def test_a_mistake_in_the_command_is_one_line_and_writes_nothing(experiment, argv, match):
-    """data/tiny in the place of data/own: a learned tokenizer makes no difference here."""
-    os.rename('data/tiny', 'data/own')
-    vocabulary = Groups('data/own', 'val').vocabulary
-    for folder, config in (('dpo', dict(name='own')), ('nameless', {})):
-        os.makedirs(f'out/own/{folder}')
-        record = dict(config=config, vocabulary=vocabulary if config else 'another')
-        checkpoint.save(f'out/own/{folder}', 1, small_gpt(), record)
+def test_a_mistake_in_the_command_is_one_line_and_writes_nothing(own):
+    os.mkdir('out/own/nameless')
+    checkpoint.save('out/own/nameless', 1, small_gpt(), dict(config={}, vocabulary='another'))
     export.main(['out/own/dpo', 'hf'])
     Path('file').write_text('x')
     before = snapshot()
-    with pytest.raises(UserError, match=match) as error:
-        export.main(argv)
-    assert '\n' not in error.value.code
-    assert snapshot() == before and not os.path.exists('x')
+    for argv, match in [
+            ([], 'usage'), (['out/own/dpo'], 'usage'), (['out/own/dpo', 'x', '--dat=y'], 'usage'),
+            (['out/own/dpo', ''], 'cannot write : .*No such file'), (['out/own/dpo', 'file'], 'file: .*File exists'),
+            (['nowhere', 'x'], 'nowhere is no checkpoint, and no directory or hub name'),
+            (['hf', 'x'], 'does not say what data.*--data='), (['out/own/nameless', 'x'], 'does not say what data'),
+            (['out/own/dpo', 'x', '--data=data/no'], 'data/no/meta.json does not exist'),
+            (['out/own/nameless', 'x', '--data=data/own'], 'another tokenizer'),
+            (['out/own/dpo', 'hf'], 'hf is not empty: export into a new or an empty directory')]:
+        with pytest.raises(UserError, match=match) as error:
+            export.main(argv)
+        assert '\n' not in error.value.code and snapshot() == before, argv
 
 
 def test_what_stops_an_export_is_one_line_and_leaves_nothing_that_loads(own, monkeypatch):
-    """A limit on the size of files stands in for a disk that is full with the weights."""
+    def full(*args, **options):
+        raise OSError(28, 'No space left on device')
+
     def fails(match):
-        with pytest.raises(UserError, match=f'cannot write new: .*{match}') as error:
-            export.main(['out/own/dpo', 'new'])
+        with pytest.raises(UserError, match=f'cannot write half: .*{match}') as error:
+            export.main(['out/own/dpo', 'half'])
         assert '\n' not in error.value.code
 
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, 'safetensors.torch', None)
         fails('safetensors')
-    assert not os.path.exists('new')
-    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
-    try:
-        fails('File too large')
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, handler)
-    assert names('new') == {'model.safetensors'}
-    shutil.rmtree('new')
-    export.main(['out/own/dpo', 'new'])
-    assert fingerprint(GPT.from_pretrained('new')) == fingerprint(load_model('out/own/dpo'))
-    monkeypatch.setattr(Path, 'write_text', lambda *args, **options: 1 / 0)     # killed before the last file
-    with pytest.raises(UserError, match='cannot write half: ZeroDivisionError'):
-        export.main(['out/own/dpo', 'half'])
+    assert not os.path.exists('half')
+    monkeypatch.setattr(Path, 'write_text', full)       # the disk has room for the weights alone
+    fails('No space left')
     refused('half', 'config.json')
