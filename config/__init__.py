@@ -1,11 +1,11 @@
-"""One experiment, one config file; a flag overrides it: python dpo.py config/hh.py --beta=0.2 --max_steps=100
+"""One experiment, one config file; a flag overrides it: python dpo.py config/hh.py --beta=0.2
 
-A config file is Python: `name = 'hh'` and one dict a stage (`prepare`, `sft`, `dpo`, `sample`). It may also hold
-functions, imports, CAPITALS and _private names. Files are read first, in order, then flags. Without a file and
-`--name`, the embedded experiment config/reviews.py is run.
+A config file is Python: `name = 'hh'` and one dict a stage. It may also hold functions, imports, CAPITALS and _private
+names. Files are read first, in order, then flags. Without a file and `--name`, config/reviews.py is run.
 
 A stage declares its knobs in a dataclass. The annotation is a type, In[number, 'rule about x'] or Literal['a', 'b'];
-the comment beside the knob is what `--help` prints."""
+the comment beside the knob is what `--help` prints.
+"""
 import ast
 import contextlib
 import dataclasses
