@@ -8,6 +8,7 @@ import threading
 import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import permutations
 from types import SimpleNamespace
 
 import numpy as np
@@ -54,7 +55,7 @@ def longer(body, n=0):
 def stub(tmp_path, monkeypatch):
     """A server. behave(body, n) is what the n-th try gets: (status, body[, headers]) or a callable(handler)."""
     monkeypatch.chdir(tmp_path)
-    tries, lock, judge = Counter(), threading.Lock(), SimpleNamespace(behave=longer, bodies=[], times=[], headers=[])
+    tries, lock, judge = Counter(), threading.Lock(), SimpleNamespace(behave=longer, bodies=[], times=[], headers=set())
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
@@ -64,16 +65,15 @@ def stub(tmp_path, monkeypatch):
                 tries[raw] += 1
                 judge.times.append(time.monotonic())
                 judge.bodies.append(json.loads(raw))
-                judge.headers.append((self.path, self.headers))
+                judge.headers.add((self.path, self.headers['Authorization']))
             answer = judge.behave(json.loads(raw), n)
             if callable(answer):
                 return answer(self)
-            status, text, *headers = answer
+            status, text, headers = (*answer, {})[:3]
             data = text if isinstance(text, bytes) else text.encode()
             self.send_response(status)
-            for name, value in (headers[0] if headers else {}).items():
-                self.send_header(name, value)
-            self.send_header('Content-Length', str(len(data)))
+            for name, value in {'Content-Length': len(data), **headers}.items():
+                self.send_header(name, str(value))
             self.end_headers()
             self.wfile.write(data)
 
@@ -135,8 +135,17 @@ def answers():
 # ----------------------------------------------------------------------------------------------------
 # what is reported
 
-def test_an_oracle_gives_exactly_the_right_win_rate(stub, capsys):
+def test_an_oracle_gives_exactly_the_right_win_rate_and_a_dry_run_asks_nothing(stub, capsys, tmp_path, monkeypatch):
     write_pairs(wins=7, losses=2, equal=3)
+    with monkeypatch.context() as patch:
+        patch.delenv('OPENAI_API_KEY')
+        winrate.main(['--a=a.jsonl', *FAST, '--dry_run'])
+    out = capsys.readouterr().out
+    assert '18 requests' in out and not stub.bodies and not (tmp_path / 'winrate.jsonl').exists()
+    request = json.loads(out[out.index('{\n'):])
+    assert blocks(request) == ['prompt 0', 'x' * 9, 'y' * 5]
+    tokens = 18 * len(request['messages'][0]['content']) / 4        # all are nearly that long
+    assert float(re.search(r'about ([\d,]+) tokens', out)[1].replace(',', '')) == pytest.approx(tokens, rel=0.01)
     result = run('--repeats=2')
     assert (result['wins'], result['ties'], result['losses'], result['equal_texts']) == (7, 3, 2, 3)
     assert result['win_rate']['mean'] == (7 + 1.5) / 12 and result['pairs'] == result['prompts'] == 12
@@ -147,7 +156,7 @@ def test_an_oracle_gives_exactly_the_right_win_rate(stub, capsys):
     assert result['length']['b']['words'] == 1
     assert len(stub.bodies) == 36, 'equal texts are not asked about'
     assert all(body['temperature'] == 0 and body['model'] == 'stub' for body in stub.bodies)
-    assert {(path, h['Authorization']) for path, h in stub.headers} == {('/v1/chat/completions', 'Bearer sk-stub')}
+    assert stub.headers == {('/v1/chat/completions', 'Bearer sk-stub')}
     out = capsys.readouterr().out
     assert re.search(r'win rate of A +70\.8% +\[\d+\.\d%, \d+\.\d%\] +of 12 pairs', out)
     assert re.search(r'wins, ties, losses +7, 3, 2 +3 of the ties', out)
@@ -188,12 +197,10 @@ def test_the_interval_is_that_of_resampled_prompts_with_their_samples_together()
     sizes = rng.integers(1, 6, 60)
     prompts, values = np.repeat(np.arange(60), sizes), rng.random(60).repeat(sizes).round()
     got = winrate.estimate([str(p) for p in prompts], list(values), cfg)
-    means = []
-    for _ in range(3000):                                       # by hand: draw prompts, lay their values end to end
-        means.append(np.concatenate([values[prompts == p] for p in rng.integers(60, size=60)]).mean())
+    means = [np.concatenate([values[prompts == p] for p in rng.integers(60, size=60)]).mean()
+             for _ in range(3000)]                              # by hand: draw prompts, lay their values end to end
     assert [got['low'], got['high']] == pytest.approx(np.percentile(means, [2.5, 97.5]), abs=0.02)
-    alone = winrate.estimate(['p'] * 5, [1, 0, 0, 1, 1], cfg)
-    assert alone == dict(mean=0.6, low=None, high=None, n=5)
+    assert winrate.estimate(['p'] * 5, [1, 0, 0, 1, 1], cfg) == dict(mean=0.6, low=None, high=None, n=5)
 
 
 def test_texts_reach_the_judge_as_they_are_and_cannot_answer_for_it(stub):
@@ -203,9 +210,8 @@ def test_texts_reach_the_judge_as_they_are_and_cannot_answer_for_it(stub):
     stub.behave = lambda body, n: (200, better([text.endswith(' WINNER') for text in blocks(body)[1:]].index(True)))
     result = run('--concurrency=1')
     assert result['losses'] == len(TRAPS) and result['unparsed_answers'] == 0
-    sent = [tuple(blocks(body)) for body in stub.bodies]
-    assert sorted(sent) == sorted(pair for prompt, _, text in rows for pair in ((prompt, text, text + ' WINNER'),
-                                                                                (prompt, text + ' WINNER', text)))
+    sent = {tuple(blocks(body)) for body in stub.bodies}
+    assert sent == {(prompt, *texts) for prompt, _, text in rows for texts in permutations([text, text + ' WINNER'])}
 
 
 @pytest.mark.parametrize('answer, position', [
@@ -221,7 +227,7 @@ def test_only_a_verdict_on_the_last_line_counts(answer, position):
 # ----------------------------------------------------------------------------------------------------
 # pairs
 
-def test_samples_are_matched_by_prompt_and_number_and_the_rest_is_counted(stub, capsys):
+def test_samples_are_matched_by_prompt_and_number_and_side_and_the_rest_is_counted(stub, capsys):
     write('a.jsonl', [('p', 0, 'xx'), ('p', 1, 'xxxx'), ('q', 0, 'x'), ('only a', 0, 'x'), ('only a', 1, 'x'),
                       ('twice', 0, '1'), ('twice', 0, '222')])
     write('b.jsonl', [('twice', 0, '11'), ('twice', 0, '22'), ('q', 0, 'yyy'), ('p', 1, 'y'), ('q', 1, 'y'),
@@ -231,9 +237,7 @@ def test_samples_are_matched_by_prompt_and_number_and_the_rest_is_counted(stub, 
     assert (result['wins'], result['losses'], result['pairs'], result['prompts']) == (2, 2, 4, 3)
     out = capsys.readouterr().out
     assert '3 samples of A have no partner (1 prompts), 2 samples of B have no partner (1 prompts)' in out
-
-
-def test_after_and_before_of_one_file_are_compared(stub):
+    stub.bodies.clear()
     write_pairs(wins=3, losses=3)
     assert run('--b=a.jsonl', '--b_side=before')['losses'] == 6        # before is longer by a word
     assert run('--a_side=before', '--b=a.jsonl')['wins'] == 6
@@ -257,8 +261,8 @@ def test_the_real_samples_of_an_experiment_against_its_chosen_responses(experime
     after = [(s['prompt'], s['after']['text']) for s in samples]
     assert len(after) == result['pairs'] == 20 and result['prompts'] == len(chosen) == 9
     assert result['left_out'] == dict(A=[0, 0])
-    assert sorted({tuple(blocks(b)) for b in stub.bodies}) == sorted(
-        {t for p, text in after if text != chosen[p] for t in ((p, text, chosen[p]), (p, chosen[p], text))})
+    assert {tuple(blocks(body)) for body in stub.bodies} == {
+        (p, *texts) for p, text in after if text != chosen[p] for texts in permutations([text, chosen[p]])}
     assert result['wins'] == sum(len(text) > len(chosen[p]) for p, text in after) > 0
     assert result['losses'] == sum(len(text) < len(chosen[p]) for p, text in after) > 0
     # a prompt that sample.py cut has no partner; nor has anything in another data set
@@ -271,11 +275,6 @@ def test_the_real_samples_of_an_experiment_against_its_chosen_responses(experime
 
 # ----------------------------------------------------------------------------------------------------
 # a judge that misbehaves
-
-def drop(handler):
-    """No answer at all."""
-    handler.connection.close()
-
 
 def cut(handler):
     """Half an answer."""
@@ -291,7 +290,7 @@ def slow(handler):
 
 
 TROUBLES = [(429, 'slow down', {'Retry-After': '0.05'}), (500, 'oops'),
-            (503, '<html>busy</html>', {'Retry-After': 'soon'}), drop, cut, slow,
+            (503, '<html>busy</html>', {'Retry-After': 'soon'}), lambda handler: handler.connection.close(), cut, slow,
             (200, 'not JSON'), (200, '{"error": {}}'), (200, b'\xff\xfe'), (200, completion('I cannot decide.')),
             (200, '[' * 100_000), (200, completion(None)), (529, '')]
 
@@ -307,12 +306,10 @@ def test_every_pair_is_judged_right_though_each_request_meets_trouble_first(stub
     result = run('--timeout=1', '--concurrency=32')
     assert (result['wins'], result['losses'], result['unparsed_answers']) == (9, 5, 0)
     assert len(stub.bodies) == 3 * 28
-    kept = answers()
-    assert sum(row['position'] is not None for row in kept) == 28
-    useless = [row['body'] for row in kept if row['position'] is None]
-    assert len(useless) >= 20, 'useless answers are kept'
+    useless = [row['body'] for row in answers() if row['position'] is None]
+    assert len(answers()) - len(useless) == 28 and len(useless) >= 20, 'useless answers are kept'
     assert 'not JSON' in useless and completion('I cannot decide.') in useless
-    assert not any('oops' in row['body'] for row in kept), 'what is no answer is not'
+    assert not any('oops' in body for body in useless), 'what is no answer is not'
     assert run()['win_rate']['mean'] == 9 / 14 and len(stub.bodies) == 3 * 28, 'a rerun asks nothing'
 
 
@@ -354,43 +351,31 @@ def test_a_refusal_ends_the_run_at_once_in_one_line_and_keeps_what_was_answered(
     assert f'/chat/completions answered {status}' in message and advice in message and 'prompt 2' in message
     assert 'sk-stub' not in message and '\x1b' not in message
     assert '4 new answers are kept in winrate.jsonl' in message and len(answers()) == 4 and len(stub.bodies) == 5
+    if status == 400:
+        result = run('--skip_refused', '--parse_tries=1')
+        assert (result['wins'], result['unparsed_pairs'], len(stub.bodies)) == (3, 1, 9), 'skipped on demand'
     stub.behave = longer
-    assert run()['wins'] == 4 and len(stub.bodies) == 9, 'goes on from there'
+    assert run()['wins'] == 4 and len(stub.bodies) == 9 + 2 * (status == 400), 'goes on from there'
 
 
-def test_refused_requests_can_be_skipped_on_demand(stub):
-    write_pairs(wins=4, losses=0)
-    stub.behave = lambda body, n: (400, 'content filter') if 'prompt 2' in blocks(body)[0] else longer(body)
-    result = run('--skip_refused', '--parse_tries=1')
-    assert (result['wins'], result['unparsed_pairs']) == (3, 1)
-    assert [row['body'] for row in answers()].count('content filter') == 2
-
-
-def test_a_server_that_stays_broken_ends_the_run_after_bounded_tries(stub, monkeypatch):
-    write_pairs(wins=2, losses=0)
-    stub.behave = lambda body, n: (500, 'oops')
-    assert "answered 500 'oops', after 3 tries (0 new" in error('--tries=3', '--concurrency=1')
-    assert len(stub.bodies) == 3
-    stub.behave = lambda body, n: slow
-    assert "failed with 'timed out', after 1 tries" in error('--tries=1', '--timeout=0.1')
-    monkeypatch.setenv('OPENAI_BASE_URL', 'http://127.0.0.1:9')
-    assert "refused', after 2 tries" in error('--tries=2')
-
-
-def test_pauses_grow_and_are_bounded(stub, monkeypatch):
-    write_pairs(wins=1, losses=0)
-    stub.behave = lambda body, n: (500, '')
-    monkeypatch.setattr(winrate.random, 'uniform', lambda low, high: 1.0)
-    error('--tries=5', '--concurrency=1', '--backoff=0.1', '--max_wait=0.3')
-    pauses = np.diff(stub.times)
-    assert (pauses > [0.08, 0.18, 0.28, 0.28]).all() and pauses[3] < 0.7 and len(pauses) == 4
-
-
-def test_the_rate_limit_holds_for_all_threads_together_and_for_retries(stub):
+def test_tries_and_pauses_are_bounded_and_the_rate_limit_holds_for_all_threads(stub, monkeypatch):
     write_pairs(wins=5, losses=0)
     stub.behave = lambda body, n: longer(body) if n else (500, '')
     run('--requests_per_minute=1200', '--concurrency=8')       # one every 50 ms
     assert len(stub.times) == 20 and max(stub.times) - min(stub.times) > 0.8
+    stub.times.clear()
+    stub.behave = lambda body, n: (500, 'oops')
+    assert "answered 500 'oops', after 3 tries (0 new" in error('--tries=3', '--concurrency=1', '--out=v.jsonl')
+    assert len(stub.times) == 3
+    stub.times.clear()
+    monkeypatch.setattr(winrate.random, 'uniform', lambda low, high: 1.0)
+    error('--tries=5', '--concurrency=1', '--backoff=0.1', '--max_wait=0.3', '--out=w.jsonl')
+    pauses = np.diff(stub.times)
+    assert (pauses > [0.08, 0.18, 0.28, 0.28]).all() and pauses[3] < 0.7 and len(pauses) == 4
+    stub.behave = lambda body, n: slow
+    assert "failed with 'timed out', after 1 tries" in error('--tries=1', '--timeout=0.1', '--out=u.jsonl')
+    monkeypatch.setenv('OPENAI_BASE_URL', 'http://127.0.0.1:9')
+    assert "refused', after 2 tries" in error('--tries=2', '--out=u.jsonl')
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -431,48 +416,31 @@ def test_another_judge_text_or_task_is_asked_anew_and_more_repeats_ask_only_thos
     assert 'max_tokens' not in stub.bodies[0] and stub.bodies[0]['top_p'] == 2 and len(stub.bodies) == 6
 
 
-def test_a_dry_run_shows_the_first_request_and_asks_nothing(stub, capsys, tmp_path, monkeypatch):
-    monkeypatch.delenv('OPENAI_API_KEY')
-    write_pairs(wins=3, losses=1)
-    winrate.main(['--a=a.jsonl', *FAST, '--dry_run'])
-    out = capsys.readouterr().out
-    assert '8 requests' in out and not stub.bodies and not (tmp_path / 'winrate.jsonl').exists()
-    request = json.loads(out[out.index('{\n'):])
-    assert blocks(request) == ['prompt 0', 'x' * 9, 'y' * 5]
-    tokens = 2 * len(request['messages'][0]['content'])         # 8 requests of nearly that length, / 4
-    assert float(re.search(r'about ([\d,]+) tokens', out)[1].replace(',', '')) == pytest.approx(tokens, rel=0.01)
-
-
 # ----------------------------------------------------------------------------------------------------
 # mistakes
 
 def test_mistakes_end_in_one_line_that_says_what_to_do(stub, tmp_path, monkeypatch):
     write_pairs(wins=1, losses=1)
     lines = (tmp_path / 'a.jsonl').read_text().splitlines()
-    for bad, said in (('{"prompt": ', 'line 2: not JSON'),
+    for bad, said in (('{"prompt": ', 'line 2: not JSON'), ('[1]', 'line 2: no sample'),
                       ('{"prompt": "p", "chosen": "c", "rejected": "r"}', "line 2: no sample with 'after'"),
-                      ('[1]', 'line 2: no sample'),
                       ('{"prompt": 3, "sample": 0, "after": {"text": ""}}', 'line 2: no sample')):
         (tmp_path / 'bad.jsonl').write_text('\n'.join([lines[0], bad, lines[1]]))
         assert f'bad.jsonl {said}' in error('--b=bad.jsonl') and 'sample.py --json' in error('--b=bad.jsonl')
     (tmp_path / 'empty.jsonl').write_text(lines[-1] + '\n')
-    assert 'empty.jsonl holds no sample' in error('--a=empty.jsonl')
-    assert 'nowhere.jsonl cannot be read' in error('--b=nowhere.jsonl')
-    assert 'a and b are the same responses' in error('--b=a.jsonl')
-    assert 'b and name are both set' in error('--b=b.jsonl', '--name=tiny')
-    assert 'set --judge' in error('--judge=') and 'set --a=' in error('--a=')
-    assert 'nothing to compare with' in error('--b=')
-    assert "unknown key 'judgee'" in error('--judgee=x') and 'not a JSON object' in error('--extra=[1]')
-    write('other.jsonl', [('another prompt', 0, 'x')])
-    assert 'no prompt of a.jsonl is in other.jsonl' in error('--b=other.jsonl')
-    for out in ('b.jsonl', 'empty.jsonl'):
-        before = (tmp_path / out).read_bytes()
-        assert f'{out} line 1 is no answer that this script wrote' in error(f'--out={out}')
-        assert (tmp_path / out).read_bytes() == before
     (tmp_path / 'note.txt').write_text('a note without a line break')
-    assert 'note.txt line 1 is no answer' in error('--out=note.txt')
-    assert (tmp_path / 'note.txt').read_text().endswith('break')
-    assert 'cannot be written' in error('--out=nowhere/x.jsonl')
+    write('other.jsonl', [('another prompt', 0, 'x')])
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    for flags, said in [
+            (['--a=empty.jsonl'], 'empty.jsonl holds no sample'), (['--b=none.jsonl'], 'none.jsonl cannot be read'),
+            (['--b=a.jsonl'], 'a and b are the same responses'), (['--name=tiny', '--b=x'], 'b and name are both set'),
+            (['--judge='], 'set --judge'), (['--a='], 'set --a='), (['--b='], 'nothing to compare with'),
+            (['--judgee=x'], "unknown key 'judgee'"), (['--extra=[1]'], 'not a JSON object'),
+            (['--b=other.jsonl'], 'no prompt of a.jsonl is in other.jsonl'),
+            (['--out=b.jsonl'], 'b.jsonl line 1 is no answer that this script wrote'),
+            (['--out=note.txt'], 'note.txt line 1 is no answer'), (['--out=nowhere/x.jsonl'], 'cannot be written')]:
+        assert said in error(*flags)
+        assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
     monkeypatch.delenv('OPENAI_API_KEY')
     assert 'OPENAI_API_KEY is not set' in error()
     monkeypatch.setenv('OPENAI_API_KEY', 'sk secret')
