@@ -26,8 +26,8 @@ def r():
     return r
 
 
-def pair_rewards(r, split, side):
-    return r.reward(*zip(*((pair['prompt'], pair[side]) for pair in r.prefs[split])))
+def reward_of(r, pairs, side):
+    return r.reward([pair['prompt'] for pair in pairs], [pair[side] for pair in pairs])
 
 
 def words(text):
@@ -47,7 +47,7 @@ def log_odds(r, text):
 # ----------------------------------------------------------------------------------------------------
 # the header and the data
 
-def test_the_header_states_the_figures_of_the_log_that_it_cites(r):
+def test_the_header_states_the_figures_of_the_log_that_it_cites_and_how_often_the_labels_are_right(r):
     log = (ROOT / 'repro/logs/quickstart.txt').read_text()
     for title in ('true reward', 'positive', 'well_formed'):
         line = re.search(rf'^{title} .*', log, re.M)[0]
@@ -58,19 +58,10 @@ def test_the_header_states_the_figures_of_the_log_that_it_cites(r):
     assert re.search(rf'KL, nats +- +{kl} +validation accuracy {accuracy}\n', r.__doc__)
     for script, seconds in re.findall(r'^== (\w+\.py) took (\d+) s', log, re.M):
         assert re.search(rf'python {script} .* {seconds} s', r.__doc__), script
-
-
-def test_the_header_states_how_often_the_reward_agrees_with_its_labels(r):
     pairs = list(r.pairs('val', 1337))
-    chosen, rejected = (r.reward([pair['prompt'] for pair in pairs], [pair[side] for pair in pairs])
-                        for side in ('chosen', 'rejected'))
-    agree = statistics.mean((a > b) + 0.5 * (a == b) for a, b in zip(chosen, rejected))
+    both = zip(reward_of(r, pairs, 'chosen'), reward_of(r, pairs, 'rejected'))
+    agree = statistics.mean((a > b) + 0.5 * (a == b) for a, b in both)
     assert f'agrees with {agree:.1%} of them' in r.__doc__
-
-
-def test_data_are_as_many_as_declared(r):
-    assert {split: len(texts) for split, texts in r.docs.items()} == r.DOCUMENTS
-    assert {split: len(pairs) for split, pairs in r.prefs.items()} == r.PAIRS
 
 
 def test_data_depend_on_split_and_seed_alone(r):
@@ -86,30 +77,22 @@ def test_data_depend_on_split_and_seed_alone(r):
     assert next(r.pairs('train', 1)) != r.prefs['train'][0]
 
 
-def test_no_review_and_no_prompt_of_train_is_in_val(r):
+def test_data_are_as_declared_reviews_of_both_polarities_and_nothing_of_train_is_in_val(r):
+    assert {split: len(texts) for split, texts in r.docs.items()} == r.DOCUMENTS
+    assert {split: len(pairs) for split, pairs in r.prefs.items()} == r.PAIRS
     assert not set(r.docs['train']) & set(r.docs['val'])
     prompts = {split: [pair['prompt'] for pair in pairs] for split, pairs in r.prefs.items()}
     assert not set(prompts['train']) & set(prompts['val'])
     assert len(set(prompts['val'])) == len(prompts['val'])
     assert len(set(prompts['train'])) > len(prompts['train']) / 2
-
-
-def test_reviews_have_two_or_three_sentences_and_about_20_to_45_words(r):
     lengths = sorted(len(text.split()) for text in r.docs['train'])
-    assert 20 < statistics.mean(lengths) < 45
-    assert lengths[0] >= 15 and lengths[-1] <= 70
+    assert 20 < statistics.mean(lengths) < 45 and lengths[0] >= 15 and lengths[-1] <= 70
     assert {len(re.findall(r'[.!?]', text)) for text in r.docs['train']} == {2, 3}
-
-
-def test_the_language_has_over_300_words_and_all_of_them_occur(r):
-    assert len({word for text in r.docs['train'] for word in words(text)}) >= 300
-    assert set(r.weights()) <= {word for text in r.docs['train'] for word in words(text)}
-
-
-def test_most_reviews_hold_words_of_both_polarities(r):
+    language = {word for text in r.docs['train'] for word in words(text)}
     weights = r.weights()
+    assert len(language) >= 300 and set(weights) <= language, 'every word of a weight occurs'
     signs = [{weights[word] > 0 for word in words(text) if word in weights} for text in r.docs['train']]
-    assert statistics.mean(len(found) == 2 for found in signs) > 0.5
+    assert statistics.mean(len(polarities) == 2 for polarities in signs) > 0.5
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -124,26 +107,21 @@ def test_a_pair_shares_a_prompt_of_2_to_8_words_and_its_responses_differ(r):
         assert all(re.match(r' \S', pair[side]) for side in ('chosen', 'rejected'))
     assert sorted(sizes) == list(range(2, 9))
     assert max(sizes.values()) < 2 * min(sizes.values())
-
-
-def test_the_two_responses_are_different_continuations(r):
     pairs = r.prefs['train']
     begin = [[' '.join(pair[side].split()[:6]) for side in ('chosen', 'rejected')] for pair in pairs]
-    assert statistics.mean(a == b for a, b in begin) < 0.1
+    assert statistics.mean(a == b for a, b in begin) < 0.1, 'different continuations'
     assert len({pair[side] for pair in pairs for side in ('chosen', 'rejected')}) > 1.9 * len(pairs)
 
 
-def test_labels_are_as_noisy_as_bradley_terry_says(r):
-    gaps = [a - b for a, b in zip(pair_rewards(r, 'train', 'chosen'), pair_rewards(r, 'train', 'rejected'))]
+def test_labels_are_as_noisy_as_bradley_terry_says_and_half_of_the_reviews_are_positive(r):
+    pairs = r.prefs['train']
+    gaps = [a - b for a, b in zip(reward_of(r, pairs, 'chosen'), reward_of(r, pairs, 'rejected'))]
     flip = [1 / (1 + math.exp(abs(gap))) for gap in gaps if gap]
     flipped = sum(gap < 0 for gap in gaps)
     assert abs(flipped - sum(flip)) < 4 * math.sqrt(sum(p * (1 - p) for p in flip))
     assert 0.10 < flipped / len(gaps) < 0.25
-
-
-def test_half_of_the_reviews_are_positive_and_few_are_even(r):
     texts = r.docs['train']
-    held_out = pair_rewards(r, 'val', 'chosen') + pair_rewards(r, 'val', 'rejected')
+    held_out = reward_of(r, r.prefs['val'], 'chosen') + reward_of(r, r.prefs['val'], 'rejected')
     for rewards in r.reward([''] * len(texts), texts), held_out:
         assert 0.45 < statistics.mean(x > 0 for x in rewards) < 0.55
         assert statistics.mean(x == 0 for x in rewards) < 0.03
@@ -223,14 +201,11 @@ def test_reward_of_any_text_is_the_sum_over_its_words(r):
     assert r.metrics([], []) == {'positive': [], 'well_formed': []}
 
 
-def test_opposites_have_opposite_weights_and_no_word_has_two(r):
+def test_opposites_have_opposite_weights_no_word_has_two_and_none_stands_among_the_neutral(r):
     pairs = [pair.split('/') for line in r.OPPOSITES.values() for pair in line.split()]
     assert len({word for pair in pairs for word in pair}) == 2 * len(pairs)
     assert all(r.weights()[good] == -r.weights()[bad] > 0 for good, bad in pairs)
     assert max(r.weights().values()) == r.STRONG and min(abs(w) for w in r.weights().values()) == r.MILD
-
-
-def test_no_sentiment_word_stands_among_the_neutral_words(r):
     forms = [re.sub(r'\{[^}]*\}', ' ', form) for forms in r.FORMS.values() for form in forms]
     verbs = re.findall(r' (\w+)/(\w+)\}', ' '.join(form for forms in r.FORMS.values() for form in forms))
     neutral = words(' '.join([*forms, *r.NEUTRAL.values(), *(verb for pair in verbs for verb in pair)]))
@@ -240,25 +215,17 @@ def test_no_sentiment_word_stands_among_the_neutral_words(r):
 # ----------------------------------------------------------------------------------------------------
 # the grammar and its recogniser
 
-def test_no_option_begins_another_so_a_prefix_is_read_in_one_way(r):
+def test_a_prefix_is_read_in_one_way_and_a_form_is_as_likely_under_either_polarity(r):
     for kind in r.FORMS:
-        for choices, _ in r.forms(kind):
+        for choices, total in r.forms(kind):
+            assert total == pytest.approx(r.mass(choices, 1)) == pytest.approx(r.mass(choices, -1))
             for options, *_ in choices:
                 ordered = sorted(options)
                 assert len(set(ordered)) == len(ordered)
                 assert not any(b.startswith(a) for a, b in zip(ordered, ordered[1:]))
-
-
-def test_openings_are_longer_than_any_prompt(r):
     for choices, _ in r.forms('opening'):
         shortest = ''.join(min(options, key=lambda text: len(text.split())) for options, *_ in choices)
-        assert len(shortest.split()) > r.PROMPT_WORDS[1], shortest
-
-
-def test_a_form_is_as_likely_under_either_polarity(r):
-    for kind in r.FORMS:
-        for choices, total in r.forms(kind):
-            assert total == pytest.approx(r.mass(choices, 1)) == pytest.approx(r.mass(choices, -1))
+        assert len(shortest.split()) > r.PROMPT_WORDS[1], 'an opening is longer than any prompt'
 
 
 def test_articles_are_judged_by_sound(r):
@@ -268,53 +235,44 @@ def test_articles_are_judged_by_sound(r):
             assert not re.match(r'(hon|hour|heir|one|uni[cfqtv]|us[eu]|eu)', word), word
 
 
-def test_every_document_and_both_sides_of_every_pair_are_well_formed(r):
+def test_every_document_pair_and_form_is_well_formed(r):
     assert all(map(r.well_formed, r.docs['train'] + r.docs['val']))
     for pairs in r.prefs.values():
         for side in 'chosen', 'rejected':
-            result = r.metrics([pair['prompt'] for pair in pairs], [pair[side] for pair in pairs])
-            assert all(result['well_formed'])
-
-
-def test_every_sentence_of_every_form_is_recognised_as_its_kind(r):
+            assert all(r.metrics([pair['prompt'] for pair in pairs], [pair[side] for pair in pairs])['well_formed'])
     rng = random.Random(0)
     for kind in r.FORMS:
         for choices, _ in r.forms(kind):
-            for _ in range(20):
-                sentence = ''.join(rng.choice(options) for options, *_ in choices)
-                assert r.sentence_pattern().fullmatch(sentence).lastgroup == kind, sentence
+            sentences = [''.join(rng.choice(options) for options, *_ in choices) for _ in range(20)]
+            assert {r.sentence_pattern().fullmatch(sentence).lastgroup for sentence in sentences} == {kind}
+
+
+WRONG = {'the wrong article': {'a': 'an', 'an': 'a'},
+         'the wrong number': {'is': 'are', 'are': 'is', 'manages': 'manage', 'manage': 'manages'}}
 
 
 def mutate(rng, text, how):
     """A text with one fault, or None where this text cannot have it."""
     parts = text.split(' ')
-    i = rng.randrange(len(parts))
+    i = rng.randrange(len(parts) - 1)
     if how == 'a word deleted':
         del parts[i]
     elif how == 'a word doubled':
         parts.insert(i, parts[i])
     elif how == 'two words swapped':
-        i = rng.randrange(len(parts) - 1)
         parts[i:i + 2] = parts[i + 1], parts[i]
-    elif how == 'the wrong article':
-        at = [i for i, word in enumerate(parts) if word in ('a', 'an')]
+    elif how in WRONG:
+        at = [i for i, word in enumerate(parts) if word in WRONG[how]]
         if not at:
             return None
         i = rng.choice(at)
-        parts[i] = {'a': 'an', 'an': 'a'}[parts[i]]
-    elif how == 'the wrong number':
-        at = [i for i, word in enumerate(parts) if word in ('is', 'are', 'manages', 'manage')]
-        if not at:
-            return None
-        i = rng.choice(at)
-        parts[i] = {'is': 'are', 'are': 'is', 'manages': 'manage', 'manage': 'manages'}[parts[i]]
+        parts[i] = WRONG[how][parts[i]]
     elif how == 'a small letter at the start':
         return text[0].lower() + text[1:]
     elif how == 'the end cut':
         return text[:-rng.randint(1, 30)]
     elif how == 'a sentence too many':
-        sentences = re.split(r'(?<=[.!?]) ', text)
-        return ' '.join(sentences + [rng.choice(sentences)])
+        return text + ' ' + rng.choice(re.split(r'(?<=[.!?]) ', text))
     elif how == 'no verdict':
         return ' '.join(re.split(r'(?<=[.!?]) ', text)[:-1])
     elif how == 'space at the end':
