@@ -26,7 +26,7 @@ from nanodpo.checkpoint import find, fingerprint, load_model
 from nanodpo.data import Groups, batches, row_limit, training_steps
 from nanodpo.losses import wide
 from nanodpo.rollout import estimate_kl
-from nanodpo.run import Meter, Run, learning_rate
+from nanodpo.run import Run, learning_rate
 
 
 def dpo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta):
@@ -234,7 +234,7 @@ def main(argv=None):
         run.log(0, evaluate(), 'eval/')
     policy.train()
     sums = torch.zeros(2, len(STATS), dtype=run.exact, device=run.device)
-    meter = Meter(run, train, policy.config, passes=3 + (reference is not None) + 2 * needs_z)      # z is two
+    passes = 3 + (reference is not None) + 2 * needs_z              # forward ones: a backward pass counts two, z two
     unread = []                     # (step, gradient norm, losses) since the last look at the GPU
     for step, ids, micros in run.bar(training_steps(train, cfg, start, total_steps, run, row_tokens)):
         for group in optimizer.param_groups:
@@ -252,12 +252,10 @@ def main(argv=None):
             (loss * run.world).backward()                           # DDP takes the mean over ranks
             sums += batch_stats(losses_, rewards, logps, batch.labels, z)
             losses_of_step.append((batch.ids, losses_.detach()))
-            meter.computed += batch.tokens.numel()
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.grad_clip or math.inf)
         optimizer.step()
         optimizer.zero_grad(set_to_none=run.world == 1)             # DDP's gradients are views of its buckets
         unread.append((step, norm, losses_of_step))
-        meter.step(ids)
 
         signalled = run.stopping()
         last = step == total_steps or signalled
@@ -268,15 +266,13 @@ def main(argv=None):
             continue                                                # never wait for the GPU
         run.check_finite(unread)
         unread = []
-        meter.stop()
         if log_now:
-            run.log(step, means(run.sum(sums)) | dict(grad_norm=norm.item(), lr=group['lr']) | meter.read())
+            run.log(step, means(run.sum(sums)) | dict(grad_norm=norm.item(), lr=group['lr']) | run.speed(passes))
             sums.zero_()
         if eval_now:
             run.log(step, evaluate(), 'eval/')
         if save_now:
             run.save(step)
-        meter.go()
         if last:
             break
     del ddp

@@ -60,7 +60,7 @@ from model import GPT, GPTConfig                        # noqa: E402
 from nanodpo import checkpoint                          # noqa: E402
 from nanodpo.data import Groups, write_meta, write_split            # noqa: E402
 from nanodpo.export import save_pretrained              # noqa: E402
-from nanodpo.run import pick_autocast                   # noqa: E402
+from nanodpo.run import Worker                          # noqa: E402
 from sweep import write_json                            # noqa: E402
 
 MODELS = {'tiny': (2, 2, 64), 'gpt2': (12, 12, 768), 'gpt2-medium': (24, 16, 1024), 'gpt2-large': (36, 20, 1280),
@@ -107,7 +107,7 @@ def child_padded(job):
     policy.train()                  # the weights' config has no dropout
     reference.eval()
     optimizer = torch.optim.RMSprop(policy.parameters(), lr=LEARNING_RATE)
-    autocast, _ = pick_autocast(job['dtype'], device)
+    autocast = Worker(device, job['dtype']).autocast
 
     def sequence_logps(model, ids, scored):
         # causal attention never looks right, where the padding is: no mask, which is sdpa's fastest path
@@ -241,7 +241,7 @@ def child_sample(job):
     device, new = job['device'], job['new_tokens']
     model = GPT.from_pretrained('init').to(device).eval()
     prompts = [pair[0][-256:] for pair in read_pairs(job)]
-    autocast, _ = pick_autocast(job['dtype'], device)
+    autocast = Worker(device, job['dtype']).autocast
     rows = []
     for B in (1, 64):
         some = [prompts[i % len(prompts)] for i in range(B)]

@@ -170,7 +170,8 @@ def run_stage(script, *args, cwd=None, processes=1, env=None, check=True):
 
 
 def by_hand(rank, world, port):
-    return {'RANK': str(rank), 'WORLD_SIZE': str(world), 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port)}
+    return {'RANK': str(rank), 'LOCAL_RANK': str(rank), 'WORLD_SIZE': str(world), 'MASTER_ADDR': '127.0.0.1',
+            'MASTER_PORT': str(port)}
 
 
 def free_port():

@@ -152,13 +152,6 @@ def test_a_mistake_ends_with_one_line_and_nothing_lost(experiment, case):
     assert snapshot() == before
 
 
-def test_a_batch_smaller_than_the_world_is_refused(experiment):
-    before = snapshot()
-    done = run_stage('dpo.py', '--name=tiny', '--batch_size=1', '--device=cpu', processes=2, check=False)
-    assert done.returncode != 0 and 'error: batch_size=1 is smaller than the 2 processes' in done.stderr
-    assert 'dpo.py", line' not in done.stderr and snapshot() == before
-
-
 @pytest.mark.parametrize('case', ['unknown flag', 'no prepared data', 'a bin cut short', 'JSONL: not UTF-8'])
 def test_in_a_terminal_it_is_one_line_on_stderr_and_status_1(experiment, case):
     script, args, _ = CASES[case]

@@ -124,9 +124,11 @@ def test_generate_compiles_nothing_and_keeps_off_cudnn(monkeypatch):
 
 
 def test_bfloat16_that_a_gpu_only_emulates_is_not_chosen(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'set_device', lambda device: None)
     for supported in (False, True):
         def answer(including_emulation=True):
             return including_emulation or supported
         monkeypatch.setattr(torch.cuda, 'is_bf16_supported', answer)
-        assert run.pick_autocast('auto', 'cuda')[1] == supported
-    assert not run.pick_autocast('auto', 'cpu')[1] and run.pick_autocast('bfloat16', 'cpu')[1]
+        assert run.Worker('cuda').bf16 == supported
+    assert not run.Worker('cpu').bf16 and run.Worker('cpu', 'bfloat16').bf16

@@ -6,7 +6,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -19,6 +18,7 @@ import config
 import dpo
 from conftest import ROOT, by_hand, free_port, random_groups, read_log, run_ranks, small_gpt, write_data
 from nanodpo import checkpoint, launch
+from nanodpo.run import Worker
 
 COMMON = ['--name=tiny', '--batch_size=8', '--max_steps=12', '--learning_rate=1e-4', '--warmup_steps=3',
           '--log_interval=1', '--eval_interval=6', '--save_interval=4', '--device=cpu']
@@ -145,7 +145,7 @@ def test_killed_ranks_are_restarted_on_two_nodes_and_the_runs_are_bit_identical_
     done = sbatch('dying.py', repr((str(ROOT), ARGS | {'dpo': [*ARGS['dpo'], '--init_from=start']})))
     assert done.returncode == 0, done.stderr
     assert sorted(map(str, Path().glob('died-*'))) == ['died-0', 'died-1', 'died-2']
-    assert 'dpo, 2 processes on cpu' in done.stdout
+    assert 'dpo on cpu, processes: 2' in done.stdout
     assert re.findall(r'(?:nothing to resume in|resuming from) [^:,\n]*', done.stdout) == [
         'nothing to resume in out/tiny/dpo',
         'resuming from out/tiny/dpo/step-000004.pt', 'nothing to resume in out/tiny/sft',
@@ -187,67 +187,53 @@ def test_a_restart_goes_on_from_its_own_launch_alone(place, monkeypatch, capsys)
     assert checkpoint.find('out/tiny/dpo.previous')[-1].endswith('step-000008.pt'), 'still there'
 
 
-BAD = {     # environment, extra flags, the line
-    'no address': ({'WORLD_SIZE': '2', 'RANK': '0'}, [],
-                   'WORLD_SIZE=2 but MASTER_ADDR, MASTER_PORT not set: start with torchrun'),
-    'no rank': ({'WORLD_SIZE': '2'}, [], 'RANK, MASTER_ADDR, MASTER_PORT not set'),
-    'not a number': ({'WORLD_SIZE': 'two'}, [], "WORLD_SIZE='two' in the environment must be a whole number"),
-    'no port': (by_hand(0, 2, 'http'), [], "MASTER_PORT='http' in the environment must be a whole number"),
-    'a rank too many': (by_hand(2, 2, 1), [], 'RANK=2 is not of WORLD_SIZE=2'),
-    'no local rank on GPUs': (by_hand(0, 2, 1), ['--device=cuda'], 'LOCAL_RANK not set'),
-    'srun alone': ({'SLURM_STEP_NUM_TASKS': '8'}, [],
-                   'srun started 8 processes that know nothing of one another.*torchrun'),
-    'fewer GPUs than ranks': (by_hand(1, 2, 1) | {'LOCAL_RANK': '1'}, ['--device=cuda'],
-                              '2 processes on this machine, but torch sees 1 GPUs'),
-    'no NCCL': (by_hand(0, 2, 1) | {'LOCAL_RANK': '0'}, ['--device=cuda'],
-                r'2 processes on GPUs need NCCL, which this torch \(.*\) was built without'),
-    'nobody at the address': (by_hand(1, 2, 1), [],
-                              'rank 0 does not answer .*refused.*MASTER_ADDR=127.0.0.1.*firewall'),
-    'no such host': (by_hand(1, 2, 1) | {'MASTER_ADDR': 'no-such-host.invalid'}, [], 'rank 0 does not answer'),
-    'a rank that never comes': (by_hand(0, 3, None), [],
-                                '1 of 3 ranks came, missing 1, 2 after 1 s: start the same command on every node'),
+BAD = {     # environment, the line
+    'no rank': ({'WORLD_SIZE': '2'}, "start with torchrun, which sets WORLD_SIZE, RANK and LOCAL_RANK: KeyError: 'RANK'"),
+    'no address': (by_hand(0, 2, 1) | {'MASTER_ADDR': ''}, 'the ranks do not meet at MASTER_ADDR= MASTER_PORT=1'),
+    'not a number': (by_hand(0, 2, 'http'), "MASTER_PORT=http.*ValueError"),
+    'srun alone': ({'SLURM_STEP_NUM_TASKS': '8'}, 'srun started several processes .*torchrun'),
+    'nobody at the address': (by_hand(1, 2, 1), 'do not meet at MASTER_ADDR=127.0.0.1 .*firewall.*refused'),
+    'no such host': (by_hand(1, 2, 1) | {'MASTER_ADDR': 'no-such-host.invalid'}, 'do not meet at .*invalid'),
+    'a rank that never comes': (by_hand(0, 3, None), 'TimeoutError: rank 1 of 3 did not come'),
 }
 
 
 @pytest.mark.parametrize('case', BAD)
 def test_a_launch_that_cannot_work_ends_with_one_line(tmp_path, monkeypatch, case):
-    environment, flags, expected = BAD[case]
+    environment, expected = BAD[case]
     monkeypatch.chdir(tmp_path)
     for key, value in environment.items():
         monkeypatch.setenv(key, value if value != 'None' else str(free_port()))
-    if '--device=cuda' in flags:
-        monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
-        monkeypatch.setattr(torch.cuda, 'device_count', lambda: 1)
-        monkeypatch.setattr(dist, 'is_nccl_available', lambda: False)
     with pytest.raises(SystemExit, match=f'^error: .*{expected}') as caught:
-        dpo.main([*ARGS['dpo'], '--join_timeout=1', *flags])
+        dpo.main([*ARGS['dpo'], '--join_timeout=1'])
     assert '\n' not in caught.value.code and not os.listdir()
 
 
+def test_more_processes_than_gpus_end_with_one_line(monkeypatch):
+    monkeypatch.setenv('LOCAL_WORLD_SIZE', '2')
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 1)
+    with pytest.raises(SystemExit, match='2 processes on this machine, but torch sees 1 GPUs'):
+        Worker('auto')
+
+
 def test_ranks_that_cannot_connect_end_with_one_line(monkeypatch):
-    def broken(*args, **kwargs):
-        raise RuntimeError('Gloo connectFullMesh failed\nand a C++ stack')
+    def broken(*args):
+        raise RuntimeError('Gloo connectFullMesh failed')
     monkeypatch.setattr(dist, 'init_process_group', broken)
-    store = dist.HashStore()
-    line = r'all 2 ranks came, .* \(Gloo connectFullMesh failed\): set GLOO_SOCKET_IFNAME'
-    with pytest.raises(SystemExit, match=line):
-        launch.connect(store, 2, 0, 'gloo', 1)
+    monkeypatch.setattr(launch, 'meet', lambda *args: ('a', 'a'))
+    for key, value in by_hand(0, 2, free_port()).items():
+        monkeypatch.setenv(key, value)
+    with pytest.raises(SystemExit, match='the ranks do not meet .*GLOO_SOCKET_IFNAME.*connectFullMesh failed'):
+        launch.join(2, 0, 'cpu', 1)
 
 
-def test_a_rank_hears_from_rank_0_who_is_missing():
-    """Three are expected, two come: both say the same line."""
-    store, said = dist.HashStore(), {}
-
-    def come(rank):
-        with pytest.raises(SystemExit) as caught:
-            launch.meet(store, 3, rank, 1, 'look for it')
-        said[rank] = caught.value.code
-    ranks = [threading.Thread(target=come, args=(rank,)) for rank in (1, 0)]
-    for thread in ranks:
-        thread.start()
-    for thread in ranks:
-        thread.join(60)
-    assert said[0] == said[1] == 'error: 2 of 3 ranks came, missing 2 after 1 s: look for it'
+def test_a_missing_rank_ends_all_with_one_line_each(place):
+    """Three are expected, two come."""
+    began, args = time.time(), [*ARGS['dpo'], '--join_timeout=5']
+    said = run_ranks('dpo', [args, args, ['--name=?']])
+    assert 'rank 2 of 3 did not come' in said[0] and said[1].startswith('error: the ranks do not meet')
+    assert '\n' not in said[0] + said[1] and time.time() - began < 60
 
 
 def test_another_rank_waits_for_rank_0_to_speak_and_says_who_it_is(monkeypatch, capsys):
@@ -266,10 +252,10 @@ def test_another_rank_waits_for_rank_0_to_speak_and_says_who_it_is(monkeypatch, 
 
 @pytest.mark.parametrize('folder, flags, line', [
     ('.', ['--beta=0.5'], 'rank 1 has another beta than rank 0 (0.5, not 0.1): all nodes need the same command'),
-    ('other data', [], "rank 1 has another data/tiny/train than rank 0 ('"),
-    ('other val', [], "rank 1 has another data/tiny/val than rank 0 ('"),
-    ('other weights', [], "rank 1 has another initial weights than rank 0 ('"),
-    ('no checkpoint', ['--resume'], 'rank 1 has another step to start from, by out/tiny/dpo, than rank 0 (0, not 12)'),
+    ('other data', [], "rank 1 has another data than rank 0 ('"),
+    ('other val', [], "rank 1 has another val than rank 0 ('"),
+    ('other weights', [], "rank 1 has another init than rank 0 ('"),
+    ('no checkpoint', ['--resume'], 'rank 1 has another step than rank 0 (0, not 12)'),
     ('no sft', [], 'out/tiny/sft holds no checkpoint: run sft.py')])
 def test_ranks_that_differ_say_in_what(place, folder, flags, line):
     if folder != '.':

@@ -444,7 +444,7 @@ def two(tmp_path_factory):
         make_workplace()
         Path('two.py').write_text(TWO.format(root=str(ROOT), runs=list(RUNS.values()), flags=RUN))
         done = run_stage(folder / 'two.py', processes=2)
-        assert done.stdout.count('2 processes on cpu') == len(RUNS)
+        assert done.stdout.count('on cpu, processes: 2') == len(RUNS)
     return folder
 
 

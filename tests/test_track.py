@@ -168,9 +168,8 @@ def test_wandb_offline_holds_the_numbers_of_the_log_and_stays_in_out(experiment,
 
 
 @pytest.mark.parametrize('module, message', [
-    ("raise ModuleNotFoundError('none here', name='wandb')", 'track=wandb needs wandb: pip install wandb'),
-    ("def init(**options): raise RuntimeError('no key\\nat all.')",
-     'track=wandb: no key at all. WANDB_MODE=offline needs neither a login nor a network')])
+    ("raise ModuleNotFoundError('No module named wandb')", 'pip install wandb.*No module named wandb'),
+    ("def init(**options): raise RuntimeError('no key\\nat all.')", 'WANDB_MODE=offline.*no key at all')])
 def test_what_keeps_wandb_away_is_one_line_and_moves_no_old_run(experiment, monkeypatch, module, message):
     dpo.main([*DPO, '--max_steps=1'])
     old = {path: path.read_bytes() for path in Path('out/tiny').rglob('*') if path.is_file()}
@@ -179,9 +178,8 @@ def test_what_keeps_wandb_away_is_one_line_and_moves_no_old_run(experiment, monk
     monkeypatch.syspath_prepend(os.getcwd())
     sft_flags = [*DPO[:2], '--device=cpu', '--init_from=out/tiny/sft', '--train_on=chosen']
     for stage, flags in ((dpo, DPO), (sft, sft_flags)):
-        with pytest.raises(SystemExit) as stop:
+        with pytest.raises(SystemExit, match=f'^error: track=wandb needs .*{message}'):
             stage.main([*flags, '--max_steps=1', '--track=wandb'])
-        assert stop.value.code == f'error: {message}'
     assert {path: path.read_bytes() for path in Path('out/tiny').rglob('*') if path.is_file()} == old
 
 
