@@ -21,7 +21,7 @@ from nanodpo.rollout import draw_responses, mean_and_error, read_reward, token_l
 from nanodpo.run import Worker
 from nanodpo.sources import read_prompt
 from nanodpo.terminal import BOLD, DIM, colours, say, styled, tinted
-from nanodpo.text import load_tokenizer, printable, prompt_ids, text_of, token_pieces
+from nanodpo.text import load_tokenizer, printable, prompt_ids, render, text_of, token_pieces
 
 SIDES = {'before': 'sft', 'after': 'dpo'}           # the two models, each with the stage that trained it
 
@@ -71,7 +71,7 @@ def choose_prompts(cfg, val, tokenizer):
     prompts = distinct_prompts(val, cfg.num_prompts, seed=0)
     if 'prompt' in cfg.origin or cfg.prompts_file:
         own = read_prompts(cfg.prompts_file) if cfg.prompts_file else [cfg.prompt]
-        prompts = [prompt_ids(tokenizer, prompt, val.meta['template']) for prompt in own]
+        prompts = [prompt_ids(tokenizer, render(prompt, val.meta['template']), val.meta['template']) for prompt in own]
     need(prompts, f'{cfg.prompts_file or val.folder} holds no prompt: set --prompt, or another --prompts_file')
     return prompts
 

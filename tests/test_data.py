@@ -384,7 +384,7 @@ def test_messages_have_the_same_ids_in_training_and_in_sampling(template, user, 
     assert groups == sorted([bos + prompt, f'{space}Yes{EOT}', f'{space}No{EOT}']
                             for prompt in (first, user.format('a')))
     tokens = load_tokenizer('data/made', meta['tokenizer'])
-    asked = [prompt_ids(tokens, sources.read_prompt(dict(prompt=prompt)), meta['template'])
+    asked = [prompt_ids(tokens, render(sources.read_prompt(dict(prompt=prompt)), meta['template']), meta['template'])
              for prompt in (SYSTEM, turns('a'), 'a')]
     trained = {tuple(group[0]) for split in ('train', 'val') for group in Groups('data/made', split)}
     assert set(map(tuple, asked)) == trained and len(trained) == 2

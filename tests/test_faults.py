@@ -177,7 +177,7 @@ def test_a_million_spaces_are_tokenised(tmp_path):
 def test_a_tokenizer_with_the_right_hash_and_foreign_content_is_one_line(tmp_path, changes):
     folder = write_data(tmp_path / 'd', some_groups())
     faults.odd_tokenizer(folder, changes)
-    with pytest.raises(UserError, match='tokenizer.json .*: run prepare_prefs.py again'):
+    with pytest.raises(UserError, match='tokenizer.json is no tokenizer, run prepare_prefs.py again: '):
         load_tokenizer(str(folder), read_meta(folder)['tokenizer'])
 
 

@@ -21,7 +21,7 @@ from model import GPT, GPTConfig, hf_names, transposed
 from nanodpo import checkpoint, export
 from nanodpo.checkpoint import fingerprint, load_model
 from nanodpo.data import Groups, pack
-from nanodpo.text import EOT, PATTERN, load_tokenizer, prompt_ids, train_bpe
+from nanodpo.text import EOT, PATTERN, load_tokenizer, prompt_ids, render, train_bpe
 
 transformers = pytest.importorskip('transformers')
 
@@ -114,7 +114,7 @@ def test_a_chat_template_writes_turns_as_training_has_them_and_a_prompt_with_its
     assert theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == expected
     for text in ('hello', '😀 one\ntwo ', "it's 42"):
         ids = theirs.apply_chat_template(turns(None, text), add_generation_prompt=True, return_dict=False)
-        assert ids == prompt_ids(encoding, text, template)
+        assert ids == prompt_ids(encoding, render(text, template), template)
 
 
 # -----------------------------------------------------------------------------
@@ -325,8 +325,8 @@ def test_transformers_greedy_text_is_ours_token_for_token(own, loaded, capsys, p
     assert theirs.config.vocab_size == len(tokenizer) == size
     texts = ['one', 'which of these years is superb?', '🚀 né', 'a\n\nb', 'The leads amuse', 'x' * 20]
     encoding = load_tokenizer('data/own', 'tokenizer.json')
-    expected = ours.generate([prompt_ids(encoding, text, meta['template']) for text in texts], 30, end, size,
-                             temperature=0)
+    prompts = [prompt_ids(encoding, render(text, meta['template']), meta['template']) for text in texts]
+    expected = ours.generate(prompts, 30, end, size, temperature=0)
     assert len({tuple(ids) for ids in expected}) == len(texts) and min(len(set(ids)) for ids in expected) > 1
 
     chats = [[dict(role='user', content=text)] for text in texts]

@@ -274,7 +274,7 @@ def test_a_user_s_mistake_is_one_line_on_stderr_without_a_traceback():
     (['--template={prompt}{prompt}'], 'must hold {prompt} once'),
     (['--tokenizer=bpe:256'], 'bpe:N needs N of at least 257'),
     (['--tokenizer=bpe'], 'bpe:N needs N of at least 257'),
-    (['--tokenizer=gpt3'], "tokenizer 'gpt3' is unknown"),
+    (['--tokenizer=gpt3'], "tokenizer 'gpt3' cannot be loaded"),
     (['--source='], 'nothing to prepare'),
     (['--source=absent.jsonl'], 'source absent.jsonl does not exist'),
     (['--source=notes.txt'], 'source notes.txt must be a .jsonl, .json, .csv, .parquet or .py file'),
