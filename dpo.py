@@ -5,13 +5,10 @@
     python dpo.py config/hh.py --resume                                      # go on where a run was stopped
     python dpo.py config/reviews.py --loss=ipo --beta=0.5                    # a relative: nanodpo/losses.py
 
-Reads data/<name>/ (prepare_prefs.py) and the weights of `init_from`, by default out/<name>/sft; writes checkpoints
-and log.jsonl to out/<name>/dpo. Where it departs from the authors' code: a prompt and both responses share one
-packed row, so the prompt is computed once; `batch_size` counts pairs over all processes; the last short batch of an
-epoch is used.
+Reads data/<name>/ (prepare_prefs.py) and the weights of `init_from`. Writes checkpoints and log.jsonl to
+out/<name>/dpo. Unlike the authors' code, it computes the prompt of a pair once, and uses an epoch's last short batch.
 """
 import copy
-import functools
 import math
 from dataclasses import dataclass
 
@@ -48,11 +45,6 @@ def response_logps(model, batch):
     return logps.new_zeros(batch.G * batch.K).index_add(0, batch.response, logps).view(batch.G, batch.K)
 
 
-def log_ratios(policy, reference, batch):
-    """log pi - log ref of every response of a packed batch, nats: (G, K) float32."""
-    return response_logps(policy, batch) - response_logps(reference, batch)
-
-
 def objective(cfg, logps, ref_logps, batch, z=None):
     """What the step minimises: losses (G,), rewards (G, K) of a packed batch. z: KTO's, else None."""
     if cfg.loss == 'dpo':
@@ -61,7 +53,8 @@ def objective(cfg, logps, ref_logps, batch, z=None):
     else:
         losses_, rewards = losses.relative_loss(cfg, logps, ref_logps, batch.lengths, batch.labels, z)
     if cfg.nll_coef:
-        losses_ = losses_ + cfg.nll_coef * losses.chosen_nll(logps, batch.lengths, batch.labels)
+        nll = -logps[:, 0] / batch.lengths[:, 0]
+        losses_ = losses_ + cfg.nll_coef * (nll if batch.labels is None else nll * batch.labels)
     return losses_, rewards
 
 
@@ -71,13 +64,11 @@ def objective(cfg, logps, ref_logps, batch, z=None):
 @dataclass
 class Config:
     name: str = 'reviews'                           # the experiment: reads data/<name>, writes out/<name>/dpo
-    init_from: str = ''                             # policy and reference: '' = out/<name>/sft, a folder or .pt of
-                                                    # ours, a GPT-2 name on the hub, or a directory in its layout
+    init_from: str = ''                             # '' = out/<name>/sft; our folder or .pt; GPT-2's name or folder
     ref_from: str = ''                              # another reference than the policy as it starts
-    # the loss
+    # the loss; None = what is usual for it
     loss: Literal[tuple(losses.LOSSES)] = 'dpo'     # this file's, or a relative in nanodpo/losses.py
-    beta: In[float, 'x > 0'] = None                 # strength of the leash to the reference; paper: 0.1, TL;DR 0.5;
-                                                    # None = the usual one of the loss
+    beta: In[float, 'x > 0'] = None                 # leash to the reference; paper: 0.1, TL;DR 0.5; None = by the loss
     label_smoothing: In[float, '0 <= x < 0.5'] = None   # cdpo, robust: the share of labels taken to be wrong
     gamma: In[float, 'x >= 0'] = None               # simpo: the margin asked for
     desirable_weight: In[float, 'x >= 0'] = None    # kto: of desirable examples, and
@@ -111,7 +102,8 @@ class Config:
     resume: bool = False                            # go on from the last checkpoint of out/<name>/dpo, if there is one
 
     def __post_init__(self):
-        losses.fill_in_usual_knobs(self)
+        usual = losses.LOSSES[self.loss][2]
+        vars(self).update((knob, usual[knob]) for knob in usual if getattr(self, knob) is None)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -121,37 +113,25 @@ STATS = ('loss', 'rewards/chosen', 'rewards/rejected', 'rewards/accuracies', 'lo
 
 
 def batch_stats(losses_, rewards, logps, labels=None, z=None):
-    """Sums of what STATS names over the groups of a micro-step, and the number of groups in each sum: (2, 6).
-
-    Of a ranking, all responses but the first count as rejected, and accuracy is the share of its pairs in order.
-    labels: (G,) bool of unpaired examples; their accuracy is the share on the right side of z.
-    """
-    logps = logps.detach()
-    ones = torch.ones_like(losses_)
+    """Sums of what STATS names over the groups of a micro-step, and the number of groups in each sum: (2, 6)."""
+    is_chosen = is_rejected = ones = torch.ones_like(losses_)
     if labels is None:
         i, j = torch.triu_indices(logps.shape[1], logps.shape[1], 1, device=logps.device)
         margins = rewards[:, i] - rewards[:, j]                                             # (G, pairs)
-        rejected_reward = rewards[:, 1:].mean(1)
-        rejected_logp = logps[:, 1:].mean(1)
-        is_chosen = is_rejected = ones
     else:
         margins = torch.where(labels[:, None], rewards - z, z - rewards)                    # (G, 1)
-        rejected_reward = rewards[:, 0]
-        rejected_logp = logps[:, 0]
-        is_chosen = labels.float()
-        is_rejected = 1 - is_chosen
-    accuracies = ((margins > 0).float() + 0.5 * (margins == 0).float()).mean(1)             # a tie counts one half
-    values = torch.stack([losses_.detach(), rewards[:, 0], rejected_reward, accuracies, logps[:, 0], rejected_logp])
-    counts = torch.stack([ones, is_chosen, is_rejected, ones, is_chosen, is_rejected])      # (6, G)
+        is_chosen, is_rejected = labels.float(), 1 - labels.float()
+    accuracies = (margins.sign() / 2 + 0.5).mean(1)                                         # a tie counts one half
+    rejected = slice(1 if labels is None else 0, None)                                      # all but the first
+    values = torch.stack([losses_, rewards[:, 0], rewards[:, rejected].mean(1), accuracies,
+                          logps[:, 0], logps[:, rejected].mean(1)]).detach()
+    counts = torch.stack([ones, is_chosen, is_rejected] * 2)                                # (6, G)
     return torch.stack([(values * counts).sum(1), counts.sum(1)])
 
 
 def means(sums):
     """{name: mean} of what batch_stats summed, and the margin. A name without any group is left out."""
-    result = {}
-    for name, total, n in zip(STATS, *sums.tolist()):
-        if n:
-            result[name] = total / n
+    result = {name: total / n for name, total, n in zip(STATS, *sums.tolist()) if n}
     if 'rewards/chosen' in result and 'rewards/rejected' in result:
         result['rewards/margins'] = result['rewards/chosen'] - result['rewards/rejected']
     return result
@@ -175,8 +155,7 @@ def main(argv=None):
     # model: the policy, and a frozen copy of it, the reference
 
     init_from = cfg.init_from or f'out/{cfg.name}/sft'
-    need(cfg.init_from or find(init_from),
-         f'{init_from} holds no checkpoint: run sft.py with this config first, or set --init_from')
+    need(cfg.init_from or find(init_from), f'{init_from} holds no checkpoint: run sft.py first, or set --init_from')
     policy = load_model(init_from, train, dropout=0.0, activation_checkpointing=cfg.activation_checkpointing)
     policy.to(run.device)
     init_fingerprint = fingerprint(policy)
@@ -188,13 +167,11 @@ def main(argv=None):
     optimizer = policy.configure_optimizer(cfg.optimizer, cfg.learning_rate, cfg.weight_decay)
     start = run.resume(policy, optimizer, train, val, init=init_fingerprint, reference=ref_fingerprint)
     ddp = run.wrap(policy)
-    ratios = functools.partial(log_ratios, policy, reference)
     cached = None
     if cfg.precompute_ref:
-        score = functools.partial(response_logps, reference)
-        cached = {groups.split: reference_cache.load_or_compute(run, ref_fingerprint, score, groups, row_tokens)
-                  for groups in (train, val)}
-        reference = score = ratios = None                           # its memory is free
+        cached = {groups.split: reference_cache.load_or_compute(
+            run, ref_fingerprint, response_logps, reference, groups, row_tokens) for groups in (train, val)}
+        reference = None                                            # its memory is free
 
     @torch.no_grad()
     def reference_logps(groups, batch):
@@ -209,16 +186,17 @@ def main(argv=None):
     @torch.no_grad()
     def evaluate():
         policy.eval()
+        ids = np.arange(len(val))
         sums = torch.zeros(2, len(STATS), dtype=run.exact, device=run.device)
-        z = losses.kto_z(cfg, run, ratios, val, np.arange(len(val)), row_tokens) if needs_z else None
+        z = losses.kto_z(cfg, run, response_logps, policy, reference, val, ids, row_tokens) if needs_z else None
         with run.autocast:
-            for batch in batches(val, np.arange(len(val)), run, row_tokens):
+            for batch in batches(val, ids, run, row_tokens):
                 logps = response_logps(policy, batch)                                       # (G, K)
                 losses_, rewards = objective(cfg, logps, reference_logps(val, batch), batch, z)
                 sums += batch_stats(losses_, rewards, logps, batch.labels, z)
         found = means(run.sum(sums))
         if cfg.kl_prompts and reference is not None:
-            found |= estimate_kl(policy, ratios, val, cfg.kl_prompts, cfg.seed, run, row_tokens)
+            found |= estimate_kl(response_logps, policy, reference, val, cfg.kl_prompts, cfg.seed, run, row_tokens)
         policy.train()
         return found
 
@@ -227,9 +205,8 @@ def main(argv=None):
 
     run.open_log(start, total_steps)
     run.say(f'{len(train):,} groups to train on, {len(val):,} to validate on; {total_steps:,} steps of '
-            f'{cfg.batch_size}, {steps_per_epoch:,} an epoch; rows of at most {row_tokens:,} tokens\n'
-            f'policy from {init_from}, {policy.num_params():,} parameters; reference from '
-            f'{cfg.ref_from or "the same" if reference is not None or cached else "nowhere: this loss needs none"}')
+            f'{cfg.batch_size}, {steps_per_epoch:,} an epoch; {row_tokens:,} tokens a row\npolicy from {init_from}, '
+            f'{policy.num_params():,} weights; reference: {cfg.ref_from or "the same" if ref_fingerprint else "none"}')
     if start == 0:
         run.log(0, evaluate(), 'eval/')
     policy.train()
@@ -239,7 +216,7 @@ def main(argv=None):
     for step, ids, micros in run.bar(training_steps(train, cfg, start, total_steps, run, row_tokens)):
         for group in optimizer.param_groups:
             group['lr'] = learning_rate(cfg, step, total_steps)
-        z = losses.kto_z(cfg, run, ratios, train, ids, row_tokens) if needs_z else None
+        z = losses.kto_z(cfg, run, response_logps, policy, reference, train, ids, row_tokens) if needs_z else None
         losses_of_step = []
         for batch in micros:
             if run.world > 1:

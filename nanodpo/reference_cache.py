@@ -12,14 +12,14 @@ from nanodpo.data import batches
 
 
 @torch.no_grad()
-def compute(run, score, groups, ids, row_tokens):
+def compute(run, score, reference, groups, ids, row_tokens):
     """(len(groups), K): log-probs of the groups `ids`, zeros elsewhere; every rank has all."""
     logps = torch.zeros(len(groups), groups.K)
     parts = np.array_split(ids, math.ceil(len(ids) / 1024))
     for part in tqdm(parts, f'reference {groups.split}', disable=None if run.rank == 0 else True):
         for batch in batches(groups, part, run, row_tokens):
             with run.autocast:
-                logps[batch.ids] = score(batch).cpu()
+                logps[batch.ids] = score(reference, batch).cpu()
     return run.sum(logps)
 
 
@@ -39,11 +39,11 @@ def write(path, key, logps):
         np.savez(f, key=key, logps=logps.numpy())
 
 
-def load_or_compute(run, weights, score, groups, row_tokens):
-    """(N, K): the log-probs of all groups. weights: the reference's fingerprint; score(batch): (G, K)."""
+def load_or_compute(run, weights, score, reference, groups, row_tokens):
+    """(N, K): the log-probs of all groups. weights: the reference's fingerprint; score(reference, batch): (G, K)."""
     path = os.path.join('out', run.cfg.name, f'reference-{groups.split}.npz')       # outlives this run
     key = f'{groups.fingerprint} {weights} {"bfloat16" if run.bf16 else "float32"}'
-    live = compute(run, score, groups, np.arange(min(16, len(groups))), row_tokens)[:16]
+    live = compute(run, score, reference, groups, np.arange(min(16, len(groups))), row_tokens)[:16]
     reason = ''
     try:
         logps = read(path, key, live)
@@ -53,6 +53,6 @@ def load_or_compute(run, weights, score, groups, row_tokens):
     how = f'{reason}, computing them' if reason else f'from {path}, equal to live ones'
     run.say(f'reference log-probs of {groups.split}: {how}')
     if reason:
-        logps = compute(run, score, groups, np.arange(len(groups)), row_tokens)
+        logps = compute(run, score, reference, groups, np.arange(len(groups)), row_tokens)
         run.on_first(lambda: write(path, key, logps), f'cannot write {path}')
     return logps

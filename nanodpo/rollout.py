@@ -42,19 +42,19 @@ def token_logps_of(model, groups, worker, desc=''):
 
 
 @torch.no_grad()
-def estimate_kl(policy, ratios, groups, n, seed, run, row_tokens):
-    """{'kl', 'kl_error'}: KL(policy || reference), nats, from a response to each of n prompts. ratios: see dpo.py."""
+def estimate_kl(score, policy, reference, groups, n, seed, run, row_tokens):
+    """{'kl', 'kl_error'}: KL(policy || reference), nats, from a response to each of n prompts."""
     size = 16
     room = groups.meta['max_length']
     prompts = distinct_prompts(groups, n, seed)
-    sums = torch.zeros(2, dtype=run.exact, device=run.device)           # of the ratios, and of their squares
+    sums = torch.zeros(2, dtype=run.exact, device=run.device)           # of log ratios, and of their squares
     for number in range(run.rank, math.ceil(len(prompts) / size), run.world):
         asked = prompts[number * size:(number + 1) * size]
         with run.autocast:
             responses = draw_responses(policy, asked, groups.meta, room, size, seed, number=number)
             drawn = Sampled([[prompt, ids] for prompt, ids in zip(asked, responses)])
             for batch in batches(drawn, np.arange(len(drawn)), run.alone(), max(row_tokens, int(drawn.lengths.max()))):
-                ratio = ratios(batch).to(run.exact)                     # (G, 1)
+                ratio = (score(policy, batch) - score(reference, batch)).to(run.exact)                  # (G, 1)
                 sums += torch.stack([ratio.sum(), ratio.square().sum()])
     mean, square = (run.sum(sums) / len(prompts)).tolist()
     return {'kl': mean, 'kl_error': math.sqrt(max(0, square - mean ** 2) / max(1, len(prompts) - 1))}
