@@ -125,6 +125,7 @@ def test_generate_compiles_nothing_and_keeps_off_cudnn(monkeypatch):
 
 def test_bfloat16_that_a_gpu_only_emulates_is_not_chosen(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 1)
     monkeypatch.setattr(torch.cuda, 'set_device', lambda device: None)
     for supported in (False, True):
         def answer(including_emulation=True):
