@@ -15,7 +15,6 @@ import torch
 import config
 from conftest import ROOT, random_groups, run_stage, small_gpt, write_data
 from nanodpo import checkpoint
-from nanodpo.data import Groups, sha256_file
 
 STAGES = {'prepare': 'prepare_prefs', 'sft': 'sft', 'dpo': 'dpo', 'sample': 'sample'}
 GOOD = '{"prompt": "Q%d", "chosen": " yes %d", "rejected": " no %d"}\n'
