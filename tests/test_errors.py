@@ -136,6 +136,12 @@ CASES = {       # name: (script, its flags or what makes them, what the line mus
                          r'line 3: not UTF-8'),
     'JSONL: empty file': ('prepare_prefs', lambda: text_file('e.jsonl', '', '--name=own', '--source=e.jsonl'),
                           r'e.jsonl'),
+    # sample.py
+    'no AFTER to sample': ('sample', ['--name=tiny'], r'out/tiny/dpo holds no checkpoint: run dpo.py'),
+    'no checkpoint to sample': ('sample', ['--name=tiny', '--after=out'], r'out is no checkpoint, and no directory'),
+    'prompts of two kinds': ('sample', ['--name=tiny', '--prompt=a', '--prompts_file=b'], r'keep one'),
+    'BEFORE of another tokenizer': ('sample', lambda: after(sft_model, small_gpt(), 'gpt2', flags=['--name=tiny']),
+                                    r'another tokenizer'),
 }
 
 
@@ -149,6 +155,29 @@ def test_a_mistake_ends_with_one_line_and_nothing_lost(experiment, case):
     message = caught.value.code
     assert isinstance(message, str) and '\n' not in message and len(message) < 600, message
     assert snapshot() == before
+
+
+@pytest.mark.parametrize('name, content, words', [
+    ('none.txt', b'', 'none.txt cannot be read'), ('p.txt', b' \n\n', 'p.txt holds no prompt'),
+    ('p.txt', b'a\n\xff', 'UnicodeDecodeError'), ('p.jsonl', b'{"prompt": "a"}\n\n{"prompt": 3}', '"prompt": 3'),
+    ('p.jsonl', b'{"prompt": "a"}\nprompt', "in 'prompt'"), ('p.jsonl', b'{"text": "a"}', "missing key 'prompt'"),
+    ('p.jsonl', b'["a"]', 'not an object'), ('p.jsonl', b'{"prompt": "\\ud800"}', 'half a character'),
+    ('none.py', b'', 'none.py: FileNotFoundError'), ('r.py', b'def reword(p, r): 0', 'defines no function reward'),
+    ('r.py', b'1 +', 'SyntaxError'), ('r.py', b'import nothing_like_it', 'r.py line 1'),
+    ('r.py', b'def reward(p): 0', 'TypeError'), ('r.py', b'def reward(p, r): return ["good"] * 8', 'ValueError'),
+    ('r.py', b'def reward(p, r): return [0]', 'true_reward must be 8 finite numbers'),
+    ('r.py', b'def reward(p, r): return [0] * 7 + [float("nan")]', 'true_reward must be 8 finite numbers'),
+    ('r.py', b'def reward(p, r):\n  return 1 / 0', 'ZeroDivisionError: division by zero (r.py line 2)'),
+    ('r.py', b'def reward(p, r): return [0] * 8\ndef metrics(p, r): return dict(m=[True])', 'm must be 8 finite'),
+    ('r.py', b'def reward(p, r): return [0] * 8\ndef metrics(p, r): return [True] * 8', 'TypeError'),
+])
+def test_a_bad_file_of_prompts_or_rewards_is_one_line(experiment, name, content, words):
+    if content:
+        Path(name).write_bytes(content)
+    flag = 'reward' if name.endswith('py') else 'prompts_file'
+    with pytest.raises(config.UserError) as caught:
+        main('sample', ['--name=tiny', '--after=out/tiny/sft', '--max_new_tokens=4', f'--{flag}={name}'])
+    assert words in caught.value.message and name in caught.value.message and '\n' not in caught.value.message
 
 
 @pytest.mark.parametrize('case', ['unknown flag', 'no prepared data', 'a bin cut short', 'JSONL: not UTF-8'])

@@ -5,7 +5,6 @@ import itertools
 import json
 import math
 import os
-import random
 import re
 import shutil
 import subprocess
@@ -21,8 +20,8 @@ import config
 import sample
 from conftest import ROOT
 from nanodpo.text import printable, text_of, token_pieces
-from test_sample import (ATTACK, TEXTS, as_seen_by_the_colour_blind, contrast, pieces_of, run,         # noqa: F401
-                         tokenizers, trained)
+from test_sample import (ATTACK, TEXTS, as_seen_by_the_colour_blind, assert_readable, contrast, pieces_of,   # noqa: F401
+                         run, tokenizers, trained)
 
 sys.path.insert(0, str(ROOT / 'repro'))
 import page                                             # noqa: E402
@@ -74,17 +73,16 @@ class Page:
 
 def test_pieces_join_to_the_text_and_hold_every_value_once(tmp_path):
     for tokenizer in tokenizers(tmp_path / 'd'):
-        draw = random.Random(0)
-        scraps = [[draw.randrange(tokenizer.n_vocab - 1) for _ in range(n)] for n in range(1, 80)]      # any bytes
+        draw = np.random.default_rng(0)
+        scraps = [draw.integers(tokenizer.n_vocab - 1, size=n).tolist() for n in range(1, 80)]      # any bytes
         cut = [tokenizer.encode_ordinary(text)[:-1] for text in TEXTS if text]
         for ids in [[tokenizer.eot_token], *scraps, *cut, *(pieces_of(tokenizer, text)[1] for text in TEXTS)]:
             values = list(range(len(ids)))
             pieces = token_pieces(tokenizer, ids, values)
             assert ''.join(text or '' for text, _ in pieces) == text_of(tokenizer, ids)
             assert [v for _, held in pieces for v in held] == values
-            last = [ids[-1] == tokenizer.eot_token]
-            assert [text is None for text, _ in pieces] == [False] * (len(pieces) - 1) + last
-            assert all(text != '' for text, _ in pieces)
+            assert all(text for text, _ in pieces[:-1]) and pieces[-1][0] != ''
+            assert (pieces[-1][0] is None) == (ids[-1] == tokenizer.eot_token)
             data = [b''.join(tokenizer.decode_single_token_bytes(ids[v]) for v in held) for _, held in pieces]
             with suppress(UnicodeDecodeError):      # of whole characters a piece holds its tokens' bytes and no others
                 b''.join(data).decode()
@@ -93,14 +91,10 @@ def test_pieces_join_to_the_text_and_hold_every_value_once(tmp_path):
 
 def test_a_character_is_one_piece_and_words_are_not(tmp_path):
     for tokenizer in tokenizers(tmp_path / 'd'):
-        def texts(text):
-            ids = tokenizer.encode_ordinary(text)
-            return [text for text, _ in token_pieces(tokenizer, ids, ids)]
-
-        for one in ('🎬', 'ع', '映'):
-            assert texts(f'{one}\n{one}') == [one, '\n', one]
         sentence = 'A plain sentence.'
-        assert len(texts(sentence)) == len(tokenizer.encode_ordinary(sentence)), 'a token a piece'
+        assert len(pieces_of(tokenizer, sentence)[0]) == len(tokenizer.encode_ordinary(sentence)) + 1, 'a token a piece'
+        for one in ('🎬', 'ع', '映'):
+            assert [text for text, _ in pieces_of(tokenizer, f'{one}\n{one}')[0]] == [one, '\n', one, None]
 
 
 def test_the_scale_is_symmetric_and_one_wild_token_does_not_take_it():
@@ -125,15 +119,13 @@ def test_the_scale_is_symmetric_and_one_wild_token_does_not_take_it():
 @pytest.mark.parametrize('palette', [LIGHT, DARK], ids=['light', 'dark'])
 def test_text_on_every_tint_meets_wcag_aa_and_the_colour_blind_tell_the_two_sides_apart(palette):
     assert contrast(palette['quiet'], palette['paper']) >= 4.5 and contrast(palette['paper'], palette['ink']) >= 7
-    paper = np.array(palette['paper'])
-    plus, minus = ([paper + (palette[side] - paper) * tenth / 10 for tenth in range(11)] for side in ('plus', 'minus'))
-    for tints in (plus, minus):
-        assert min(contrast(palette['ink'], tint) for tint in tints) >= 4.5
-        away = [math.dist(tint, paper) for tint in tints]
-        assert min(np.diff(away)) > 5, 'stronger is farther from zero'
-    for tenth in (5, 10):
-        for blue, orange, white in as_seen_by_the_colour_blind(plus[tenth], minus[tenth], paper):
-            assert math.dist(blue, orange) > 5 * tenth
+    paper, sides = np.array(palette['paper']), np.array([palette['plus'], palette['minus']])
+    tints = {tenth / 10: paper + (sides - paper) * tenth / 10 for tenth in range(1, 11)}
+    assert_readable(palette['ink'], tints)
+    away = np.linalg.norm([[paper, paper], *tints.values()] - paper, axis=-1)
+    assert np.diff(away, axis=0).min() > 5, 'stronger is farther from zero'
+    for share in (0.5, 1):
+        for blue, orange, white in as_seen_by_the_colour_blind(*tints[share], paper):
             assert math.dist(blue, orange) > 0.8 * math.dist(blue, white), 'not two shades of one colour'
 
 
@@ -207,11 +199,8 @@ def test_the_page_of_a_run_holds_its_samples_its_table_and_its_settings(trained,
         assert f'{summary[side][name]["mean"]:,.3f} ±{summary[side][name]["error"]:.3f}' in cells
     assert "max_new_tokens = 30" in seen.of('pre')[0][2] and 'out/tiny/dpo' in seen.of('p')[0][2]
     assert sorted(p.name for p in trained.iterdir()) == ['a&b.html', 'data', 'out', 'r.py']
-
-
-def test_a_page_without_samples_and_one_of_equal_models(trained, capsys, write):            # noqa: F811
     assert not write(run(capsys, '--json', '--show=0'), 'p.html').of('t')
-    spans = write(run(capsys, '--json', '--after=out/tiny/sft'), 'p.html').of('t')
+    spans = write(run(capsys, '--json', '--after=out/tiny/sft'), 'p.html').of('t')      # equal models
     assert spans and all(e[1]['class'] in ('t', 't end') and float(e[1]['title'].split()[0]) == 0 for e in spans)
 
 
@@ -219,13 +208,12 @@ def test_a_page_without_samples_and_one_of_equal_models(trained, capsys, write):
 def old(tmp_path, monkeypatch):
     """A folder with an old page, which stands there unchanged in the end."""
     monkeypatch.chdir(tmp_path)
-    os.makedirs('data')
     os.makedirs('taken.html.tmp')
     for name, content in {'p.html': 'old', **FOREIGN}.items():
         tmp_path.joinpath(name).write_text(content)
     yield tmp_path
     assert tmp_path.joinpath('p.html').read_text() == 'old'
-    assert {path.name for path in tmp_path.iterdir()} == {'data', 'p.html', 'taken.html.tmp', *FOREIGN}
+    assert {path.name for path in tmp_path.iterdir()} == {'p.html', 'taken.html.tmp', *FOREIGN}
 
 
 FOREIGN = {f'{i}.jsonl': content for i, content in enumerate([
@@ -234,7 +222,7 @@ FOREIGN = {f'{i}.jsonl': content for i, content in enumerate([
 
 
 @pytest.mark.parametrize('arguments, words', [
-    (['none/p.html'], 'none/p.html .*No such file'), (['data'], 'data is there and is no file'),
+    (['none/p.html'], 'none/p.html .*No such file'), (['taken.html.tmp'], 'is there and is no file'),
     (['/dev/null'], 'null is there and is no file'), (['x' * 300], 'xxx .*name too long'),
     (['taken.html'], 'taken.html .*Is a directory'), (['p.html/q.html'], 'q.html .*Not a directory'),
     ([], 'name the page'), (['p.html', 'none.jsonl'], 'none.jsonl cannot be read'),
@@ -244,10 +232,10 @@ def test_what_cannot_be_read_or_written_is_one_line_and_leaves_the_old_page(old,
         page.main(arguments)
 
 
-def test_a_full_disk_leaves_the_old_page_as_it_was(old, monkeypatch, write):
+def test_a_full_disk_leaves_the_old_page_as_it_was(old, monkeypatch, write, tmp_path_factory):
     def full(*_):
         raise OSError(28, 'No space left on device')
-    samples, summary = torture(next(tokenizers(old / 'data')))
+    samples, summary = torture(next(tokenizers(tmp_path_factory.mktemp('data'))))
     monkeypatch.setattr(os, 'replace', full)
     with pytest.raises(config.UserError, match='No space left'):
         write('\n'.join(map(json.dumps, [*samples, dict(summary=summary)])), 'p.html')
