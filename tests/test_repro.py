@@ -104,10 +104,9 @@ def test_packed_rewards_equal_one_response_at_a_time():
     model = reward_model.RewardModel.from_policy(small_gpt(2))
     torch.nn.init.normal_(model.reward.weight)
     rewards = reward_model.all_rewards(model, Sampled(groups))
-    for i, (prompt, *responses) in enumerate(groups):
-        for k, response in enumerate(responses):
-            expected = (states_of(model, prompt, response)[-1] @ model.reward.weight[0]).item()
-            assert rewards[i, k] == pytest.approx(expected, abs=1e-4)
+    for of_group, (prompt, *responses) in zip(rewards, groups):
+        expected = [(states_of(model, prompt, r)[-1] @ model.reward.weight[0]).item() for r in responses]
+        assert of_group == pytest.approx(expected, abs=1e-4)
 
 
 def test_accuracy_and_calibration_by_hand():
@@ -115,9 +114,8 @@ def test_accuracy_and_calibration_by_hand():
     found = reward_model.judge(margins)
     assert found['accuracy'] == pytest.approx((4 + 0.5) / 7)
     assert found['log_loss'] == pytest.approx(np.mean([math.log(1 + math.exp(-m)) for m in margins]))
-    low, high = ([x for x in margins if (abs(x) < 1) == small] for small in (True, False))
     gap = 0
-    for xs in (low, high):
+    for xs in (margins[abs(margins) < 1], margins[abs(margins) >= 1]):
         says = np.mean([1 / (1 + math.exp(-abs(x))) for x in xs])
         gap += len(xs) * abs(says - np.mean([0.5 if x == 0 else x > 0 for x in xs]))
     assert found['calibration_error'] == pytest.approx(gap / 7)
@@ -161,9 +159,8 @@ def test_clipped_losses_case_by_case():
 
 def test_tokens_side_by_side_are_those_of_each_rollout():
     groups = lists(7, 1, 5)
-    model, mask = small_gpt(1), torch.zeros(7, 21, dtype=torch.bool)
-    for row, (_, response) in zip(mask, groups):
-        row[:len(response)] = True
+    model, lengths = small_gpt(1), torch.tensor([[len(response)] for _, response in groups])
+    mask = torch.arange(21) < lengths
     logps = ppo.side_by_side(ppo.target_logps, model, Sampled(groups), mask)
     for i, (prompt, response) in enumerate(groups):
         alone = (states_of(model, prompt, response) @ model.wte.weight.t()).log_softmax(-1)
@@ -199,19 +196,12 @@ def test_the_grammars_frontier_is_that_of_its_own_samples_reweighted():
 # ----------------------------------------------------------------------------------------------------
 # the scripts
 
-REWARD = '''
-def reward(prompts, responses):
-    return [sum(c < "a" for c in r) / 4 - len(r) / 8 for r in responses]
-
-def metrics(prompts, responses):
-    return {"well_formed": [True] * len(prompts)}
-'''
-
-
 @pytest.fixture
 def tiny(experiment):
     """The experiment `tiny` with a reward file, reward.py."""
-    (experiment / 'reward.py').write_text(REWARD)
+    (experiment / 'reward.py').write_text(
+        'def reward(prompts, responses):\n    return [sum(c < "a" for c in r) / 4 - len(r) / 8 for r in responses]\n'
+        'def metrics(prompts, responses):\n    return {"well_formed": [True] * len(prompts)}\n')
     return experiment
 
 
@@ -219,11 +209,11 @@ def run_main(script, *flags):
     importlib.import_module(script).main(['--name=tiny', *flags])
 
 
-def test_the_pipeline_that_dpo_replaces_runs_and_learns(tiny):
+def test_the_pipeline_that_dpo_replaces_runs_and_learns_and_figures_show_what_was_logged(tiny):
     out = run_stage('repro/reward_model.py', '--name=tiny', '--batch_size=8', '--epochs=3',
                     '--learning_rate=3e-3').stdout
-    log = read_log('out/tiny/reward_model')
-    assert log[-1]['loss'] < 0.6 and '10 validation pairs: accuracy' in out           # ln 2 at the start
+    by_reward_model = read_log('out/tiny/reward_model')[-1]
+    assert by_reward_model['loss'] < 0.6 and '10 validation pairs: accuracy' in out         # ln 2 at the start
     assert reward_model.RewardModel.from_checkpoint('out/tiny/reward_model').reward.weight.norm() > 0
     run_stage('repro/ppo.py', '--name=tiny', '--reward=reward.py', '--steps=16', '--batch_size=48', '--target_kl=20',
               '--learning_rate=3e-3', '--kl_coef=0.05', '--max_new_tokens=12', '--eval_interval=16',
@@ -240,16 +230,11 @@ def test_the_pipeline_that_dpo_replaces_runs_and_learns(tiny):
     assert len(out.splitlines()) == 5 and 'true reward' in out
     run_main('offline', '--method=unlikelihood', '--max_steps=2', '--batch_size=8')
     assert read_log('out/tiny/unlikelihood')[-1]['step'] == 2
-
-
-def test_the_figures_are_drawn_from_what_the_runs_logged(tiny):
-    run_main('reward_model', '--batch_size=16')
     dpo.main(['--name=tiny', '--batch_size=16', '--compile=False'])
     run_main('accuracy', '--out=accuracy')
     table = (tiny / 'accuracy.md').read_text()
-    last = {stage: read_log(f'out/tiny/{stage}')[-1] for stage in ('dpo', 'reward_model')}
-    assert f"| {last['dpo']['eval/rewards/accuracies']:.3f} |" in table
-    assert f"| {last['reward_model']['eval/accuracy']:.3f} |" in table
+    assert f"| {read_log('out/tiny/dpo')[-1]['eval/rewards/accuracies']:.3f} |" in table
+    assert f"| {by_reward_model['eval/accuracy']:.3f} |" in table
     run_main('gradient', '--reward=reward.py', '--batch_size=24', '--evaluations=2', '--held_out=4', '--out=gradient')
     runs = json.load(open('gradient.json'))
     assert [p['step'] for p in runs['dpo']] == [p['step'] for p in runs['unweighted']] == [0, 1, 2]
@@ -262,22 +247,20 @@ def test_a_sweep_goes_on_where_it_stopped(tiny, monkeypatch, capsys):
     monkeypatch.setattr(frontier, 'GRID', {'dpo': [{'beta': 1.0, 'learning_rate': 6e-4}], **few})
     monkeypatch.setattr(frontier, 'NS', (1, 2, 4))
 
-    def run_sweep():
-        run_main('frontier', '--reward=reward.py', '--seeds=1', '--prefixes=16', '--rounds=1', '--held_out=4',
-                 '--evaluations=2', '--workers=2', '--out=sweep')
-        return json.load(open('sweep.json')), capsys.readouterr().out
-
-    results, out = run_sweep()
-    assert '7 runs, 0 of them done before' in out
+    flags = ['--reward=reward.py', '--seeds=1', '--prefixes=16', '--rounds=1', '--held_out=4', '--evaluations=2',
+             '--workers=2', '--out=sweep']
+    run_main('frontier', *flags)
+    results = json.load(open('sweep.json'))
+    assert '7 runs, 0 of them done before' in capsys.readouterr().out
     methods = ['data', 'reward_model', 'dpo', 'ppo', 'ppo_gt', 'preferred_ft', 'best_of_n']
     assert [r['job']['method'] for r in results] == methods
     assert all(math.isfinite(p['kl']) for r in results[2:] for p in r['points'])
     assert os.path.getsize('sweep.png') > 10_000
     done, = (tiny / 'out/tiny/frontier/seed-1').glob('dpo*.json')
     done.unlink()
-    again, out = run_sweep()
-    assert '7 runs, 6 of them done before' in out
-    assert again[2]['points'] == results[2]['points']       # the same numbers, run again
+    run_main('frontier', *flags)
+    assert '7 runs, 6 of them done before' in capsys.readouterr().out
+    assert json.load(open('sweep.json'))[2]['points'] == results[2]['points']       # the same numbers, run again
     run_main('temperature', '--reward=reward.py', '--held_out=2', '--samples=1', '--workers=2', '--out=heat')
     curves = json.load(open('heat.json'))['curves']
     assert set(curves) >= {'SFT', 'best of 128', 'DPO, beta 1'}
@@ -286,33 +269,26 @@ def test_a_sweep_goes_on_where_it_stopped(tiny, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize('value, lines', [
-    ([{'a': 1, 'b': [1, 2]}, {'a': 2}], 4), ([], 1),
-    ({'seed': 1, 'rows': [{'x': 0.1}, {'x': None}], 'name': 'é'}, 8),
-    ({0: [{'a': 1}], 'curves': {'a': [[1, 2]]}}, 6)])
+    ([{'a': 1, 'b': [1, 2]}, {'a': 2}], 4), ([], 1), ({0: [{'a': 1}], 'curves': {'a': [[1, None]]}, 'name': 'é'}, 7)])
 def test_results_are_json_with_a_record_a_line(tmp_path, value, lines):
     sweep.write_json(tmp_path / 'a.json', value)
     text = (tmp_path / 'a.json').read_text()
     assert json.loads(text) == json.loads(json.dumps(value)) and len(text.splitlines()) == lines
 
 
-@pytest.mark.parametrize('script, args, message', [
-    ('ppo', ['--name=tiny'], 'reward is not set'),
-    ('ppo', ['--name=tiny', '--reward=nowhere'], 'nowhere holds no checkpoint: run repro/reward_model.py first'),
-    ('ppo', ['--name=tiny', '--reward=out/tiny/sft'], 'is no reward model'),
-    ('best_of_n', ['--name=tiny', '--reward=nowhere.py'], 'reward file nowhere.py: FileNotFoundError'),
-    ('offline', ['--name=tiny', '--init_from=nowhere'], 'nowhere holds no checkpoint'),
-    ('frontier', ['--name=tiny', '--held_out=50'], 'distinct prompts in val'),
-    ('temperature', ['--name=tiny'], 'run repro/frontier.py first'),
-    ('accuracy', ['--name=tiny'], 'run dpo.py and repro/reward_model.py'),
-    ('gradient', ['--name=other'], 'data/other/meta.json does not exist'),
-])
-def test_a_mistake_ends_in_one_line(experiment, script, args, message):
-    with pytest.raises(UserError) as error:
-        importlib.import_module(script).main(args)
-    assert message in error.value.message
-
-
-def test_a_script_says_a_mistake_without_a_traceback(experiment):
+def test_a_mistake_ends_in_one_line(experiment):
+    nowhere = 'nowhere holds no checkpoint: run repro/reward_model.py first'
+    for script, args, message in [
+            ('ppo', [], 'reward is not set'), ('ppo', ['--reward=nowhere'], nowhere),
+            ('ppo', ['--reward=out/tiny/sft'], 'is no reward model'),
+            ('best_of_n', ['--reward=nowhere.py'], 'reward file nowhere.py'),
+            ('offline', ['--init_from=nowhere'], 'nowhere holds no checkpoint'),
+            ('frontier', ['--held_out=50'], 'distinct prompts in val'),
+            ('temperature', [], 'run repro/frontier.py first'),
+            ('accuracy', [], 'run dpo.py and repro/reward_model.py'),
+            ('gradient', ['--name=other'], 'data/other/meta.json does not exist')]:
+        with pytest.raises(UserError) as error:
+            run_main(script, *args)
+        assert message in error.value.message
     done = run_stage('repro/ppo.py', '--name=tiny', '--reward=nowhere', check=False)
-    message = 'error: nowhere holds no checkpoint: run repro/reward_model.py first'
-    assert done.returncode == 1 and done.stderr.strip().splitlines() == [message]
+    assert done.returncode == 1 and done.stderr.strip().splitlines() == [f'error: {nowhere}']
