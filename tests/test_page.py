@@ -9,7 +9,6 @@ import re
 import shutil
 import subprocess
 import sys
-from contextlib import suppress
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -20,8 +19,8 @@ import config
 import sample
 from conftest import ROOT
 from nanodpo.text import printable, text_of, token_pieces
-from test_sample import (ATTACK, TEXTS, as_seen_by_the_colour_blind, assert_readable, contrast, pieces_of,   # noqa: F401
-                         run, tokenizers, trained)
+from test_sample import (ATTACK, TEXTS, as_seen_by_the_colour_blind, assert_readable, contrast,      # noqa: F401
+                         pieces_of, run, tokenizers, trained)
 
 sys.path.insert(0, str(ROOT / 'repro'))
 import page                                             # noqa: E402
@@ -43,18 +42,14 @@ def torture(tokenizer):
     means = {name: dict(mean=0.5, error=0.1) for name in ('tokens', 'ended', 'implicit_reward', ATTACK)}
     knobs = dict(name=f'</title>{ATTACK}', before='out/' + ATTACK, after='out/\udcff', show=len(samples),
                  prompt=f'</pre>{ATTACK}\udcff')
-    n = len(samples)
-    return samples, dict(samples=n, prompts=n, beta=0.1, config=knobs, before=means, after=means)
+    return samples, dict(samples=len(samples), prompts=len(samples), beta=0.1, config=knobs, before=means, after=means)
 
 
-@pytest.fixture
-def write(monkeypatch):
-    """(what sample.py --json prints, a path) -> the page there, read by a browser."""
-    def write(lines, path):
-        monkeypatch.setattr('sys.stdin', io.StringIO(lines))
-        page.main([path])
-        return Page(Path(path).read_text(encoding='utf-8'))
-    return write
+def write(monkeypatch, lines, path='p.html'):
+    """The page of what sample.py --json prints, as a browser reads it."""
+    monkeypatch.setattr('sys.stdin', io.StringIO(lines))
+    page.main([path])
+    return Page(Path(path).read_text(encoding='utf-8'))
 
 
 class Page:
@@ -69,7 +64,7 @@ class Page:
 
 
 # -----------------------------------------------------------------------------
-# the numbers
+# the numbers and the colours
 
 def test_pieces_join_to_the_text_and_hold_every_value_once(tmp_path):
     for tokenizer in tokenizers(tmp_path / 'd'):
@@ -84,8 +79,7 @@ def test_pieces_join_to_the_text_and_hold_every_value_once(tmp_path):
             assert all(text for text, _ in pieces[:-1]) and pieces[-1][0] != ''
             assert (pieces[-1][0] is None) == (ids[-1] == tokenizer.eot_token)
             data = [b''.join(tokenizer.decode_single_token_bytes(ids[v]) for v in held) for _, held in pieces]
-            with suppress(UnicodeDecodeError):      # of whole characters a piece holds its tokens' bytes and no others
-                b''.join(data).decode()
+            if '\ufffd' not in text_of(tokenizer, ids):      # no character is cut: a piece is its tokens' bytes
                 assert all(text is None or text.encode() == held for (text, _), held in zip(pieces, data))
 
 
@@ -99,9 +93,7 @@ def test_a_character_is_one_piece_and_words_are_not(tmp_path):
 
 def test_the_scale_is_symmetric_and_one_wild_token_does_not_take_it():
     def scale(rewards):
-        sides = dict(before=dict(pieces=[('a', rewards[::2])]), after=dict(pieces=[('b', rewards[1::2])]))
-        return sample.scale([sides])
-
+        return sample.scale([{side: {'pieces': [('a', rewards[i::2])]} for i, side in enumerate(sample.SIDES)}])
     values = [0.001 * i for i in range(-500, 501)] + [300.0]
     limit = scale(values)
     assert 0.45 < limit <= 0.5
@@ -112,9 +104,6 @@ def test_the_scale_is_symmetric_and_one_wild_token_does_not_take_it():
     assert scale([0.0, 0.0]) == 0.01 and sample.scale([]) > 0
     assert page.tint(1e-7, scale([1e-7, -1e-7])) == ('', ''), 'rounding is no reward'
 
-
-# -----------------------------------------------------------------------------
-# the colours
 
 @pytest.mark.parametrize('palette', [LIGHT, DARK], ids=['light', 'dark'])
 def test_text_on_every_tint_meets_wcag_aa_and_the_colour_blind_tell_the_two_sides_apart(palette):
@@ -132,16 +121,14 @@ def test_text_on_every_tint_meets_wcag_aa_and_the_colour_blind_tell_the_two_side
 # -----------------------------------------------------------------------------
 # the page
 
-TAGS = {*'html head title style body main h1 h2 h3 p b div ol li span i section table'.split(),
-        *'thead tbody tr th td pre script'.split()}
-
-
 def test_whatever_the_texts_hold_the_page_shows_it_and_no_more(tmp_path):
     for tokenizer in tokenizers(tmp_path / 'd'):
         samples, summary = torture(tokenizer)
         text = page.page_html(samples, summary)
         seen = Page(text)
-        assert {e[0] for e in seen.elements} == TAGS
+        assert {e[0] for e in seen.elements} == set(
+            'html head title style body main h1 h2 h3 p b div ol li span i section table thead tbody tr th td pre '
+            'script'.split())
         assert [e[2] for e in seen.of('script')] == [page.SCRIPT]
         assert text.encode()
         assert not re.search('[\0-\t\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2028\u2029]', text), 'nothing hidden'
@@ -180,12 +167,12 @@ def test_every_token_has_its_value_and_its_tint(tmp_path):
         assert f'.{side} {{ background: rgb(var(--{side}) / var(--share)); }}' in page.STYLE
 
 
-def test_the_page_of_a_run_holds_its_samples_its_table_and_its_settings(trained, capsys, write):    # noqa: F811
+def test_the_page_of_a_run_holds_its_samples_its_table_and_its_settings(trained, capsys, monkeypatch):    # noqa: F811
     trained.joinpath('r.py').write_text('def reward(p, r): return [len(x) for x in r]')
     flags = ['--num_prompts=5', '--num_samples=2', '--reward=r.py', '--max_new_tokens=30', '--show=7']
     lines = run(capsys, '--json', *flags)
     *samples, last = map(json.loads, lines.splitlines())
-    seen, summary = write(lines, 'a&b.html'), last['summary']
+    seen, summary = write(monkeypatch, lines, 'a&b.html'), last['summary']
     shown = [samples[i] for i in (0, 1, 2, 3, 4, 6, 8)]     # one of each prompt, then further ones, side by side
     sides = [s[side] for s in shown for side in ('before', 'after')]
     assert [e[2] for e in seen.of('prompt')] == [printable(s['prompt'].strip('\n')) for s in samples[::2]]
@@ -199,8 +186,8 @@ def test_the_page_of_a_run_holds_its_samples_its_table_and_its_settings(trained,
         assert f'{summary[side][name]["mean"]:,.3f} ±{summary[side][name]["error"]:.3f}' in cells
     assert "max_new_tokens = 30" in seen.of('pre')[0][2] and 'out/tiny/dpo' in seen.of('p')[0][2]
     assert sorted(p.name for p in trained.iterdir()) == ['a&b.html', 'data', 'out', 'r.py']
-    assert not write(run(capsys, '--json', '--show=0'), 'p.html').of('t')
-    spans = write(run(capsys, '--json', '--after=out/tiny/sft'), 'p.html').of('t')      # equal models
+    assert not write(monkeypatch, run(capsys, '--json', '--show=0')).of('t')
+    spans = write(monkeypatch, run(capsys, '--json', '--after=out/tiny/sft')).of('t')      # equal models
     assert spans and all(e[1]['class'] in ('t', 't end') and float(e[1]['title'].split()[0]) == 0 for e in spans)
 
 
@@ -232,13 +219,13 @@ def test_what_cannot_be_read_or_written_is_one_line_and_leaves_the_old_page(old,
         page.main(arguments)
 
 
-def test_a_full_disk_leaves_the_old_page_as_it_was(old, monkeypatch, write, tmp_path_factory):
+def test_a_full_disk_leaves_the_old_page_as_it_was(old, monkeypatch, tmp_path_factory):
     def full(*_):
         raise OSError(28, 'No space left on device')
     samples, summary = torture(next(tokenizers(tmp_path_factory.mktemp('data'))))
     monkeypatch.setattr(os, 'replace', full)
     with pytest.raises(config.UserError, match='No space left'):
-        write('\n'.join(map(json.dumps, [*samples, dict(summary=summary)])), 'p.html')
+        write(monkeypatch, '\n'.join(map(json.dumps, [*samples, dict(summary=summary)])))
 
 
 # -----------------------------------------------------------------------------
