@@ -191,10 +191,10 @@ def one_rank(stage, environment, folder, args, results):
     results.put((int(environment['RANK']), said))
 
 
-def run_ranks(stage, args, folders=None, answers=None):
+def run_ranks(stage, args, folders=None):
     """A stage by one process for each of `args`, its flags. Started without torchrun; torch is imported once for all.
 
-    folders: where each runs. answers: wait for so many of them, then kill the rest. -> {rank: its error, '' for none}
+    folders: where each runs. -> {rank: its error, '' for none}
     """
     here = os.getcwd()
     server = multiprocessing.get_context('forkserver')
@@ -209,10 +209,20 @@ def run_ranks(stage, args, folders=None, answers=None):
             ranks.append(server.Process(target=one_rank, args=(stage, environment, folder, flags, results)))
             ranks[-1].start()
     try:
-        return dict(results.get(timeout=120) for _ in range(answers or len(args)))
+        return dict(results.get(timeout=120) for _ in args)
     finally:
         for process in ranks:
             process.kill()
+
+
+def last_checkpoint(folder):
+    return checkpoint.read(checkpoint.find(folder)[-1])
+
+
+def save_sft(model, step=2, folder='out/tiny/sft'):
+    """A checkpoint of `model` where dpo.py looks for its policy."""
+    os.makedirs(folder, exist_ok=True)
+    checkpoint.save(folder, step, model, dict(config={}, optimizer={}, vocabulary=None))
 
 
 def read_log(folder):

@@ -17,7 +17,7 @@ import torch
 
 import dpo
 import sft
-from conftest import ROOT, random_groups, read_log, run_stage, small_gpt, write_data
+from conftest import ROOT, last_checkpoint, random_groups, read_log, run_stage, save_sft, small_gpt, write_data
 from nanodpo import checkpoint
 from nanodpo.data import Groups, step_groups
 from test_exact import one_at_a_time
@@ -25,16 +25,6 @@ from test_exact import one_at_a_time
 DPO = ['--name=tiny', '--batch_size=8', '--max_steps=20', '--learning_rate=1e-4', '--warmup_steps=3',
        '--log_interval=1', '--eval_interval=10', '--save_interval=5', '--device=cpu']
 SFT = [*DPO, '--init_from=scratch', '--n_layer=2', '--n_embd=32', '--dropout=0.1']
-
-
-def save_sft(model, step=2):
-    """A checkpoint of `model` where dpo.py looks for its policy."""
-    os.makedirs('out/tiny/sft', exist_ok=True)
-    checkpoint.save('out/tiny/sft', step, model, dict(config={}, optimizer={}, vocabulary=None))
-
-
-def last_checkpoint(folder):
-    return checkpoint.read(checkpoint.find(folder)[-1])
 
 
 def losses(folder):
@@ -66,35 +56,24 @@ def worst_difference(a, b):
 def test_processes_accumulation_and_row_length_change_nothing_but_rounding(experiment):
     """1 process, 2 under torchrun, short rows (more micro-steps), long rows.
 
-    Sums are taken in another order, about 1e-7 relative a step. The loss sums some 2,000 log-probs and 20 steps
-    build on one another: 1e-5 on losses. A weight moves by up to 10 learning rates a step under RMSprop
-    (1 / sqrt(1 - alpha)) and its direction is the gradient over its own size, so a gradient that is nearly 0 turns
-    rounding into a visible share of that: a twentieth of one step's largest move, 5e-5, on weights.
+    Sums are taken in another order, about 1e-7 relative a step. Losses sum 2,000 log-probs, 20 steps build on one
+    another: 1e-5. Under RMSprop a gradient that is nearly 0 turns rounding into a share of a step's largest move, ten
+    learning rates: a twentieth of that, 5e-5, on weights.
     """
-    runs = {'one': [], 'two': [], 'short': ['--row_tokens=128'], 'long': ['--row_tokens=2048']}
-    results = {}
-    for key, flags in runs.items():
-        if key == 'two':
-            assert 'processes: 2' in run_stage('dpo.py', *DPO, processes=2).stdout
-        else:
-            dpo.main([*DPO, *flags])
-        results[key] = (losses('out/tiny/dpo'), last_checkpoint('out/tiny/dpo')['model'])
-    for key in ('two', 'short', 'long'):
-        assert results[key][0] == pytest.approx(results['one'][0], abs=1e-5), key
-        worst, name = worst_difference(results[key][1], results['one'][1])
-        assert worst < 5e-5, (key, name, worst)
-    start = small_gpt().state_dict()
-    assert worst_difference(results['one'][1], start)[0] > 1e-3, 'the run moved the weights'
-
-
-def test_sft_with_two_processes_equals_one(experiment):
     no_dropout = [*SFT, '--dropout=0.0']        # dropout draws per rank
-    results = []
-    for processes in (1, 2):
-        run_stage('sft.py', *no_dropout, processes=processes)
-        results.append((losses('out/tiny/sft'), last_checkpoint('out/tiny/sft')['model']))
-    assert results[0][0] == pytest.approx(results[1][0], abs=1e-5)
-    assert worst_difference(results[0][1], results[1][1])[0] < 5e-5
+    for stage, flags, others in (('dpo', DPO, ['--row_tokens=128', '--row_tokens=2048']), ('sft', no_dropout, [])):
+        results = []
+        for more in ('--seed=1337', '2 processes', *others):
+            if more == '2 processes':
+                assert 'processes: 2' in run_stage(f'{stage}.py', *flags, processes=2).stdout
+            else:
+                dict(dpo=dpo, sft=sft)[stage].main([*flags, more])
+            results.append((losses(f'out/tiny/{stage}'), last_checkpoint(f'out/tiny/{stage}')['model']))
+            assert results[-1][0] == pytest.approx(results[0][0], abs=1e-5), more
+            worst, name = worst_difference(results[-1][1], results[0][1])
+            assert worst < 5e-5, (more, name, worst)
+        if stage == 'dpo':
+            assert worst_difference(results[0][1], small_gpt().state_dict())[0] > 1e-3, 'the run moved the weights'
 
 
 def test_sft_loss_is_per_target_token_of_the_global_batch(experiment):
@@ -115,24 +94,19 @@ def test_documents_are_scored_from_the_first_token_on(tmp_path, monkeypatch):
     assert read_log('out/tiny/sft')[-1]['eval/loss'] < 0.1      # 12 tokens, all predictable, the first one included
 
 
-def test_step_0_is_ln_2_in_the_log_and_val_is_counted_once(experiment):
-    dpo.main([*DPO, '--max_steps=1'])
-    first = read_log('out/tiny/dpo')[0]
+def test_step_0_is_ln_2_val_is_counted_once_and_the_gradient_is_of_the_whole_batch(experiment):
+    """Against log-probs of one sequence at a time, and autograd over them."""
+    dpo.main([*DPO, '--max_steps=1', '--grad_clip=0', '--row_tokens=128'])
+    first, second = read_log('out/tiny/dpo')[:2]
     assert first['step'] == 0 and first['eval/loss'] == pytest.approx(np.log(2), abs=1e-6)
     assert first['eval/rewards/accuracies'] == 0.5 and first['eval/rewards/margins'] == 0
-    groups = Groups('data/tiny', 'val')
-    logps = one_at_a_time(small_gpt(), [[list(p) for p in groups[i]] for i in range(len(groups))]).mean(0)
+    logps = one_at_a_time(small_gpt(), Groups('data/tiny', 'val')).mean(0)
     assert [first['eval/logps/chosen'], first['eval/logps/rejected']] == pytest.approx(logps.tolist(), rel=1e-5)
-
-
-def test_gradient_is_of_the_whole_batch(experiment):
-    """grad_norm of step 1, logged, against autograd over one-at-a-time log-probs of the 8 pairs."""
-    dpo.main([*DPO, '--max_steps=1', '--grad_clip=0', '--row_tokens=128'])
     model = small_gpt()
     logps = one_at_a_time(model, first_batch())
     dpo.dpo_loss(*logps.t(), *logps.detach().t(), 0.1)[0].mean().backward()
     norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm().item()
-    assert read_log('out/tiny/dpo')[1]['grad_norm'] == pytest.approx(norm, rel=1e-4)
+    assert second['grad_norm'] == pytest.approx(norm, rel=1e-4)
 
 
 def start_and_kill(script, args, when, number=signal.SIGKILL, processes=1):
@@ -144,9 +118,8 @@ def start_and_kill(script, args, when, number=signal.SIGKILL, processes=1):
                                start_new_session=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
     log = Path('out/tiny') / script[:-3] / 'log.jsonl'
     deadline = time.time() + 120
-    while process.poll() is None and time.time() < deadline:
-        if log.exists() and log.read_text().count('\n') >= when:
-            break
+    while process.poll() is None and time.time() < deadline and not (
+            log.exists() and log.read_text().count('\n') >= when):
         time.sleep(0.005)
     assert process.poll() is None, process.communicate()[0]
     if number == signal.SIGKILL:
@@ -170,8 +143,7 @@ def test_killed_at_a_random_step_and_resumed_the_weights_are_bit_identical(exper
     run_stage(script, *args, '--resume')
     resumed = last_checkpoint(folder)
     assert resumed['step'] == whole['step'] == 40
-    for key, tensor in whole['model'].items():
-        assert torch.equal(tensor, resumed['model'][key]), (key, random_step)
+    assert all(torch.equal(tensor, resumed['model'][key]) for key, tensor in whole['model'].items()), random_step
     again = read_log(folder)
     for row in log + again:
         for key in ('tokens_per_second', 'pairs_per_second'):
@@ -202,21 +174,14 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_resumes(experimen
     whole = last_checkpoint('out/tiny/dpo')
     before, last = checkpoint.find('out/tiny/dpo')
     content = bytearray(Path(last).read_bytes())
-    if damage == 'cut':
-        content = content[:len(content) // 2]
-    elif damage == 'bit':
-        content[len(content) // 3] ^= 1
-    else:
-        content = pickle.dumps(print)
+    content[len(content) // 3] ^= 1
+    content = dict(cut=content[:len(content) // 2], bit=content, code=pickle.dumps(print))[damage]
     Path(last).write_bytes(content)
     if damage == 'code':        # even with its hash made to fit
-        record = json.loads(Path(last[:-3] + '.json').read_text())
-        record['sha256'] = hashlib.sha256(content).hexdigest()
-        Path(last[:-3] + '.json').write_text(json.dumps(record))
+        Path(last[:-3] + '.json').write_text(json.dumps(dict(sha256=hashlib.sha256(content).hexdigest())))
     capsys.readouterr()
     dpo.main([*DPO, '--resume'])
-    printed = capsys.readouterr().out
-    assert re.search(r'refused: .*step-000020\.pt', printed) and f'resuming from {before}' in printed
+    assert re.search(rf'(?s)refused: .*step-000020\.pt.*resuming from {before}', capsys.readouterr().out)
     again = last_checkpoint('out/tiny/dpo')
     assert all(torch.equal(p, again['model'][k]) for k, p in whole['model'].items())
 
@@ -281,15 +246,11 @@ def test_a_non_finite_loss_stops_the_run_names_the_pairs_and_saves_nothing(exper
     assert {path: Path(path).read_bytes() for path in checkpoint.find('out/tiny/dpo')} == kept
 
 
-def test_a_new_run_keeps_the_one_that_stood_there(experiment):
+def test_a_new_run_keeps_the_one_that_stood_there_and_resume_refuses_other_weights_batch_or_seed(experiment):
+    dpo.main([*DPO, '--max_steps=1'])
     dpo.main([*DPO, '--max_steps=2'])
-    dpo.main([*DPO, '--max_steps=3'])
-    assert checkpoint.find('out/tiny/dpo')[-1].endswith('step-000003.pt')
-    assert checkpoint.find('out/tiny/dpo.previous')[-1].endswith('step-000002.pt')
-
-
-def test_resume_refuses_other_data_weights_batch_or_seed(experiment):
-    dpo.main([*DPO, '--max_steps=2'])
+    assert checkpoint.find('out/tiny/dpo')[-1].endswith('step-000002.pt')
+    assert checkpoint.find('out/tiny/dpo.previous')[-1].endswith('step-000001.pt')
     for flag, what in (('--batch_size=16', 'batch_size'), ('--seed=1', 'seed'), ('--optimizer=adamw', 'optimizer')):
         with pytest.raises(SystemExit, match=f'cannot resume .*{what} changed'):
             dpo.main([*DPO, '--resume', flag])
