@@ -221,7 +221,8 @@ def test_a_wrong_config_ends_with_one_line(hub_layout):
     for key, value, match in [
             ('n_layer', 3, 'Missing key.*h.2.ln_1'), ('n_layer', 1, 'Unexpected key.*h.1.ln_1'),
             ('n_embd', 32, 'size mismatch for wte.weight'), ('n_positions', 25, 'size mismatch for wpe.weight'),
-            ('vocab_size', 98, 'size mismatch for wte.weight'), ('n_head', 3, 'not a multiple'), ('n_inner', 7, '=7')]:
+            ('vocab_size', 98, 'size mismatch for wte.weight'), ('n_head', 3, 'not a multiple'), ('n_inner', 7, '=7'),
+            ('n_head', 0, 'is no'), ('n_embd', '32', 'is no'), ('n_layer', -1, 'is no'), ('vocab_size', 2.5, 'is no')]:
         config.write_text(json.dumps(good | {key: value}))
         refused(hub_layout, match)
     for text, match in [(b'[]', 'TypeError'), (b'{"n_l', 'JSONDecodeError'), (b'{}', "KeyError: 'vocab_size'")]:
