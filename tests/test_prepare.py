@@ -3,7 +3,6 @@ import base64
 import gzip
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -30,8 +29,10 @@ needs_hh = pytest.mark.skipif(not HH.is_dir(), reason='the HH sample is not here
 
 
 @pytest.fixture(autouse=True)
-def in_a_fresh_directory(tmp_path, monkeypatch):
+def in_a_fresh_directory_with_pairs_and_examples(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    write_rows('pairs.jsonl', PAIRS)
+    write_rows('unpaired.jsonl', UNPAIRED)
 
 
 def content(folder='data/made'):
@@ -42,8 +43,9 @@ def content(folder='data/made'):
 # ids, truncation, the end token
 
 @needs_hh
-def test_hh_ids_equal_an_independent_encoding_and_its_dirt_is_counted(gpt2):
-    _, meta = prepare(f'--source={HH}', '--data_dir=harmless-base', '--max_length=100000', tokenizer='gpt2')
+def test_hh_ids_equal_an_independent_encoding_and_truncation_loses_only_what_its_rule_says(gpt2):
+    source = (f'--source={HH}', '--data_dir=harmless-base')
+    _, meta = prepare(*source, '--max_length=100000', name='whole', tokenizer='gpt2')
     for split, file, dropped in (('train', 'train', {'empty_response': 2, 'prompts_differ': 2}), ('val', 'test', {})):
         expected = []
         for line in gzip.open(HH / 'harmless-base' / f'{file}.jsonl.gz', 'rt', encoding='utf-8'):
@@ -55,7 +57,7 @@ def test_hh_ids_equal_an_independent_encoding_and_its_dirt_is_counted(gpt2):
                 if chosen and rejected:
                     expected.append([gpt2.encode_ordinary(prompt), gpt2.encode_ordinary(chosen) + [50256],
                                      gpt2.encode_ordinary(rejected) + [50256]])
-        groups, info = Groups('data/made', split), meta['splits'][split]
+        groups, info = Groups('data/whole', split), meta['splits'][split]
         assert [[list(part) for part in group] for group in groups] == expected
         assert info['read'] == info['kept'] + sum(dropped.values()) == (1387 if split == 'train' else 155)
         assert info['dropped'] == dropped and info['groups'] == info['kept'] == len(expected)
@@ -63,15 +65,10 @@ def test_hh_ids_equal_an_independent_encoding_and_its_dirt_is_counted(gpt2):
         assert info['tokens'] == sum(len(part) for group in expected for part in group) == len(groups.tokens)
     assert (meta['vocab_size'], meta['eot_token'], meta['tokenizer']) == (50257, 50256, 'gpt2')
 
-
-@needs_hh
-def test_hh_truncation_loses_only_what_its_rule_says(gpt2):
-    source = (f'--source={HH}', '--data_dir=harmless-base')
-    prepare(*source, '--max_length=100000', name='whole', tokenizer='gpt2')
-    whole = Groups('data/whole', 'train')
     _, meta = prepare(*source, '--max_length=128', '--max_prompt_length=48', tokenizer='gpt2')
     prompts = responses = tokens = 0
-    for (prompt, *answers), (cut_prompt, *cut_answers) in zip(whole, Groups('data/made', 'train'), strict=True):
+    pairs_of_groups = zip(Groups('data/whole', 'train'), Groups('data/made', 'train'), strict=True)
+    for (prompt, *answers), (cut_prompt, *cut_answers) in pairs_of_groups:
         longest = max(len(answer) for answer in answers)
         if len(prompt) + longest <= 128:
             assert len(cut_prompt) == len(prompt)
@@ -97,6 +94,7 @@ def test_hh_truncation_loses_only_what_its_rule_says(gpt2):
     ((3, 9, 2), (3, 7, 2)),             # a short prompt stays; the long response gives way alone
     ((8, 9, 7), (4, 6, 6)),             # both
     ((1, 30, 1), (1, 9, 1)),            # the shorter response is never emptied
+    ((8, 2, 3, 9), (4, 2, 3, 6)),       # of a ranking the longest counts
 ])
 def test_truncation_is_the_paper_s(lengths, expected):
     whole = [list(range(100 * i, 100 * i + n)) for i, n in enumerate(lengths)]
@@ -117,6 +115,7 @@ def test_the_end_token_ends_a_response_unless_truncation_cut_it():
                               ['xy', f'123456789{EOT}', '1234567890']]
     assert meta['splits']['train']['truncated'] == {'prompts': 2, 'responses': 1, 'tokens': 4 + 2 + 1}
     assert meta['splits']['val']['truncated']['prompts'] == 1
+    assert prepare('--source=pairs', '--max_length=12')[1]['max_prompt_length'] == 6      # the half, by default
 
 
 @pytest.mark.parametrize('name', ['gpt2', 'bytes', 'bpe:300'])
@@ -140,25 +139,20 @@ def test_the_template_stands_around_every_prompt_and_may_begin_with_the_end_toke
     assert EOT in [group[0] for group in prepare_all('--source=pairs.jsonl')[0]]
 
 
-def test_a_prompt_is_cut_to_half_of_max_length_where_nothing_else_is_said():
-    write_rows('rows.jsonl', [dict(prompt=c * 30, chosen='b' * 30, rejected='d') for c in 'xyz'])
-    texts, meta = prepare('--source=rows.jsonl', '--max_length=20')
-    assert meta['max_prompt_length'] == 10 and [len(group[0]) for group in texts['train']] == [10, 10]
-
-
 # -----------------------------------------------------------------------------
 # what is held out, Python files, documents
 
 def test_validation_prompts_are_new_to_the_model():
     pairs = [dict(prompt=f'p{i % 40}', chosen=f'c{i}', rejected=f'r{i}') for i in range(200)]
     write_rows('pairs.jsonl', pairs)
-    texts, _ = prepare('--source=pairs.jsonl', '--val_fraction=0.1')
-    train, val = texts['train'], texts['val']
-    assert not {group[0] for group in train} & {group[0] for group in val}
-    assert sorted(map(tuple, train + val)) == sorted((p['prompt'], p['chosen'] + EOT, p['rejected'] + EOT)
-                                                     for p in pairs)
-    assert len(val) == 20
-    assert prepare('--source=pairs.jsonl', '--val_fraction=0.1', '--seed=1')[0]['val'] != val
+    by_hand = {'pairs.jsonl': [[p['prompt'], p['chosen'] + EOT, p['rejected'] + EOT] for p in pairs],
+               'unpaired.jsonl': [[row['prompt'], row['completion'] + EOT, row['label']] for row in UNPAIRED]}
+    for source, groups in by_hand.items():
+        texts, _ = prepare(f'--source={source}', '--val_fraction=0.1')
+        train, val = texts['train'], texts['val']
+        assert not {group[0] for group in train} & {group[0] for group in val}
+        assert sorted(train + val) == sorted(groups) and len(val) == len(groups) // 10
+        assert prepare(f'--source={source}', '--val_fraction=0.1', '--seed=1')[0]['val'] != val
     for rows, sizes in (([pair for pair in pairs if pair['prompt'] in ('p1', 'p2')][:-1], [5, 4]), (pairs[:2], [1, 1])):
         write_rows('pairs.jsonl', rows)
         texts, _ = prepare('--source=pairs.jsonl')
@@ -188,35 +182,28 @@ def test_a_python_file_gives_pairs_and_documents_by_split_and_seed():
     assert [meta['splits'][split]['K'] for split in meta['splits']] == [2, 2, 1, 1]
 
 
-@pytest.mark.parametrize('text, message', [
-    ('x = 1', 'grammar.py defines no pairs(split, seed)'),
-    ('def pairs(split, seed):\n    yield {}\n    yield 1 / 0',
-     'grammar.py failed: ZeroDivisionError: division by zero (grammar.py line 3)'),
-    ('def pairs(', "grammar.py failed: SyntaxError: '(' was never closed (grammar.py, line 1)"),
-    (PYTHON.replace("rejected='no'", "rejected='yes' if i == 3 else 'no'"), '2 bad lines, 0 allowed'),
-    (PYTHON.replace('rejected', 'reject'),
-     "grammar.py pairs('train') item 1: missing key: it has 'prompt', 'chosen', 'reject'; it"),
-])
-def test_a_python_file_s_mistakes_are_one_line(text, message):
-    Path('grammar.py').write_text(text)
-    assert message in error_of('--source=grammar.py')
-
-
 @pytest.mark.parametrize('file, written, message', [
-    ('bad.jsonl', '{"text": "a"}\n{"text": " "}\n', "bad.jsonl line 2: empty response: 'text' (allow and skip"),
-    ('bad.jsonl', '{"text": "a"}\n{"text": 3}\n', "bad.jsonl line 2: not a string: 'text' is 3 (allow and skip"),
-    ('bad.jsonl', '{"texts": "a"}\n',
+    ('source=bad.py', 'x = 1', 'bad.py defines no pairs(split, seed)'),
+    ('source=bad.py', 'def pairs(split, seed):\n    yield {}\n    yield 1 / 0',
+     'bad.py failed: ZeroDivisionError: division by zero (bad.py line 3)'),
+    ('source=bad.py', 'def pairs(', "bad.py failed: SyntaxError: '(' was never closed (bad.py, line 1)"),
+    ('source=bad.py', PYTHON.replace("rejected='no'", "rejected='yes' if i == 3 else 'no'"), '2 bad lines, 0 allowed'),
+    ('source=bad.py', PYTHON.replace('rejected', 'reject'),
+     "bad.py pairs('train') item 1: missing key: it has 'prompt', 'chosen', 'reject'; it needs"),
+    ('documents=bad.jsonl', '{"text": "a"}\n{"text": " "}\n', "bad.jsonl line 2: empty response: 'text'"),
+    ('documents=bad.jsonl', '{"text": "a"}\n{"text": 3}\n', "bad.jsonl line 2: not a string: 'text' is 3"),
+    ('documents=bad.jsonl', '{"texts": "a"}\n',
      "bad.jsonl: no row of train can be used; dropped: {'missing_key': 1}; "),
-    ('bad.txt', f' \n{EOT}\n\n', 'bad.txt: no row of train can be used; dropped: {}'),
-    ('bad.py', 'def documents(split, seed):\n    return [3]',
+    ('documents=bad.txt', f' \n{EOT}\n\n', 'bad.txt: no row of train can be used; dropped: {}'),
+    ('documents=bad.py', 'def documents(split, seed):\n    return [3]',
      "bad.py documents('train') item 1: not a string: 'text' is 3"),
-    ('bad.py', 'def documents(split, seed):\n    yield 1 / 0',
+    ('documents=bad.py', 'def documents(split, seed):\n    yield 1 / 0',
      'bad.py failed: ZeroDivisionError: division by zero (bad.py line 2)'),
-    ('bad.py', '', 'bad.py defines no documents(split, seed)'),
+    ('documents=bad.py', '', 'bad.py defines no documents(split, seed)'),
 ])
-def test_a_mistake_in_documents_is_one_line(file, written, message):
-    Path(file).write_text(written)
-    assert message in error_of(f'--documents={file}')
+def test_a_mistake_in_a_python_file_or_in_documents_is_one_line(file, written, message):
+    Path(file.split('=')[1]).write_text(written)
+    assert message in error_of(f'--{file}')
 
 
 def test_documents_cover_every_token_exactly_once():
@@ -235,7 +222,6 @@ def test_documents_come_from_text_lines_and_from_the_chosen_side():
     documents = [f'text {i}\n\nwith {EOT} inside\n' for i in range(10)]
     Path('many.txt').write_text(f'{EOT}\n'.join(documents) + f'{EOT}\n')
     write_rows('many.jsonl', [dict(text=document, more=1) for document in documents])
-    write_rows('pairs.jsonl', PAIRS)
     for source, expected in (('many.txt', [document.strip('\n') for document in documents]), ('many.jsonl', documents)):
         texts, meta = prepare(f'--documents={source}')
         assert sorted(texts['documents_train'] + texts['documents_val']) == [[EOT, document + EOT]
@@ -254,13 +240,10 @@ def test_documents_come_from_text_lines_and_from_the_chosen_side():
 
 def test_a_user_s_mistake_is_one_line_on_stderr_without_a_traceback():
     write_rows('pairs.jsonl', [*PAIRS[:2], dict(prompt='a', chosen='b')])
-    for flags, expected in (
-            (['--source=pairs.jsonl', '--tokenizer=bytes'],
-             "error: pairs.jsonl line 3: missing key: it has 'prompt', 'chosen'; it needs chosen and rejected"),
-            (['--source=nobody/has-this', '--tokenizer=bytes'],
-             'error: source \'nobody/has-this\' could not be loaded')):
+    for source, expected in (('pairs.jsonl', "error: pairs.jsonl line 3: missing key: it has 'prompt', 'chosen'; it"),
+                             ('nobody/has-this', "error: source 'nobody/has-this' could not be loaded")):
         started = time.time()
-        done = run_stage('prepare_prefs.py', '--name=made', *flags, check=False)
+        done = run_stage('prepare_prefs.py', '--name=made', f'--source={source}', '--tokenizer=bytes', check=False)
         assert done.returncode == 1 and done.stderr.startswith(expected) and done.stderr.count('\n') == 1
         assert time.time() - started < 60 and not os.path.exists('data')
 
@@ -283,7 +266,6 @@ def test_a_user_s_mistake_is_one_line_on_stderr_without_a_traceback():
     (['--documents=latin.txt'], 'latin.txt cannot be read: UnicodeDecodeError'),
 ])
 def test_knobs_and_sources_that_cannot_be_are_said_in_one_line(flags, expected):
-    write_rows('pairs.jsonl', PAIRS)
     Path('notes.txt').write_text('text')
     Path('latin.txt').write_bytes(b'n\xe9')
     Path('empty').mkdir()
@@ -292,25 +274,6 @@ def test_knobs_and_sources_that_cannot_be_are_said_in_one_line(flags, expected):
 
 # -----------------------------------------------------------------------------
 # unpaired examples and rankings
-
-def test_truncation_looks_at_all_responses_of_a_ranking():
-    write_rows('rankings.jsonl', [dict(prompt='abcdefgh', responses=['1', '12', '123456789']),     # 8 + 10 > 12
-                                   dict(prompt='ABCDEFGH', responses=['1', '12', '123'])] * 3)      # 8 + 4 fit
-    groups, meta = prepare_all('--source=rankings.jsonl', '--max_length=12', '--max_prompt_length=4')
-    cut, whole = ['efgh', f'1{EOT}', f'12{EOT}', '12345678'], ['ABCDEFGH', f'1{EOT}', f'12{EOT}', f'123{EOT}']
-    assert groups == sorted([cut, whole] * 3)
-    counts = [meta['splits'][split]['truncated'] for split in ('train', 'val')]
-    assert {key: counts[0][key] + counts[1][key] for key in counts[0]} == dict(prompts=3, responses=3,
-                                                                               tokens=3 * (4 + 2))
-
-
-def test_what_is_held_out_keeps_prompts_together_and_labels_with_their_rows():
-    write_rows('unpaired.jsonl', UNPAIRED)
-    texts, _ = prepare('--source=unpaired.jsonl', '--val_fraction=0.2')
-    train, val = texts['train'], texts['val']
-    assert len(val) == 18 and not {group[0] for group in train} & {group[0] for group in val}
-    assert sorted(train + val) == sorted([row['prompt'], row['completion'] + EOT, row['label']] for row in UNPAIRED)
-
 
 def test_sft_and_documents_learn_from_the_desirable_examples_alone(capfd):
     write_rows('unpaired.jsonl', [dict(prompt='x', completion='rejected', label=False), *UNPAIRED, b'{}'])
@@ -337,35 +300,26 @@ def test_sft_and_documents_learn_from_the_desirable_examples_alone(capfd):
         Groups('data/made', 'train', k=1)
 
 
-def test_labels_that_are_damaged_are_found_and_made_again(capfd):
-    write_rows('unpaired.jsonl', UNPAIRED)
+def test_labels_count_as_content():
     prepare('--source=unpaired.jsonl')
-    folder = Path('data/made')
-    good, fingerprint = content(), Groups(folder, 'train').fingerprint
+    good, fingerprint = content(), Groups('data/made', 'train').fingerprint
     labels = good['train.labels.npy']
     flipped = labels[:-1] + bytes([labels[-1] ^ 1])
-    for wrong, said in ((flipped, 'train.labels.npy is damaged'), (labels[:-1], 'train.labels.npy is damaged'),
-                        (b'', 'train.labels.npy is damaged'),
-                        (None, 'train.labels.npy is missing: run prepare_prefs.py')):
-        Path(folder, 'train.labels.npy').write_bytes(wrong or b'')
+    for wrong, said in ((flipped, 'damaged'), (labels[:-1], 'damaged'), (b'', 'damaged'), (None, 'missing')):
+        Path('data/made/train.labels.npy').write_bytes(wrong or b'')
         if wrong is None:
-            os.remove(folder / 'train.labels.npy')
+            os.remove('data/made/train.labels.npy')
         for k in (None, 1):
-            with pytest.raises(SystemExit, match=said):
-                Groups(folder, 'train', k)
-        capfd.readouterr()
-        prepare('--source=unpaired.jsonl')
-        assert said in capfd.readouterr().out and content() == good
-    prepare('--source=unpaired.jsonl')
-    assert 'data/made is reused' in capfd.readouterr().out
+            with pytest.raises(SystemExit, match=f'train.labels.npy is {said}'):
+                Groups('data/made', 'train', k)
     write_rows('unpaired.jsonl', [dict(row, label=not row['label']) for row in UNPAIRED])
     made = prepare('--source=unpaired.jsonl')[1]
     assert made['fingerprint'] != json.loads(good['meta.json'])['fingerprint']
     assert content()['train.bin'] == good['train.bin']
-    assert Groups(folder, 'train').fingerprint != fingerprint       # the labels alone
+    assert Groups('data/made', 'train').fingerprint != fingerprint       # the labels alone
     write_rows('pairs.jsonl', PAIRS)
     prepare('--source=pairs.jsonl')
-    assert not list(folder.glob('*.labels.npy'))                    # nothing is left of the older set
+    assert not list(Path('data/made').glob('*.labels.npy'))         # nothing is left of the older set
 
 
 # -----------------------------------------------------------------------------
@@ -413,17 +367,12 @@ def test_own_tokenizers_give_back_any_text():
     assert len(tokenizer.encode_ordinary('What is')) < len('What is')
 
 
-def test_a_text_with_too_few_pairs_makes_a_smaller_vocabulary_and_says_so(capfd):
-    write_rows('pairs.jsonl', [dict(prompt=p, chosen='ab', rejected='cd') for p in 'xy'])
-    meta = prepare('--source=pairs.jsonl', tokenizer='bpe:1000')[1]
-    assert meta['vocab_size'] == 259                # the bytes, ab, cd and the end token
-    assert 'no pairs are left to merge, it has 259 tokens' in capfd.readouterr().out
-
-
-def test_a_tokenizer_learns_from_the_training_text_alone():
+def test_a_tokenizer_learns_from_the_training_text_alone_and_says_if_it_is_too_little(capfd):
     write_rows('own/train.jsonl', [dict(prompt='x', chosen='aaaa', rejected='bbbb')])
     write_rows('own/val.jsonl', [dict(prompt='x', chosen='cccc', rejected='dddd')])
-    prepare('--source=own', tokenizer='bpe:1000')
+    meta = prepare('--source=own', tokenizer='bpe:1000')[1]
+    assert meta['vocab_size'] == 261                # the bytes, aa, aaaa, bb, bbbb and the end token
+    assert 'no pairs are left to merge, it has 261 tokens' in capfd.readouterr().out
     tokenizer = load_tokenizer('data/made', 'tokenizer.json')
     assert [len(tokenizer.encode_ordinary(letter * 4)) for letter in 'abcd'] == [1, 1, 4, 4]
 
@@ -444,8 +393,8 @@ def test_a_vocabulary_beyond_16_bits_is_stored_in_32(monkeypatch):
 # the set on disk
 
 def test_the_same_inputs_are_reused_and_anything_else_is_remade(capfd):
-    write_rows('own/train.jsonl', PAIRS)
-    write_rows('own/val.jsonl', PAIRS[:5])
+    write_rows('own/train.jsonl', UNPAIRED)
+    write_rows('own/val.jsonl', UNPAIRED[:5])
 
     def run(*flags):
         before = {path: path.stat().st_mtime_ns for path in Path('data/made').glob('*')}
@@ -460,14 +409,14 @@ def test_the_same_inputs_are_reused_and_anything_else_is_remade(capfd):
     assert run() == run() == 'reused'
     assert run('--max_length=300') == run() == run('--seed=3') == run() == 'its knobs or its source have changed'
     text = Path('own/train.jsonl').read_text()
-    Path('own/train.jsonl').write_text(text.replace('What is 7', 'What is 8', 1))
+    Path('own/train.jsonl').write_text(text.replace(' c7', ' c8', 1))
     assert run() == 'its knobs or its source have changed' and content() != good
     Path('own/train.jsonl').write_text(text)
     assert run() == 'its knobs or its source have changed' and content() == good
     for file in good:
-        damaged = bytearray(good[file])
-        damaged[len(damaged) // 2] ^= 1
-        for wrong in (bytes(damaged), good[file][:-1], b'', None):
+        at = len(good[file]) // 2
+        flipped = good[file][:at] + bytes([good[file][at] ^ 1]) + good[file][at + 1:]
+        for wrong in (flipped, good[file][:-1], b'', None):
             Path('data/made', file).write_bytes(wrong or b'')
             if wrong is None:
                 os.remove(f'data/made/{file}')
@@ -479,7 +428,6 @@ def test_the_same_inputs_are_reused_and_anything_else_is_remade(capfd):
 
 @pytest.mark.parametrize('at', ['truncate', 'save', 'dump', 'Ctrl-C'])
 def test_a_failure_leaves_the_old_set_as_it_was(at, monkeypatch):
-    write_rows('pairs.jsonl', PAIRS)
     prepare('--source=pairs.jsonl')
     old = content()
 
@@ -497,7 +445,6 @@ def test_a_failure_leaves_the_old_set_as_it_was(at, monkeypatch):
 
 @pytest.mark.parametrize('file', ['train.bin', 'val.labels.npy', 'meta.json'])
 def test_a_failure_while_files_are_replaced_leaves_a_set_that_readers_refuse_and_prepare_makes_again(file, monkeypatch):
-    write_rows('unpaired.jsonl', UNPAIRED)
     prepare('--source=unpaired.jsonl')
     old, replace = content(), os.replace
 
@@ -517,30 +464,23 @@ def test_a_failure_while_files_are_replaced_leaves_a_set_that_readers_refuse_and
     assert content() == old
 
 
-@pytest.mark.parametrize('how', ['TERM', 'KILL', 'full'])
-def test_a_killed_run_leaves_the_old_set_and_its_remains_are_swept_up(how):
-    write_rows('pairs.jsonl', PAIRS)
+def test_sigterm_leaves_the_old_set_as_it_was_and_so_does_a_kill_but_for_files_that_the_next_run_sweeps_up():
     prepare('--source=pairs.jsonl')
     old = content()
     write_rows('pairs.jsonl', [dict(pair, prompt=f'{pair["prompt"]} {i}') for i in range(1000) for pair in PAIRS])
-    command = [sys.executable, str(ROOT / 'prepare_prefs.py'), '--name=made', '--source=pairs.jsonl',
-               '--tokenizer=bytes']
-    if how == 'full':               # a file that may not grow, as on a full disk
-        command = ['bash', '-c', 'ulimit -f 1000; exec "$@"', 'bash', *command]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-    if how != 'full':
+    command = [sys.executable, ROOT / 'prepare_prefs.py', '--name=made', '--source=pairs.jsonl', '--tokenizer=bytes']
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
         limit = time.time() + 60
         while not list(Path('data/made').glob('.tmp-*/train.bin')) and time.time() < limit:
             time.sleep(0.01)
-        process.send_signal(getattr(signal, f'SIG{how}'))
-    error = process.communicate(timeout=60)[1]
-    if how == 'KILL':
-        assert process.returncode == -9 and len(list(Path('data/made').glob('.tmp-*'))) == 1
-        shutil.copytree('data/made', 'copy')
-        assert len(Groups('copy', 'train')) == 95
-    else:
-        assert process.returncode == 1 and error.count('\n') == 1 and error.endswith('data/made was not replaced\n')
-        assert content() == old
+        process.send_signal(number)
+        error = process.communicate(timeout=60)[1]
+        if number == signal.SIGTERM:
+            assert process.returncode == 1 and error.endswith('data/made was not replaced\n') and error.count('\n') == 1
+            assert content() == old
+    assert process.returncode == -9 and len(list(Path('data/made').glob('.tmp-*'))) == 1
+    assert len(Groups('data/made', 'train')) == 95
     write_rows('pairs.jsonl', PAIRS)
     prepare('--source=pairs.jsonl', '--seed=2')
     assert sorted(content()) == sorted(old)
