@@ -34,6 +34,12 @@ def answer(text):
     return [dict(role='assistant', content=text)]
 
 
+def write_parquet(folder, **splits):
+    """Splits as the hub lays them out."""
+    for split, rows in splits.items():
+        write_rows(f'{folder}/{split}-00000-of-00001.parquet', rows)
+
+
 # -----------------------------------------------------------------------------
 # sorts of files
 
@@ -63,8 +69,7 @@ def test_every_sort_of_source_gives_the_same_groups(sort):
     for rows in (PAIRS, TALKS, UNPAIRED, RANKINGS):
         source = f'rows{sort}' if sort.startswith('.') else 'rows'
         if sort == 'datasets':
-            write_rows('rows/data/train-00000-of-00001.parquet', rows[3:])
-            write_rows('rows/data/test-00000-of-00001.parquet', rows[:3])
+            write_parquet('rows/data', train=rows[3:], test=rows[:3])
         elif sort.startswith('/'):
             write_rows(f'rows/train{sort[1:]}', rows[3:])
             write_rows(f'rows/val{sort[1:]}', rows[:3])
@@ -76,8 +81,7 @@ def test_every_sort_of_source_gives_the_same_groups(sort):
         texts, meta = prepare(f'--source={source}')
         assert sorted(texts['train'] + texts['val']) == sorted(map(by_hand, rows))
         assert sum(sum(info['dropped'].values()) for info in meta['splits'].values()) == 0
-        if sort in ('datasets', '.py') or sort.startswith('/'):
-            assert len(texts['val']) == 3
+        assert len(texts['val']) == 3 or sort.startswith('.') and sort != '.py'
         assert meta['template'] == (HUMAN if rows is TALKS else '{prompt}')
         K = len(by_hand(rows[0])) - 1 - ('label' in rows[0])
         assert [meta['splits'][split]['K'] for split in ('train', 'val')] == [K, K]
@@ -105,13 +109,10 @@ HEADER = b'prompt,chosen,rejected\n'
     ('x.json', b'[]', 'no row of train can be used'),
     ('x.json', b'[{"prompt": "a", "chosen": "b", "rejected": "c"}\n', 'x.json cannot be read: JSONDecodeError'),
     ('x.json', b'{"prompt": "a",\n "chosen": "b",\n "rejected": "c"}\n', 'x.json line 1: not JSON'),
-    ('x.jsonl', b'"a"\n', 'x.jsonl line 1: not an object: str'),
     ('x.json', b'[1]', 'x.json item 1: not an object: int'),
     ('x.json', b'["\xff"]', 'x.json cannot be read: UnicodeDecodeError'),
     ('x.json', b'[' * 100_000, 'x.json cannot be read: RecursionError'),
-    ('x.jsonl', b'{"prompt": "a\0", "chosen": "b", "rejected": "c"}', 'x.jsonl line 1: not JSON'),
     ('x.csv', b'', 'no row of train can be used'),
-    ('x.csv', b'\n\n', 'no row of train can be used'),
     ('x.csv', 'prompt,chosen\na,b'.encode('utf-16'), "x.csv line 2: missing key: it has '\\udcff\\udcfep\\x00"),
     ('x.csv', b'why?,good,bad\nhow?,fine,worse\n',
      "x.csv line 2: missing key: it has 'why?', 'good', 'bad'; it needs chosen and rejected"),
@@ -228,14 +229,10 @@ BAD += [(RANKINGS, *bad) for bad in [
     (dict(prompt='a'), "missing key: it has 'prompt'; it needs"),
     (dict(responses=['b', 'c', 'd']), "missing key: 'prompt'"),
     (PAIR, 'another kind: 2 responses'),
-    (b'["a", ["b", "c", "d"]]', 'not an object: list'),
-    (dict(RANKING, prompt=3), "not a string: 'prompt' is 3"),
     (dict(RANKING, responses='bcd'), "no ranking: 'responses' must be a list of two or more, not 'bcd'"),
-    (dict(RANKING, responses=[]), "no ranking: 'responses' must be a list of two or more, not []"),
     (dict(RANKING, responses=['b']), "no ranking: 'responses' must be a list of two or more, not ['b']"),
     (dict(RANKING, responses=['b', 3, 'd']), "not a string: 'response 2' is 3"),
     (dict(RANKING, responses=['b', 'c', ' \n']), "empty response: 'response 3'"),
-    (dict(RANKING, responses=['b', '\ud800', 'd']), "not UTF-8: 'response 2' holds half a character"),
     (dict(RANKING, responses=['b', 'c', 'b']), 'identical: two of response 1, response 2, response 3 are the same'),
     (dict(prompt='a', responses=['b', 'c', 'd', 'e']), 'another kind: 4 responses'),
     (dict(prompt='a', responses=['b', 'c']), 'another kind: 2 responses')]]
@@ -246,11 +243,8 @@ BAD += [(UNPAIRED, *bad) for bad in [
     (dict(prompt='a', completion='b'), 'another kind: 1 responses, label False'),
     (dict(prompt='a', label=True), "missing key: it has 'prompt', 'label'; it needs"),
     (PAIR, 'another kind: 2 responses, label False'),
-    (b'[]', 'not an object: list'),
     (dict(EXAMPLE, label=1), "no label: 'label' is not true or false"),
     (dict(EXAMPLE, label='true'), "no label: 'label' is not true or false"),
-    (dict(EXAMPLE, label=None), "no label: 'label' is not true or false"),
-    (dict(EXAMPLE, completion=' '), "empty response: 'completion'"),
     (dict(EXAMPLE, completion=None), "not a string: 'completion' is None")]]
 BAD += [(TALKS, *bad) for bad in [
     (dict(chosen=turns('a', 'b'), rejected=turns('c', 'd')), 'prompts differ'),
@@ -273,7 +267,6 @@ BAD += [(TALKS, *bad) for bad in [
     (dict(chosen=turns('a', None), rejected=turns('a', 'c')), "not a string: 'content' is None"),
     (dict(chosen=turns('a', '\ud800'), rejected=turns('a', 'c')), "not UTF-8: 'content' holds half a character"),
     (dict(chosen=turns('a', ' \n'), rejected=turns('a', 'c')), "empty response: 'chosen'"),
-    (dict(chosen=turns('a', 'c'), rejected=turns('a', 'c')), 'identical: '),
     (dict(chosen=turns('a', 'c')), "missing key: it has 'chosen'")]]
 BAD += [(DEMONSTRATIONS, dict(DEMONSTRATIONS[0], label=True), 'another kind: 1 responses, label True'),
         (DEMONSTRATIONS, dict(messages='a'), "missing key: 'prompt'")]
@@ -317,17 +310,6 @@ def test_ten_bad_lines_are_shown_and_all_are_counted(capfd):
     assert splits['val']['dropped'] == dict(missing_key=1)
 
 
-def test_line_ends_and_a_byte_order_mark_do_no_harm():
-    Path('pairs.jsonl').write_bytes(b'\xef\xbb\xbf' + '\r\n'.join(map(json.dumps, PAIRS)).encode())
-    assert prepare_all('--source=pairs.jsonl')[0] == sorted(map(by_hand, PAIRS))
-
-
-def test_a_pair_is_a_pair_whatever_else_its_row_holds():
-    write_rows('pairs.jsonl', [dict(pair, label=3, responses='x', completion=None) for pair in PAIRS])
-    groups, meta = prepare_all('--source=pairs.jsonl')
-    assert groups == sorted(map(by_hand, PAIRS)) and meta['splits']['train']['dropped'] == {}
-
-
 @pytest.mark.parametrize('train, val, expected', [
     (PAIRS, UNPAIRED,
      "no row of val can be used; dropped: {'another_kind': 12}; own/val.jsonl line 1: another kind: 1 responses"),
@@ -337,12 +319,6 @@ def test_train_and_val_of_two_kinds_are_refused_in_one_line(train, val, expected
     write_rows('own/train.jsonl', train)
     write_rows('own/val.jsonl', val)
     assert expected in error_of('--source=own') and not os.path.exists('data')
-
-
-def test_scores_may_be_numbers_beyond_any_float():
-    write_rows('rows.jsonl', [dict(prompt=f'{i}', responses=['b', 'c', 'a'], scores=[0.5, -10 ** 400, 2])
-                              for i in range(2)])
-    assert prepare_all('--source=rows.jsonl')[0] == [[f'{i}', f'a{EOT}', f'b{EOT}', f'c{EOT}'] for i in range(2)]
 
 
 def test_a_ranking_of_two_is_a_pair_byte_for_byte():
@@ -387,9 +363,8 @@ def test_messages_have_the_same_ids_in_training_and_in_sampling(template, user, 
 
 def test_a_template_is_the_same_whether_the_shell_left_its_line_breaks_or_not():
     write_rows('rows.jsonl', PAIRS)
-    groups, meta = prepare_all('--source=rows.jsonl', '--template=' + HUMAN)
-    again, other = prepare_all('--source=rows.jsonl', '--template=' + HUMAN.replace('\n', '\\n'))
-    assert groups == again and meta['template'] == other['template'] == HUMAN
+    sets = [prepare('--source=rows.jsonl', '--template=' + text) for text in (HUMAN, HUMAN.replace('\n', '\\n'))]
+    assert sets[0][0] == sets[1][0] and sets[0][1]['template'] == sets[1][1]['template'] == HUMAN
 
 
 def test_the_default_template_writes_conversations_as_hh_does():
@@ -408,19 +383,34 @@ def test_a_bad_prompt_of_messages_is_a_bad_row(row, message):
         sources.read_prompt(row)
 
 
-def test_rankings_examples_and_demonstrations_take_messages_too():
-    write_rows('rows.jsonl', [dict(prompt=turns(f'{i}'), responses=[answer('a'), 'b', turns(f'{i}', 'c')])
-                              for i in range(4)])
-    asked = [HUMAN.format(prompt=i) for i in range(4)]
-    assert prepare_all('--source=rows.jsonl')[0] == [[prompt, f' a{EOT}', f' b{EOT}', f' c{EOT}'] for prompt in asked]
-    write_rows('rows.jsonl', [dict(prompt=turns(f'{i}'), completion=answer('a'), label=i > 1) for i in range(4)])
-    assert prepare_all('--source=rows.jsonl')[0] == [[prompt, f' a{EOT}', i > 1] for i, prompt in enumerate(asked)]
-    write_rows('rows.jsonl', [dict(messages=turns(f'{i}', 'a')) for i in range(4)])
-    assert prepare_all('--source=rows.jsonl')[0] == [[prompt, f' a{EOT}'] for prompt in asked]
-    write_rows('rows.jsonl', DEMONSTRATIONS[:4])
+ASKED = [HUMAN.format(prompt=i) for i in range(4)]
+GOOD = {
+    'line ends and a byte order mark': (
+        b'\xef\xbb\xbf' + '\r\n'.join(map(json.dumps, PAIRS)).encode(), list(map(by_hand, PAIRS))),
+    'a pair, whatever else its row holds': (
+        [dict(pair, label=3, responses='x', completion=None) for pair in PAIRS], list(map(by_hand, PAIRS))),
+    'scores beyond any float': (
+        [dict(prompt=f'{i}', responses=['b', 'c', 'a'], scores=[0.5, -10 ** 400, 2]) for i in range(2)],
+        [[f'{i}', f'a{EOT}', f'b{EOT}', f'c{EOT}'] for i in range(2)]),
+    'rankings of messages': (
+        [dict(prompt=turns(f'{i}'), responses=[answer('a'), 'b', turns(f'{i}', 'c')]) for i in range(4)],
+        [[prompt, f' a{EOT}', f' b{EOT}', f' c{EOT}'] for prompt in ASKED]),
+    'unpaired messages': (
+        [dict(prompt=turns(f'{i}'), completion=answer('a'), label=i > 1) for i in range(4)],
+        [[prompt, f' a{EOT}', i > 1] for i, prompt in enumerate(ASKED)]),
+    'messages': ([dict(messages=turns(f'{i}', 'a')) for i in range(4)], [[prompt, f' a{EOT}'] for prompt in ASKED]),
+    'demonstrations': (DEMONSTRATIONS[:4], [[f'{i}', f'a{EOT}'] for i in range(4)]),
+}
+
+
+@pytest.mark.parametrize('rows, expected', GOOD.values(), ids=GOOD)
+def test_these_rows_become_these_groups(rows, expected):
+    write_rows('rows.jsonl', rows)
     groups, meta = prepare_all('--source=rows.jsonl')
-    assert groups == [[f'{i}', f'a{EOT}'] for i in range(4)] and meta['template'] == '{prompt}'
-    assert Groups('data/made', 'train').labels is None and Groups('data/made', 'train', k=1).K == 1
+    assert groups == sorted(expected) and meta['splits']['train']['dropped'] == {}
+    if rows is GOOD['demonstrations'][0]:
+        assert meta['template'] == '{prompt}'
+        assert Groups('data/made', 'train').labels is None and Groups('data/made', 'train', k=1).K == 1
 
 
 def test_strings_before_messages_need_a_template():
@@ -472,12 +462,12 @@ def test_hh_takes_each_subset_or_all_four_and_red_team_attempts_are_no_pairs():
                [dict(transcript='\n\nHuman: a\n\nAssistant: b', rating=1.0)])
     texts, _ = prepare('--source=hh')
     assert sorted(texts['train']) == [[HUMAN.format(prompt=f'{subset} train'), f' yes{EOT}', f' no{EOT}']
-                                      for subset in subsets]
-    assert len(texts['val']) == 4
+                                      for subset in subsets] and len(texts['val']) == 4
     texts, meta = prepare('--source=hh', '--data_dir=helpful-online')
     assert meta['template'] == HUMAN, 'a plain question is framed as the dialogues are'
-    assert [group[0] for group in texts['train'] + texts['val']] == [HUMAN.format(prompt=f'helpful-online {s}')
-                                                                     for s in ('train', 'test')]
+    assert [texts[split][0][0] for split in ('train', 'val')] == [
+        HUMAN.format(prompt=f'helpful-online {split}') for split in ('train', 'test')]
+    assert len(texts['train']) == len(texts['val']) == 1
     assert "it has 'transcript', 'rating'; it needs chosen and rejected" in error_of(
         '--source=hh', '--data_dir=red-team-attempts', name='other')
 
@@ -489,9 +479,7 @@ def config_of(name):
 def test_ultrafeedback_takes_the_prefs_splits():
     rows = [dict(prompt=f'q{i}', prompt_id='x', messages=turns('m', 'm'), chosen=turns(f'q{i}', 'good'),
                  rejected=turns(f'q{i}', 'bad'), score_chosen=7.0, score_rejected=5.0 + i) for i in range(4)]
-    for split, part in (('train_prefs', rows), ('test_prefs', rows[:1]), ('train_sft', rows[:2]),
-                        ('test_gen', rows[:2])):
-        write_rows(f'uf/data/{split}-00000-of-00001.parquet', part)
+    write_parquet('uf/data', train_prefs=rows, test_prefs=rows[:1], train_sft=rows[:2], test_gen=rows[:2])
     texts, meta = prepare(config_of('ultrafeedback'), '--source=uf')
     assert texts == {'train': [[HUMAN.format(prompt=f'q{i}'), f' good{EOT}', f' bad{EOT}'] for i in range(3)],
                      'val': [[HUMAN.format(prompt='q0'), f' good{EOT}', f' bad{EOT}']]}
@@ -500,23 +488,22 @@ def test_ultrafeedback_takes_the_prefs_splits():
 
 def test_tldr_comparisons_and_their_mirror_become_the_same_groups():
     post = dict(id='x', post='I did it. ', title='Oh', subreddit='tifu', article=None)
-    raw = [dict(info=dict(post, title=f'{i}'), summaries=[dict(text=' one\n', policy='p'),
-                                                          dict(text='two', policy='q')], choice=i % 2)
-           for i in range(4)]
+    both = [dict(text=' one\n', policy='p'), dict(text='two', policy='q')]
+    raw = [dict(info=dict(post, title=f'{i}'), summaries=both, choice=i % 2) for i in range(4)]
     raw += [dict(info=dict(post, post=None, article='news'), summaries=[dict(text='a'), dict(text='b')], choice=0),
             dict(info=post, summaries=[dict(text=' a'), dict(text='a')], choice=0)]
-    mirror = [dict(prompt=f'SUBREDDIT: r/tifu\nTITLE: {i}\nPOST: I did it. ', chosen=f'TL;DR: {("one", "two")[i % 2]}',
-                   rejected=f'TL;DR:  {("two", "one")[i % 2]}') for i in range(4)]
-    expected = [[f'SUBREDDIT: r/tifu\nTITLE: {i}\nPOST: I did it.{{}}\nTL;DR:', f' {("one", "two")[i % 2]}{EOT}',
-                 f' {("two", "one")[i % 2]}{EOT}'] for i in range(4)]
-    for split, rows in (('train', mirror), ('valid1', mirror[:1]), ('test', mirror[:2])):
-        write_rows(f'mirror/data/{split}-00000-of-00001.parquet', rows)
-    texts, _ = prepare(config_of('tldr'), '--source=mirror')
-    assert texts['train'] == [[group[0].format(''), *group[1:]] for group in expected] and len(texts['val']) == 1
+    start = 'SUBREDDIT: r/tifu\nTITLE: {}\nPOST: I did it.'
+    sides = [('one', 'two'), ('two', 'one')] * 2
+    mirror = [dict(prompt=f'{start.format(i)} ', chosen=f'TL;DR: {chosen}', rejected=f'TL;DR:  {rejected}')
+              for i, (chosen, rejected) in enumerate(sides)]
+    write_parquet('mirror/data', train=mirror, valid1=mirror[:1], test=mirror[:2])
     write_rows('raw/train.jsonl', raw)
     write_rows('raw/validation.jsonl', raw[:2])
-    texts, meta = prepare(config_of('tldr'), '--source=raw')
-    assert texts['train'] == [[group[0].format(' '), *group[1:]] for group in expected] and len(texts['val']) == 2
+    for source, space, n in (('mirror', '', 1), ('raw', ' ', 2)):
+        texts, meta = prepare(config_of('tldr'), f'--source={source}')
+        assert len(texts['val']) == n and texts['train'] == [
+            [f'{start.format(i)}{space}\nTL;DR:', f' {chosen}{EOT}', f' {rejected}{EOT}']
+            for i, (chosen, rejected) in enumerate(sides)]
     assert meta['splits']['train']['dropped'] == {'left_out_by_row': 1, 'identical': 1}     # nobody's mistake
 
 
@@ -524,8 +511,7 @@ def test_shp_keeps_clear_votes_and_reads_a_subreddit_or_all():
     for sub in ('askbaking', 'askhr'):
         for split in ('train', 'validation', 'test'):       # .json with a line a row, as on the hub
             rows = [dict(history=f'{sub} {split} {i}', human_ref_A='a', human_ref_B='b', labels=i % 2,
-                         score_ratio=1 + i / 2)
-                    for i in range(5)]
+                         score_ratio=1 + i / 2) for i in range(5)]
             write_rows(f'shp/{sub}/{split}.json', ''.join(json.dumps(row) + '\n' for row in rows).encode())
     expected = {sub: [[HUMAN.format(prompt=f'{sub} train {i}'), *((f' a{EOT}', f' b{EOT}')[::1 if i % 2 else -1])]
                       for i in (2, 3, 4)]
@@ -592,8 +578,7 @@ def reviews(n, seed):
 
 
 def write_imdb(n):
-    for split, rows in (('train', reviews(n, 0)), ('test', reviews(n // 4, 1)), ('unsupervised', reviews(5, 2))):
-        write_rows(f'imdb/plain_text/{split}-00000-of-00001.parquet', rows)
+    write_parquet('imdb/plain_text', train=reviews(n, 0), test=reviews(n // 4, 1), unsupervised=reviews(5, 2))
 
 
 def test_imdb_reviews_are_cut_after_two_to_eight_tokens_by_their_text(gpt2):
@@ -604,7 +589,7 @@ def test_imdb_reviews_are_cut_after_two_to_eight_tokens_by_their_text(gpt2):
     lengths = [len(group[0]) for group in Groups('data/made', 'train')]
     assert set(lengths) == set(range(2, 9)) and Groups('data/made', 'train').labels is None
     assert not any(prefix[-1:].isalnum() and rest[:1].isalnum() for prefix, rest in texts['train'])
-    write_rows('imdb/plain_text/train-00000-of-00001.parquet', reviews(120, 0)[::-1] + [dict(text='Bad', label=0)])
+    write_parquet('imdb/plain_text', train=reviews(120, 0)[::-1] + [dict(text='Bad', label=0)])
     again, meta = prepare(config_of('imdb'), '--source=imdb', tokenizer='gpt2')
     assert sorted(again['train']) == sorted(texts['train'])             # whatever the order
     assert meta['splits']['train']['dropped'] == {'left_out_by_row': 1}
@@ -621,18 +606,17 @@ def tiny_classifier(monkeypatch):
     bpe.train_from_iterator(texts, 400, special_tokens=['<s>', '<pad>', '</s>', '<unk>', '<mask>'], show_progress=False)
     os.makedirs('classifier')
     bpe.save('classifier/tokenizer.json')
-    special = dict(bos_token='<s>', eos_token='</s>', cls_token='<s>', sep_token='</s>', unk_token='<unk>',
-                   pad_token='<pad>')
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file='classifier/tokenizer.json', model_max_length=48,
-                                                     **special)
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_file='classifier/tokenizer.json', model_max_length=48, bos_token='<s>', eos_token='</s>',
+        cls_token='<s>', sep_token='</s>', unk_token='<unk>', pad_token='<pad>')
     torch.manual_seed(0)
     cfg = transformers.RobertaConfig(
-        vocab_size=bpe.get_vocab_size(), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
-        intermediate_size=16,
-        max_position_embeddings=50, pad_token_id=1, id2label={0: 'POSITIVE', 1: 'NEGATIVE'}, initializer_range=1.0)
+        vocab_size=bpe.get_vocab_size(), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, pad_token_id=1,
+        intermediate_size=16, max_position_embeddings=50, id2label={0: 'POSITIVE', 1: 'NEGATIVE'},
+        initializer_range=1.0)
     model = transformers.RobertaForSequenceClassification(cfg).eval()
-    model.save_pretrained('classifier')
-    tokenizer.save_pretrained('classifier')
+    for part in (model, tokenizer):
+        part.save_pretrained('classifier')
     monkeypatch.setenv('IMDB_CLASSIFIER', 'classifier')
 
     def positive(text):
@@ -687,14 +671,11 @@ def test_a_classifier_that_cannot_be_had_is_one_line(monkeypatch, tmp_path):
     score = rollout.read_reward(config_of('imdb'))
     with pytest.raises(SystemExit, match='nowhere cannot be loaded'):
         score(['a'], ['b'])
-    # a directory without weights and without a tokenizer
+    # now a directory without weights and without a tokenizer
     transformers.RobertaConfig(hidden_size=8, num_attention_heads=1).save_pretrained('nowhere')
     with pytest.raises(SystemExit) as stop:
         score(['a'], ['b'])
     assert 'nowhere cannot be loaded' in stop.value.code and '\n' not in stop.value.code
-
-
-def test_a_classifier_without_transformers_is_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, 'transformers', None)
     with pytest.raises(SystemExit, match='pip install transformers'):
         rollout.read_reward(config_of('imdb'))(['a'], ['b'])
