@@ -59,8 +59,8 @@ def write_data(folder, splits, max_length=64, labels={}):
 
 def random_groups(n, K, rng, longest=20, ends=True):
     """n ragged groups of bytes; single-token prompts and responses among them."""
-    def piece(low=1):
-        return list(rng.integers(0, 256, rng.integers(low, longest + 1)))
+    def piece():
+        return list(rng.integers(0, 256, rng.integers(1, longest + 1)))
     groups = [[piece(), *(piece() + [256] * ends for _ in range(K))] for _ in range(n)]
     groups[0][0] = groups[0][0][:1]
     groups[min(1, n - 1)][1] = groups[min(1, n - 1)][1][-1:]
@@ -160,9 +160,8 @@ def gpt2():
 
 def run_stage(script, *args, cwd=None, processes=1, env=None, check=True):
     """A stage as a user runs it, under torchrun for several processes. -> CompletedProcess with text output."""
-    command = [sys.executable, str(ROOT / script), *args]
-    if processes > 1:
-        command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}', *command[1:]]
+    torchrun = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}']
+    command = [sys.executable, *(torchrun if processes > 1 else []), ROOT / script, *args]
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300,
                           env={**os.environ, 'OMP_NUM_THREADS': '1', **(env or {})})
     assert not check or done.returncode == 0, done.stdout + done.stderr
@@ -205,8 +204,8 @@ def run_ranks(stage, args, folders=None):
         results, port = server.Queue(), free_port()
         for rank, flags in enumerate(args):
             folder = os.path.join(here, folders[rank] if folders else '.')
-            environment = by_hand(rank, len(args), port)
-            ranks.append(server.Process(target=one_rank, args=(stage, environment, folder, flags, results)))
+            task = (stage, by_hand(rank, len(args), port), folder, flags, results)
+            ranks.append(server.Process(target=one_rank, args=task))
             ranks[-1].start()
     try:
         return dict(results.get(timeout=120) for _ in args)
