@@ -116,7 +116,7 @@ CASES = {       # name: (script, its flags or what makes them, what the line mus
                                       r'train.idx.npy is damaged'),
     'a broken meta.json': ('dpo', lambda: text_file('data/tiny/meta.json', '{', *DPO),
                            r'meta.json .*prepare_prefs.py'),
-    'groups of three': ('dpo', triples, r'rankings of 3, loss=dpo needs pairs.*plackett_luce'),
+    'groups of three': ('dpo', triples, r'holds rankings, for loss=plackett_luce, not dpo'),
     'another vocabulary size': ('dpo', lambda: sft_model(small_gpt(vocab_size=300 + 257)),
                                 r'vocabulary mismatch: data/tiny has 257 tokens.*557'),
     'another tokenizer': ('dpo', lambda: sft_model(small_gpt(), 'gpt2'), r'another tokenizer'),
