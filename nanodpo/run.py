@@ -29,7 +29,7 @@ def compile_blocks(model):
     """Compile every Block of a GPT in place, for rows of any length. All blocks share what is compiled."""
     torch._dynamo.config.recompile_limit = 64       # policy, reference, evaluation, last block: 8 is too few
     torch._dynamo.config.optimize_ddp = False       # else DDP splits a graph at every 25 MB of gradients
-    torch._inductor.config.triton.mix_order_reduction_non_strict_mode = True    # the same kernels for all lengths
+    torch._inductor.config.triton.mix_order_reduction_non_strict_mode = True    # the same kernels for all
     for block in model.h:
         block.compile(dynamic=True)
 
@@ -105,7 +105,7 @@ class Run(Worker):
         return values
 
     def on_first(self, function, what):
-        """function() on rank 0 alone, None elsewhere. Its UserError, or `what` and its OSError, ends all ranks."""
+        """function() on rank 0, None elsewhere. Its UserError, or `what` and its OSError, ends all ranks."""
         result, error = None, ''
         if self.rank == 0:
             try:
@@ -125,7 +125,7 @@ class Run(Worker):
                      f'{first[what]!r}): all nodes need the same command, data/ and out/')
 
     def check_finite(self, unread):
-        """Stop the clock, and the run if a step was not finite. unread: (step, norm, [(ids, losses)]) of each."""
+        """Stop the clock, and the run if a step is not finite. unread: [(step, norm, [(ids, losses)])]."""
         norms = torch.stack([norm for step, norm, micros in unread])
         finite = norms.isfinite().tolist()          # waits for the GPU
         self.seconds += time.perf_counter() - self.began
@@ -139,7 +139,7 @@ class Run(Worker):
         losses = dict(sum(self.gather(losses), []))
         bad = [group for group, loss in losses.items() if not math.isfinite(loss)]
         raise UserError(f'step {step}: the loss or its gradient is not finite; groups of {self.data_dir}/'
-                        f'{self.train.split}: {sorted(bad or losses)}: lower the learning rate, or look at them')
+                        f'{self.train.split}: {sorted(bad or losses)}: lower the learning rate or see them')
 
     def on_signal(self, number, frame):
         self.own_signal = number
@@ -155,7 +155,7 @@ class Run(Worker):
     # the model
 
     def wrap(self, model):
-        """Make a policy ready to train, in place. -> what to call before a backward pass: itself, or its DDP."""
+        """Make a policy ready to train, in place. -> what to call before a backward pass: it, or its DDP."""
         if self.compile:
             compile_blocks(model)
         return DistributedDataParallel(model, gradient_as_bucket_view=True) if self.world > 1 else model
@@ -170,7 +170,7 @@ class Run(Worker):
             compile_blocks(model)
 
     def resume(self, policy, optimizer, train, val, **weights):
-        """Load the last checkpoint if --resume or a restart asks for it. -> its step, or 0. weights: fingerprints."""
+        """Load the last checkpoint if asked to, or after a restart. -> its step or 0. weights: fingerprints."""
         self.policy = policy
         self.optimizer = optimizer
         self.train = train
@@ -203,7 +203,7 @@ class Run(Worker):
     # speed, log and checkpoints
 
     def speed(self, passes):
-        """{name: value} since the last call. passes: forward ones over a token; a backward pass counts two."""
+        """{name: value} since the last call. passes: forward ones; a backward pass counts two."""
         tokens = int(self.train.lengths[self.ids].sum())
         computed = self.sum(torch.tensor([self.computed])).item()
         record = dict(tokens_per_second=tokens / self.seconds, pairs_per_second=len(self.ids) / self.seconds,
@@ -238,13 +238,13 @@ class Run(Worker):
         self.log_file = checkpoint.open_run(self.out_dir, self.start)
 
     def bar(self, steps):
-        """`steps` with a progress bar, counted for `speed`. From now on a signal stops the run after its step."""
+        """The steps with a progress bar, counted for `speed`. A signal now stops the run after its step."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.on_signal)
         self.ids = []                           # the groups since the last log line, on all ranks
         self.computed = self.seconds = 0        # this rank's tokens with padding, and its time
         self.began = time.perf_counter()
-        for step, ids, micros in tqdm(steps, self.stage, total=self.total_steps, initial=self.start, unit='step',
+        for step, ids, micros in tqdm(steps, self.stage, self.total_steps, initial=self.start, unit='step',
                                       disable=None if self.rank == 0 else True):
             self.ids.extend(ids)
             self.computed += sum(batch.tokens.numel() for batch in micros)
