@@ -19,6 +19,7 @@ from nanodpo import checkpoint                              # noqa: E402
 from nanodpo.data import Groups, epoch_order                # noqa: E402
 from nanodpo.losses import LOSSES                           # noqa: E402
 from rollout import Task                                    # noqa: E402
+from test_exact import one_at_a_time                        # noqa: E402
 
 REWARD = '''def reward(prompts, responses):
     return [(sum(map(ord, p + r)) % 997) / 100 for p, r in zip(prompts, responses)]
@@ -32,8 +33,7 @@ def task(experiment):
     return Task('tiny', 'reward.py')
 
 
-def rewards_of(task, prompt, responses):
-    """By hand, from ids."""
+def rewards_of(prompt, responses):
     def text(ids):
         return bytes(int(t) for t in ids if t != 256).decode(errors='replace')
     return [(sum(map(ord, text(prompt))) + sum(map(ord, text(r)))) % 997 / 100 for r in responses]
@@ -45,25 +45,21 @@ def rewards_of(task, prompt, responses):
 def test_pairs_and_rankings_hold_the_same_responses_and_only_train_is_flipped(task):
     common = {'name': 'tiny', 'reward': 'reward.py', 'folder': 'out/tiny/family', 'prefixes': 30, 'val_prefixes': 6,
               'held_out': [0, 4]}
-    job = {'method': 'data', 'seed': 3, 'common': common}
-    found = family.work(job, [])
+    found = family.work({'method': 'data', 'seed': 3, 'common': common}, [])
     sets = {ending: [Groups(f'data/tiny-family-3{ending}', split) for split in ('train', 'val')]
             for ending in ('', '-flipped', '-few', '-rankings', '-rankings-flipped')}
     parts = {ending: [[tuple(map(int, piece)) for piece in group] for group in train]
              for ending, (train, _) in sets.items()}
-
-    for prompt, *responses in parts['']:
-        assert np.greater(*rewards_of(task, prompt, responses))
     by_prompt = {}
-    for prompt, chosen, rejected in parts['']:
-        by_prompt.setdefault(prompt, []).extend([chosen, rejected])
+    for prompt, *responses in parts['']:
+        assert np.greater(*rewards_of(prompt, responses))
+        by_prompt.setdefault(prompt, []).extend(responses)
     assert len(parts['-rankings']) == found['rankings'] >= 20 and len(parts['']) == found['pairs']
     for prompt, *ranked in parts['-rankings']:
-        rewards = rewards_of(task, prompt, ranked)
+        rewards = rewards_of(prompt, ranked)
         assert sorted(ranked) == sorted(by_prompt[prompt])
         assert rewards == sorted(rewards, reverse=True) and len(set(rewards)) == 4
     assert parts['-few'] == parts[''][:family.FEW]
-
     for clean, flipped in (('', '-flipped'), ('-rankings', '-rankings-flipped')):
         turned = [a != b for a, b in zip(parts[clean], parts[flipped], strict=True)]
         assert sum(turned) == round(0.2 * len(turned)) > 3
@@ -71,19 +67,14 @@ def test_pairs_and_rankings_hold_the_same_responses_and_only_train_is_flipped(ta
     assert len({(val.fingerprint, val.K) for _, val in sets.values()}) == 1
 
 
-def test_what_is_flipped_has_nothing_to_do_with_the_order_of_training():
-    """Of any tenth of the first epoch about a fifth is flipped. 20 +- 4.5 percent points are 5 standard deviations of
-    2,000 draws."""
+def test_what_is_flipped_depends_on_the_seed_and_not_on_the_order_of_training():
+    """Of any tenth of the first epoch a fifth is flipped; 4.5 percent are 5 standard deviations of 2,000 draws."""
     groups = [[[i], [1], [2]] for i in range(20_000)]
     for seed in (0, 1, 2):
         turned = np.array([a != b for a, b in zip(groups, family.flipped(groups, 0.2, seed))])
         assert turned.sum() == 4000
         for tenth in np.split(turned[epoch_order(len(groups), seed, 0)], 10):
             assert abs(tenth.mean() - 0.2) < 0.045
-
-
-def test_what_is_flipped_depends_on_the_seed_alone():
-    groups = [[[i], [1], [2]] for i in range(100)]
     a, b, c = (family.flipped(groups, 0.2, seed) for seed in (1, 1, 2))
     assert a == b != c and groups[0] == [[0], [1], [2]]
 
@@ -96,19 +87,12 @@ def test_a_policy_is_judged_by_the_log_probs_of_its_own_samples(task):
     found = family.judge(task, policy, reference, prompts, 7)
     repeated = [p for p in prompts for _ in range(2)]
     responses = task.draw(policy, repeated, 7)
-
-    def logp(model, prompt, response):
-        tokens = torch.tensor([prompt + response])
-        T = tokens.shape[1]
-        with torch.no_grad():
-            states = model(tokens, torch.arange(T)[None], torch.ones(1, 1, T, T, dtype=torch.bool).tril())[0]
-        logps = (states @ model.wte.weight.t()).double().log_softmax(-1)
-        return sum(logps[len(prompt) - 1 + t, token].item() for t, token in enumerate(response))
-    mine, its = ([logp(model, p, r) for p, r in zip(repeated, responses)] for model in (policy, reference))
+    with torch.no_grad():
+        mine, its = (one_at_a_time(model, list(zip(repeated, responses))).numpy() for model in (policy, reference))
     assert found['entropy'] == pytest.approx(-np.mean(mine), abs=1e-3) and found['entropy'] > 1
     assert found['kl'] == pytest.approx(np.mean(mine) - np.mean(its), abs=1e-3) and found['kl'] > 1
     assert found['tokens'] == np.mean([len(r) for r in responses])
-    rewards = [rewards_of(task, p, [r]) for p, r in zip(repeated, responses)]
+    rewards = [rewards_of(p, [r]) for p, r in zip(repeated, responses)]
     assert found['true_reward'] == pytest.approx(np.mean(rewards))
 
 
@@ -133,13 +117,12 @@ def test_the_winner_has_the_highest_reward_within_4_nats_and_with_its_text_intac
 
 
 def test_every_loss_has_settings_a_colour_and_the_shape_of_its_data(monkeypatch):
-    """Also one that family.py has not heard of: it has five times its usual beta, and its own knobs."""
     assert set(LOSSES) < set(family.METHODS)
     for method in family.METHODS:
         assert family.found(method).keys() == {'beta', 'learning_rate'} and family.colour_of(method).startswith('#')
         assert all(beta > 0 and rate > 0 for beta, rate in family.tried(method))
     assert family.fixed('cdpo') == family.fixed('robust') == {'label_smoothing': 0.2}      # the share that is flipped
-    monkeypatch.setitem(LOSSES, 'mine', (*LOSSES['simpo'][:2], dict(beta=0.3, gamma=0.5)))
+    monkeypatch.setitem(LOSSES, 'mine', (*LOSSES['simpo'][:2], dict(beta=0.3, gamma=0.5)))      # new to family.py
     assert family.found('mine') == {'beta': 1.5, 'learning_rate': 1.2e-3} and family.fixed('mine') == {'gamma': 0.5}
     assert family.name_of('mine') == 'mine' and family.colour_of('mine') == family.colour_of('orpo')
 
@@ -161,10 +144,8 @@ def test_the_comparison_of_two_losses_from_the_draws_to_the_figure(task, experim
         return 1.0, 2 * 10**6, ''
 
     def in_turn(jobs, workers, work, needs, summary):
-        results = []
-        for job in jobs:
-            results.append(sweep.result_of(job) or sweep.do(work, job, needs(job, jobs)))
-            assert summary(results[-1])
+        results = [sweep.result_of(job) or sweep.do(work, job, needs(job, jobs)) for job in jobs]
+        assert all(map(summary, results))
         return results
     for name, value in (('run_dpo', run_dpo), ('sweep', in_turn), ('OVER', ('ipo',)), ('OVER_EPOCHS', (1, 3)),
                         ('METHODS', ['ipo', 'plackett_luce'])):
@@ -186,7 +167,6 @@ def test_the_comparison_of_two_losses_from_the_draws_to_the_figure(task, experim
     rewards = [run['points'][-1]['true_reward'] for run in family.runs_of(results, 'ipo', 'flipped')]
     assert f'{np.mean(rewards):+.2f} ± {abs(rewards[0] - rewards[1]) / 2:.2f} |' in text and '| 2 ± 0 |' in text
     assert os.path.getsize('compared.png') > 30_000
-
     monkeypatch.setattr(family, 'TRIED', dict.fromkeys(family.METHODS, ((0.2, 1e-3), (0.5, 1e-3))))
     family.main(['--search', *args[:-1], '--out=searched'])
     text = open('searched.md').read()

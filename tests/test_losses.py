@@ -7,7 +7,6 @@ import decimal
 import gc
 import inspect
 import math
-import os
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -323,7 +322,6 @@ def test_a_loss_of_one_s_own_is_a_function_and_a_line(monkeypatch):
 
 def write_models(**models):
     for name, model in models.items():
-        os.makedirs(f'out/{name}', exist_ok=True)
         checkpoint.save(f'out/{name}', 1, model, dict(config={}, optimizer={}, vocabulary=None))
 
 

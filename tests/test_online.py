@@ -21,12 +21,6 @@ from reward_model import RewardModel, all_rewards           # noqa: E402
 from sweep import path_of                                   # noqa: E402
 
 
-
-def save(folder, model, step=1, **record):
-    os.makedirs(folder, exist_ok=True)
-    checkpoint.save(folder, step, model, record)
-
-
 def fingerprint(path):
     return checkpoint.fingerprint(checkpoint.load_model(path))
 
@@ -49,8 +43,7 @@ def test_written_groups_are_read_back_and_replace_a_set_whole_or_not_at_all(expe
     assert meta == read_meta('data/three') and meta['who'] == 'me' and meta['max_length'] == 64
     assert meta['splits']['train']['read'] == 34 and meta['splits']['val']['dropped'] == {}
     cut = sum(piece[-1] != 256 for group in splits['val'] for piece in group[1:])
-    assert meta['splits']['val']['truncated']['responses'] == cut > 0
-    assert meta['splits']['train']['truncated']['responses'] == 0
+    assert [meta['splits'][split]['truncated']['responses'] for split in splits] == [0, cut] and cut > 0
     before = content('data/three')
     with pytest.raises(AssertionError, match='max_length'):
         write_set('data/three', 'data/tiny', splits | {'val': [[[1] * 60, [2] * 5, [3], [4]]]})
@@ -105,7 +98,6 @@ def test_drawn_pairs_are_ranked_by_the_reward_and_best_worst_are_the_ends_of_all
 
     def reward(ids):
         return round(sum(map(ord, tokenizer.decode([t for t in ids if t != 256]))) / 1000, 1)
-
     info = meta['splits']['train']
     assert set(everything) <= source and info['dropped']['tied'] > 0
     assert info['read'] == 3 * len(source) == info['kept'] + info['dropped']['tied']
@@ -114,18 +106,17 @@ def test_drawn_pairs_are_ranked_by_the_reward_and_best_worst_are_the_ends_of_all
     for prompt, ids in pieces:          # whole, or as long as may be
         assert 256 not in ids[:-1] and (ids[-1] == 256 and len(ids) <= 12 or len(ids) == min(12, 64 - len(prompt)))
     assert info['truncated']['responses'] == sum(ids[-1] != 256 for _, ids in pieces) > 0
-    chosen = [reward(w) for pairs in everything.values() for w, _ in pairs]
-    assert meta['rewards']['train']['chosen'] == pytest.approx(np.mean(chosen))
+    chosen = np.mean([reward(w) for pairs in everything.values() for w, _ in pairs])
+    assert meta['rewards']['train']['chosen'] == pytest.approx(chosen)
     assert meta['policy_fingerprint'] == fingerprint('out/tiny/sft') and meta['pairing'] == 'all'
     draw_prefs.main(drawn)
     ends = read_drawn()
     assert set(ends) == set(everything) and all(len(pairs) == 1 for pairs in ends.values())
-    for prompt, [(best, worst)] in ends.items():
-        assert reward(best) == max(reward(w) for w, _ in everything[prompt])
-        assert reward(worst) == min(reward(l) for _, l in everything[prompt])
+    for prompt, [ranked] in ends.items():
+        best, worst = zip(*everything[prompt])
+        assert tuple(map(reward, ranked)) == (max(map(reward, best)), min(map(reward, worst)))
     assert read_drawn('val').keys() <= {tuple(group[0]) for group in as_lists(Groups('data/tiny', 'val'))}
-    text = capsys.readouterr().out
-    mean = read_meta('data/drawn')['rewards']['train']['samples']
+    text, mean = capsys.readouterr().out, read_meta('data/drawn')['rewards']['train']['samples']
     assert 'dropped: tied' in text and f'mean reward, train: {mean:+.3f} samples' in text
 
 
@@ -140,31 +131,26 @@ def test_two_processes_draw_what_one_does_and_only_a_change_draws_again(drawn, e
     def last_line(*flags):
         draw_prefs.main([*drawn, *flags])
         return capsys.readouterr().out.splitlines()[-1]
-
     assert 'is reused' in last_line() and content('data/drawn') == before
     (experiment / 'reward.py').write_text(REWARD.replace('1000', '900'))
     assert 'is ready' in last_line() and content('data/drawn') != before
     before = content('data/drawn')
-    save('out/tiny/sft', small_gpt(7), 2)
+    checkpoint.save('out/tiny/sft', 2, small_gpt(7), {})
     assert 'is ready' in last_line() and content('data/drawn')['train.bin'] != before['train.bin']
     assert 'is ready' in last_line('--seed=2') and 'is ready' in last_line('--seed=2', '--temperature=0.9')
-
-
-def test_copies_of_a_response_are_tied_whatever_a_noisy_judge_says(drawn, experiment):
-    """A reward of its own for every call, and a policy so sharp that its samples are often the same."""
-    (experiment / 'reward.py').write_text('def reward(prompts, responses):\n    return list(range(len(responses)))\n')
-    draw_prefs.main([*drawn, '--temperature=0.2', '--pairing=all'])
-    assert read_meta('data/drawn')['splits']['train']['dropped']['tied'] > 0
-    assert all(w != l for pairs in read_drawn().values() for w, l in pairs)
-
-
-def test_num_prompts_limits_both_splits_and_the_seed_chooses(drawn):
     prompts = []
     for seed in (1, 2):
-        draw_prefs.main([*drawn, '--num_prompts=12', f'--seed={seed}'])
+        assert 'is ready' in last_line('--num_prompts=12', f'--seed={seed}')
         assert [i['read'] for i in read_meta('data/drawn')['splits'].values()] == [12, 10]
         prompts.append(set(read_drawn()))
     assert prompts[0] != prompts[1]
+
+
+def test_copies_of_a_response_are_tied_whatever_a_noisy_judge_says(drawn, experiment):
+    (experiment / 'reward.py').write_text('def reward(prompts, responses):\n    return list(range(len(responses)))\n')
+    draw_prefs.main([*drawn, '--temperature=0.2', '--pairing=all'])     # so sharp that samples are often the same
+    assert read_meta('data/drawn')['splits']['train']['dropped']['tied'] > 0
+    assert all(w != l for pairs in read_drawn().values() for w, l in pairs)
 
 
 def test_a_reward_models_rewards_equal_one_response_at_a_time(experiment):
@@ -172,69 +158,48 @@ def test_a_reward_models_rewards_equal_one_response_at_a_time(experiment):
     model = RewardModel.from_policy(small_gpt(2))
     torch.nn.init.normal_(model.reward.weight)
     tiny = Groups('data/tiny', 'train')
-    save('out/rm', model, vocabulary=tiny.vocabulary)
+    checkpoint.save('out/rm', 1, model, dict(vocabulary=tiny.vocabulary))
     found = open_reward('out/rm', tiny, torch.device('cpu'))(groups)
     np.testing.assert_array_equal(found, all_rewards(model, Sampled(groups)))
-    for i, (prompt, *responses) in enumerate(groups):
-        for k, response in enumerate(responses):
+    for (prompt, *responses), rewards in zip(groups, found):
+        for response, reward in zip(responses, rewards):
             T = len(prompt + response)
-            with torch.no_grad():
-                causal = torch.ones(1, 1, T, T, dtype=torch.bool).tril()
-                states = model(torch.tensor([prompt + response]), torch.arange(T)[None], causal)
-            assert found[i, k] == pytest.approx((states[0, -1] @ model.reward.weight[0]).item(), abs=1e-4)
+            causal = torch.ones(1, 1, T, T, dtype=torch.bool).tril()
+            states = model(torch.tensor([prompt + response]), torch.arange(T)[None], causal)
+            assert reward == pytest.approx((states[0, -1] @ model.reward.weight[0]).item(), abs=1e-4)
 
 
 # ----------------------------------------------------------------------------------------------------
 # mistakes
 
-@pytest.mark.parametrize('flags, message', [
-    (['--source='], 'source, policy and reward must be set'),
-    (['--reward='], 'source, policy and reward must be set'),
-    (['--policy='], 'source, policy and reward must be set'),
-    (['--reward=nowhere.py'], 'reward nowhere.py is neither'),
-    (['--reward=empty.py'], 'defines no function reward(prompts, responses)'),
-    (['--reward=short.py'], 'true_reward must be 144 finite numbers'),
-    (['--reward=nan.py'], 'true_reward must be 1 finite numbers'),
-    (['--reward=flat.py'], 'no pairs for train: all 3 samples of each of its 48 prompts have equal rewards'),
-    (['--reward=out/tiny/sft'], 'step-000001.pt is no reward model'),
-    (['--reward=out/foreign'], 'was trained with another tokenizer'),
-    (['--policy=nowhere.pt'], 'nowhere.json'),
-    (['--policy=out/foreign'], 'is no checkpoint, and no directory or hub name of GPT-2 weights'),
-    (['--policy=out/other'], 'was trained with another tokenizer'),
-    (['--source=nowhere'], "source='nowhere' must be a prepared set"),
-    (['--source=out'], 'out/meta.json does not exist'),
-    (['--name=tiny'], 'data/tiny would be replaced'),
-    (['--num_samples=1'], 'num_samples=1 is out of range'),
-    (['--temperature=0'], 'temperature=0 is out of range'),
-    (['--pairing=some'], "pairing='some' must be one of"),
-])
-def test_a_mistake_ends_in_one_line_and_leaves_the_set(drawn, experiment, flags, message):
+@pytest.mark.parametrize('flag, message', [
+    ('--source=', 'source, policy and reward must be set'), ('--reward=nowhere.py', 'reward nowhere.py is neither'),
+    ('--reward=empty.py', 'defines no function reward(prompts, responses)'),
+    ('--reward=short.py', 'true_reward must be 144 finite numbers'), ('--reward=nan.py', 'must be 1 finite numbers'),
+    ('--reward=flat.py', 'no pairs for train: all 3 samples of each of its 48 prompts have equal rewards'),
+    ('--reward=out/foreign', 'was trained with another tokenizer'), ('--policy=nowhere.pt', 'nowhere.json'),
+    ('--policy=out/foreign', 'is no checkpoint, and no directory or hub name of GPT-2 weights'),
+    ('--policy=out/other', 'was trained with another tokenizer'), ('--source=out', 'out/meta.json does not exist'),
+    ('--source=nowhere', "source='nowhere' must be a prepared set"), ('--name=tiny', 'data/tiny would be replaced'),
+    ('--num_samples=1', 'is out of range'), ('--temperature=0', 'is out of range'), ('--pairing=some', 'one of')])
+def test_a_mistake_ends_in_one_line_and_leaves_the_set(drawn, experiment, flag, message):
     write_set('data/drawn', 'data/tiny', {'train': [[[1], [2], [3]]], 'val': [[[1], [2], [3]]]})
     before = content('data/drawn')
     (experiment / 'empty.py').write_text('')
-    for name, value in (('short', '[0.0]'), ('flat', '[0] * len(r)'), ('nan', '[float("nan")] * len(r)')):
+    for name, value in dict(short='[0.0]', flat='[0] * len(r)', nan='[float("nan")] * len(r)').items():
         (experiment / f'{name}.py').write_text(f'def reward(p, r):\n    return {value}\n')
-    save('out/foreign', RewardModel.from_policy(small_gpt(2)), vocabulary='gpt2')
-    save('out/other', small_gpt(2), vocabulary='gpt2')
+    checkpoint.save('out/foreign', 1, RewardModel.from_policy(small_gpt(2)), dict(vocabulary='gpt2'))
+    checkpoint.save('out/other', 1, small_gpt(2), dict(vocabulary='gpt2'))
     with pytest.raises(UserError) as error:
-        draw_prefs.main([*drawn, *flags])
+        draw_prefs.main([*drawn, flag])
     assert message in error.value.message and '\n' not in error.value.code
     assert content('data/drawn') == before and not [f for f in os.listdir('data') if f not in ('tiny', 'drawn')]
 
 
-@pytest.mark.parametrize('flags, line', [
-    ('--reward=out/tiny/sft', 'error: out/tiny/sft/step-000001.pt is no reward model: run repro/reward_model.py'),
-    ('--seed=2', 'error: rank 1 has another seed than rank 0 (2, not 1337): all nodes need the same command')])
-def test_an_error_of_one_rank_ends_all_and_draws_nothing(drawn, flags, line):
-    first, second = [*drawn, flags] if 'reward' in flags else drawn, [*drawn, flags]
-    said = run_ranks('draw_prefs', [first, second])
-    assert said[0].startswith(line) and line[7:] in said[1] and not os.path.exists('data/drawn')
-
-
-def test_a_rank_that_is_killed_ends_all_and_draws_nothing(drawn, experiment):
-    (experiment / 'reward.py').write_text('import os\nos.kill(os.getpid(), 9)\n')     # rank 0, out of memory
-    done = run_stage('repro/draw_prefs.py', *drawn, cwd=experiment, processes=2, check=False)
-    assert done.returncode != 0 and not os.path.exists('data/drawn')
+def test_an_error_of_rank_0_ends_all_and_draws_nothing(drawn):
+    said = run_ranks('draw_prefs', [[*drawn, '--reward=out/tiny/sft']] * 2)
+    line = 'out/tiny/sft/step-000001.pt is no reward model: run repro/reward_model.py'
+    assert said[0].startswith(f'error: {line}') and line in said[1] and not os.path.exists('data/drawn')
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -245,27 +210,25 @@ def test_rounds_draw_new_prompts_from_the_last_policy_at_equal_pairs_and_steps(d
               'num_samples': 3, 'beta': 0.1, 'learning_rate': 1e-3, 'epochs': 1, 'batch_size': 8, 'held_out': 4}
     jobs = {way: {'method': way, 'seed': 1, 'common': common} for way in iterative.LABELS}
     points = {}
+
+    def drawn_by(way, name):
+        return as_lists(Groups(f'{path_of(jobs[way])}/data/{name}', 'train'))
     for way, job in jobs.items():
         os.makedirs(path_of(job))
         points[way] = iterative.work(job, [])['points']
         assert os.getcwd() == str(experiment)
         assert [p['steps'] for p in points[way]] == [0, 2, 4] and points[way][0]['kl'] == 0 != points[way][2]['kl']
-        first, second = ({tuple(group[0]) for group in as_lists(Groups(f'{path_of(job)}/data/round-{r}', 'train'))}
-                         for r in (1, 2))
+        first, second = ({tuple(group[0]) for group in drawn_by(way, f'round-{r}')} for r in (1, 2))
         assert not first & second                   # other prompts in every round
     sft, start = fingerprint('out/tiny/sft'), fingerprint(path_of(jobs['moved']) + '/out/round-1/dpo')
     assert sft != start
     for way, sampler, reference in (('fixed', start, sft), ('moved', start, start), ('offline', sft, sft)):
         run = path_of(jobs[way])
-        name = 'rounds-1-to-2' if way == 'offline' else 'round-2'
-        record = checkpoint.load_model(f'{run}/out/{name}/dpo').record
+        trained = 'rounds-1-to-2' if way == 'offline' else 'round-2'
         assert read_meta(f'{run}/data/round-2')['policy_fingerprint'] == sampler
-        assert record['origin']['reference'] == reference
+        assert checkpoint.load_model(f'{run}/out/{trained}/dpo').record['origin']['reference'] == reference
     assert points['fixed'][1] == points['moved'][1] == points['offline'][1]     # until then they are the same
-    run = path_of(jobs['offline'])
-    both, first, second = (as_lists(Groups(f'{run}/data/{name}', 'train'))
-                           for name in ('rounds-1-to-2', 'round-1', 'round-2'))
-    assert both == first + second
+    assert drawn_by('offline', 'rounds-1-to-2') == drawn_by('offline', 'round-1') + drawn_by('offline', 'round-2')
     results = [{'job': jobs[way], 'points': points[way]} for way in points]
     gap = points['fixed'][2]['true_reward'] - points['offline'][2]['true_reward']
     assert f'{gap:+.2f} and ' in iterative.table(results).splitlines()[-2]
