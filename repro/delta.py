@@ -150,7 +150,7 @@ def main(argv=None):
     task = Task(cfg.name, cfg.reward)
     reference = task.load('').requires_grad_(False)
     held_out = task.prompts('val', cfg.held_out)
-    before = task.evaluate(reference, reference, held_out, 2, 0)
+    before = task.evaluate(reference, reference, held_out, 16, 0)           # all gains share its error
     rows = []
     for seed in range(1, cfg.seeds + 1):
         for band, (groups, chosen, rejected) in draw_pairs(task, cfg, seed).items():
