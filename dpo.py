@@ -58,8 +58,7 @@ def objective(cfg, logps, ref_logps, batch, z=None):
     return losses_, rewards
 
 
-# ----------------------------------------------------------------------------------------------------
-# the knobs
+# --- the knobs ------------------------------------------------------------------------------------
 
 @dataclass
 class Config:
@@ -106,8 +105,7 @@ class Config:
         vars(self).update((knob, usual[knob]) for knob in usual if getattr(self, knob) is None)
 
 
-# ----------------------------------------------------------------------------------------------------
-# what the log shows
+# --- what the log shows ---------------------------------------------------------------------------
 
 STATS = ('loss', 'rewards/chosen', 'rewards/rejected', 'rewards/accuracies', 'logps/chosen', 'logps/rejected')
 
@@ -141,8 +139,7 @@ def main(argv=None):
     cfg = config.load(Config, 'dpo', argv)
     run = Run(cfg, 'dpo')
 
-    # ------------------------------------------------------------------------------------------------
-    # data
+    # --- data -------------------------------------------------------------------------------------
 
     train, val = Groups(run.data_dir, 'train'), Groups(run.data_dir, 'val')
     losses.check(cfg, train)
@@ -151,8 +148,7 @@ def main(argv=None):
     steps_per_epoch = math.ceil(len(train) / cfg.batch_size)
     total_steps = cfg.max_steps or cfg.epochs * steps_per_epoch
 
-    # ------------------------------------------------------------------------------------------------
-    # model: the policy, and a frozen copy of it, the reference
+    # --- model: the policy, and a frozen copy of it, the reference --------------------------------
 
     init_from = cfg.init_from or f'out/{cfg.name}/sft'
     need(cfg.init_from or find(init_from), f'{init_from} holds no checkpoint: run sft.py first, or set --init_from')
@@ -180,8 +176,7 @@ def main(argv=None):
             return cached[groups.split][batch.ids].to(run.device, non_blocking=True)
         return response_logps(reference, batch) if reference is not None else None
 
-    # ------------------------------------------------------------------------------------------------
-    # evaluation: all of val, each pair once, sums over ranks
+    # --- evaluation: all of val, each pair once, sums over ranks ----------------------------------
 
     @torch.no_grad()
     def evaluate():
@@ -200,8 +195,7 @@ def main(argv=None):
         policy.train()
         return found
 
-    # ------------------------------------------------------------------------------------------------
-    # the loop
+    # --- the loop ---------------------------------------------------------------------------------
 
     run.open_log(start, total_steps)
     run.say(f'{len(train):,} groups to train on, {len(val):,} to validate on; {total_steps:,} steps of '

@@ -44,8 +44,7 @@ class GPTConfig:
     activation_checkpointing: bool = False      # recompute blocks in the backward pass: less memory, more time
 
 
-# -----------------------------------------------------------------------------
-# attention over packed rows
+# --- attention over packed rows -------------------------------------------------------------------
 
 @dataclass
 class Stretches:
@@ -180,8 +179,7 @@ class GPT(nn.Module):
         fused = self.wte.weight.device.type != 'mps'
         return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), fused=fused)
 
-    # -------------------------------------------------------------------------
-    # sampling
+    # --- sampling ---------------------------------------------------------------------------------
 
     @torch.no_grad()
     @torch.compiler.set_stance('force_eager')       # a key more at every step: no compiling, no plans of cuDNN's
@@ -232,8 +230,7 @@ class GPT(nn.Module):
         self.train(was_training)
         return [[token for token in row if token >= 0] for row in drawn.tolist()]
 
-    # -------------------------------------------------------------------------
-    # GPT-2 weights in the Hugging Face layout; nanodpo/export.py writes them
+    # --- GPT-2 weights in the Hugging Face layout; nanodpo/export.py writes them ------------------
 
     @classmethod
     def from_pretrained(cls, name_or_dir, **options):
@@ -283,8 +280,7 @@ def transposed(name):
     return name.endswith(('c_attn.weight', 'c_proj.weight', 'c_fc.weight'))
 
 
-# -----------------------------------------------------------------------------
-# the output head
+# --- the output head ------------------------------------------------------------------------------
 
 def _tile_logsumexp(logits):
     return logits.float().logsumexp(-1)

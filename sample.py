@@ -26,8 +26,7 @@ from nanodpo.text import load_tokenizer, printable, prompt_ids, render, text_of,
 SIDES = {'before': 'sft', 'after': 'dpo'}           # the two models, each with the stage that trained it
 
 
-# ----------------------------------------------------------------------------------------------------
-# the knobs
+# --- the knobs ------------------------------------------------------------------------------------
 
 @dataclass
 class Config:
@@ -52,8 +51,7 @@ class Config:
     dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'  # of the matmuls; auto = bfloat16 on cuda
 
 
-# ----------------------------------------------------------------------------------------------------
-# prompts, and what is measured on the responses
+# --- prompts, and what is measured on the responses -----------------------------------------------
 
 def read_prompts(path):
     """The prompts of a text file, one a line, or of a .jsonl. Blank lines are skipped. UserErrors."""
@@ -107,8 +105,7 @@ def summarize(cfg, samples, beta):
     return summary
 
 
-# ----------------------------------------------------------------------------------------------------
-# the terminal
+# --- the terminal ---------------------------------------------------------------------------------
 
 LABELS = {'tokens': 'tokens a response', 'ended': 'ended by end token', 'implicit_reward': 'implicit reward',
           'kl': 'KL from BEFORE, nats', 'true_reward': 'true reward'}
@@ -157,8 +154,7 @@ def show(cfg, samples, summary):
         say(styled('a token is blue if AFTER finds it likelier than BEFORE, orange if less likely; ∎ is the end token'))
 
 
-# ----------------------------------------------------------------------------------------------------
-# draw, measure, sum up, show
+# --- draw, measure, sum up, show ------------------------------------------------------------------
 
 def main(argv=None):
     cfg = config.load(Config, 'sample', argv)

@@ -1,7 +1,4 @@
-"""Checkpoints: <folder>/step-000100.pt, and beside it step-000100.json with its SHA-256.
-
-The .json is written last: it makes the .pt count.
-"""
+"""Checkpoints: <folder>/step-000100.pt, and step-000100.json with its SHA-256, which is written last."""
 import contextlib
 import hashlib
 import json
@@ -107,8 +104,7 @@ def open_run(folder, start_step):
     return open(log, 'a', buffering=1)
 
 
-# ----------------------------------------------------------------------------------------------------
-# models
+# --- models ---------------------------------------------------------------------------------------
 
 def load_model(init_from, groups=None, **options):
     """The weights of `init_from` as a GPT, on the CPU. Its `.record` is what a checkpoint holds beside them.

@@ -50,8 +50,7 @@ def save_pretrained(model, folder, data_dir=''):
         Path(folder, name).write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding='utf-8')
 
 
-# ----------------------------------------------------------------------------------------------------
-# tokenizer and turn template
+# --- tokenizer and turn template ------------------------------------------------------------------
 
 def tokenizer_json(tokenizer):
     """A tiktoken.Encoding as the content of tokenizer.json.

@@ -25,8 +25,7 @@ def wide(x):
     return None if x is None else x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-# ----------------------------------------------------------------------------------------------------
-# rewards, (G, K); the log shows them times beta. A loss without `ref_logps` loads no reference
+# --- rewards, (G, K); the log shows them times beta. A loss without `ref_logps` loads no reference ---
 
 def ratio(logps, ref_logps):
     return logps - ref_logps
@@ -44,8 +43,7 @@ def odds(means):                # log p / (1 - p), p the geometric mean over tok
     return means - torch.log(-torch.expm1(means.clamp(max=-torch.finfo(means.dtype).eps)))
 
 
-# ----------------------------------------------------------------------------------------------------
-# links: losses (G,). A link with `ranking` or `desirable` takes such data beside pairs
+# --- links: losses (G,). A link with `ranking` or `desirable` takes such data beside pairs --------
 
 def logistic(chosen, rejected, beta):
     return -F.logsigmoid(beta * chosen - beta * rejected)
@@ -114,8 +112,7 @@ LOSSES = {      # the reward, the link, what the link's knobs usually are       
 }
 
 
-# ----------------------------------------------------------------------------------------------------
-# the loss of a batch, and what it needs: knobs, data, KTO's z
+# --- the loss of a batch, and what it needs: knobs, data, KTO's z ---------------------------------
 
 def call(function, **known):
     """function(...), with those of `known` that it names as its arguments."""
@@ -139,11 +136,6 @@ def needs(loss, argument):
     return any(argument in inspect.signature(function).parameters for function in LOSSES[loss][:2])
 
 
-def kinds_of_data(loss):
-    extra = {'rankings': 'ranking', 'unpaired examples': 'desirable'}
-    return ['pairs'] + [kind for kind, argument in extra.items() if needs(loss, argument)]
-
-
 def check(cfg, groups):
     """UserError if a knob is set that the loss does not use, or if the groups are not what it takes."""
     unused = {knob for *_, usual in LOSSES.values() for knob in usual} - LOSSES[cfg.loss][2].keys()
@@ -154,10 +146,10 @@ def check(cfg, groups):
     for knob in sorted(unused):
         need(getattr(cfg, knob) == getattr(type(cfg), knob),
              f'{cfg.origin.get(knob)}: {knob} is of no use to loss={cfg.loss}: leave it out')
-    kind = {1: 'single responses', 2: 'pairs'}.get(groups.K, 'rankings')
+    kind, argument = {1: ('single responses', ''), 2: ('pairs', '')}.get(groups.K, ('rankings', 'ranking'))
     if groups.labels is not None:
-        kind = 'unpaired examples'
-    takers = [loss for loss in LOSSES if kind in kinds_of_data(loss)]
+        kind, argument = 'unpaired examples', 'desirable'
+    takers = [loss for loss in LOSSES if kind == 'pairs' or needs(loss, argument)]
     need(cfg.loss in takers, f'{groups.folder} holds {kind}, for loss={" or ".join(takers) or "none"}, not {cfg.loss}')
 
 

@@ -90,8 +90,7 @@ class Run(Worker):
         self.own_signal = 0         # the signal of this rank
         self.signalled = 0          # the signal of any rank
 
-    # ------------------------------------------------------------------------------------------------
-    # all ranks together
+    # --- all ranks together -----------------------------------------------------------------------
 
     def say(self, text):
         if self.rank == 0:
@@ -151,8 +150,7 @@ class Run(Worker):
         self.signalled = max(self.gather(self.own_signal))
         return self.signalled
 
-    # ------------------------------------------------------------------------------------------------
-    # the model
+    # --- the model --------------------------------------------------------------------------------
 
     def wrap(self, model):
         """Make a policy ready to train, in place. -> what to call before a backward pass: it, or its DDP."""
@@ -199,8 +197,7 @@ class Run(Worker):
                    if key != 'resume' and state['config'].get(key) != now]
         self.say(f'resuming from {path}, with {", ".join(changed) or "the same knobs"}')
 
-    # ------------------------------------------------------------------------------------------------
-    # speed, log and checkpoints
+    # --- speed, log and checkpoints ---------------------------------------------------------------
 
     def speed(self, passes):
         """{name: value} since the last call. passes: forward ones; a backward pass counts two."""
