@@ -367,12 +367,11 @@ def test_own_tokenizers_give_back_any_text():
     assert len(tokenizer.encode_ordinary('What is')) < len('What is')
 
 
-def test_a_tokenizer_learns_from_the_training_text_alone_and_says_if_it_is_too_little(capfd):
+def test_a_tokenizer_learns_from_the_training_text_alone():
     write_rows('own/train.jsonl', [dict(prompt='x', chosen='aaaa', rejected='bbbb')])
     write_rows('own/val.jsonl', [dict(prompt='x', chosen='cccc', rejected='dddd')])
     meta = prepare('--source=own', tokenizer='bpe:1000')[1]
     assert meta['vocab_size'] == 261                # the bytes, aa, aaaa, bb, bbbb and the end token
-    assert 'no pairs are left to merge, it has 261 tokens' in capfd.readouterr().out
     tokenizer = load_tokenizer('data/made', 'tokenizer.json')
     assert [len(tokenizer.encode_ordinary(letter * 4)) for letter in 'abcd'] == [1, 1, 4, 4]
 
