@@ -21,7 +21,7 @@ from conftest import ROOT, random_groups, read_log, run_stage, small_gpt, write_
 from model import GPT
 from nanodpo import checkpoint
 from nanodpo.data import Groups, step_groups
-from nanodpo.losses import LOSSES, call, kinds_of_data, relative_loss
+from nanodpo.losses import LOSSES, call, needs, relative_loss
 from test_exact import one_at_a_time
 from test_train import DPO, last_checkpoint, losses, worst_difference
 
@@ -140,6 +140,11 @@ def random_examples(kind='pairs', size=40, dtype=torch.float64):
 def assert_equal(ours, exact, rtol=0, atol=0):
     for a, b in zip(ours, exact, strict=True):
         torch.testing.assert_close(a.double(), b.double(), rtol=rtol, atol=atol)
+
+
+def kinds_of_data(name):
+    extra = {'rankings': 'ranking', 'unpaired examples': 'desirable'}
+    return ['pairs'] + [kind for kind, argument in extra.items() if needs(name, argument)]
 
 
 LOSS_AND_KIND = [(name, kind) for name in LOSSES for kind in kinds_of_data(name)]
