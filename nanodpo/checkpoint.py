@@ -13,6 +13,7 @@ import torch
 
 from config import UserError, need, one_line
 from model import GPT, GPTConfig
+from nanodpo import hf
 from nanodpo.data import sha256_file
 
 
@@ -109,19 +110,19 @@ def open_run(folder, start_step):
 def load_model(init_from, groups=None, **options):
     """The weights of `init_from` as a GPT, on the CPU. Its `.record` is what a checkpoint holds beside them.
 
-    init_from: a .pt, a folder of which the last one counts, or GPT-2 weights as for GPT.from_pretrained.
-    groups: the data that the model must fit. options: as of GPT.from_pretrained. Raises UserError.
+    init_from: a .pt, a folder of which the last one counts, or weights as for hf.from_pretrained.
+    groups: the data that the model must fit. options: as of hf.from_pretrained. Raises UserError.
     """
     path = (find(init_from) or [init_from])[-1]
     record = {}
-    with one_line(f'{path} is no checkpoint, and no directory or hub name of GPT-2 weights that can be read'):
+    with one_line(f'{path} is no checkpoint, and no directory or hub name of weights that can be read'):
         if path.endswith('.pt'):
             record = read(path)
             model = GPT(GPTConfig(**record.pop('model_config') | options))
             model.load_state_dict(record.pop('model'))
             record.pop('optimizer', None)
         else:
-            model = GPT.from_pretrained(path, **options)
+            model = hf.from_pretrained(path, **options)
     model.record = record
     if groups is not None:
         groups.check_model(model.config, record.get('vocabulary'), init_from)

@@ -4,7 +4,9 @@ import gc
 import json
 import math
 import os
+import shlex
 import signal
+import sys
 import time
 from dataclasses import asdict
 
@@ -264,7 +266,8 @@ class Run(Worker):
     def save(self, step):
         """Write the checkpoint of this step."""
         state = dict(stage=self.stage, config=asdict(self.cfg), optimizer=self.optimizer.state_dict(),
-                     origin=self.origin, vocabulary=self.train.vocabulary, launch=self.launch)
+                     origin=self.origin, vocabulary=self.train.vocabulary, launch=self.launch,
+                     command=shlex.join(['python', os.path.basename(sys.argv[0]), *sys.argv[1:]]))
         self.on_first(lambda: checkpoint.save(self.out_dir, step, self.policy, state),
                       f'cannot save step {step} to {self.out_dir}: those before it are untouched')
         self.saved_step = step
