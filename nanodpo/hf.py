@@ -124,10 +124,9 @@ def from_pretrained(name_or_dir, **options):
     with torch.device('meta'):              # shapes alone: no time for random weights
         model = GPT(config)
     family = config.hf['model_type']
-
     files, theirs = ['model.safetensors'], {}
     index = Path(folder, 'model.safetensors.index.json')
-    if index.exists():                      # several
+    if index.exists() and not Path(folder, *files).exists():
         files = sorted(set(json.loads(index.read_bytes())['weight_map'].values()))
     for file in files:
         need(Path(folder, file).exists(), f'{folder} holds no {file}')
@@ -140,12 +139,12 @@ def from_pretrained(name_or_dir, **options):
     for name, p in model.state_dict().items():
         parts = names_of(name, family)
         missing = [part for part in parts if part not in theirs]
-        need(not missing, f'{folder} holds no tensor {"".join(missing[:1])}, which its config.json asks for')
+        need(not missing, f'{folder} holds no {missing}, which its config.json asks for')
         tensor = unpack(name, [theirs.pop(part) for part in parts], family, config)
         need(tensor.shape == p.shape, f'{folder}: {parts[0]} makes {tuple(tensor.shape)}, config.json {tuple(p.shape)}')
         state[name] = torch.empty(p.shape).copy_(tensor)        # float32, and no view of the file
     left = [name for name in theirs if not re.search(OLD_BUFFERS, name)]
-    need(not left, f'{folder} holds the tensor {"".join(left[:1])}, for which its config.json has no place')
+    need(not left, f'{folder} holds {left[:3]}, for which its config.json has no place')
     model.load_state_dict(state, assign=True)
     return model
 
