@@ -37,7 +37,7 @@ NAMES = {family: {ours: theirs[i] for ours, *theirs in ROWS}
          for i, families in enumerate(ROWS[0][1:]) for family in families.split(',')}
 OLD_BUFFERS = r'\.(attn|attention)\.(masked_)?bias$|\.rotary_emb\.inv_freq$'
 ACTIVATIONS = dict(gelu='gelu', gelu_new='gelu_tanh', gelu_fast='gelu_tanh', gelu_pytorch_tanh='gelu_tanh', silu='silu')
-SCRATCH = dict(architectures=['GPT2LMHeadModel'], model_type='gpt2', activation_function='gelu_new')
+SCRATCH = dict(architectures=['GPT2LMHeadModel'], model_type='gpt2', activation_function='gelu_new', attn_pdrop=0.0)
 
 
 def names_of(name, family):
@@ -154,9 +154,8 @@ def from_pretrained(name_or_dir, **options):
 def config_of(config, **changes):
     """The content of config.json: that of the base, or of a GPT-2 that was trained from scratch; float32."""
     c = config
-    hf = c.hf or dict(SCRATCH, n_positions=c.block_size, n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd,
-                      attn_pdrop=0.0, embd_pdrop=c.dropout, resid_pdrop=c.dropout,
-                      layer_norm_epsilon=c.layer_norm_epsilon)
+    hf = c.hf or SCRATCH | dict(n_positions=c.block_size, n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd,
+                                layer_norm_epsilon=c.layer_norm_epsilon, embd_pdrop=c.dropout, resid_pdrop=c.dropout)
     return {key: value for key, value in hf.items() if key != 'torch_dtype'} | dict(dtype='float32') | changes
 
 

@@ -296,7 +296,7 @@ def test_the_hubs_older_config_files_and_bfloat16_weights_mean_the_same(folder, 
     ('qwen3', 'rope_scaling', dict(type='linear', factor=4.0), "rope_type='linear'"),
     ('smollm2', 'attention_bias', True, 'attention_bias=True'), ('smollm2', 'mlp_bias', True, 'mlp_bias=True'),
     ('pythia', 'attention_bias', False, 'attention_bias=False'),
-    ('gpt2', 'add_cross_attention', True, 'cross_attention=True'), ('gpt2', 'scale_attn_weights', False, 'scale_attn_w'),
+    ('gpt2', 'add_cross_attention', True, 'attention=True'), ('gpt2', 'scale_attn_weights', False, 'weights=False'),
     ('gpt2', 'scale_attn_by_inverse_layer_idx', True, 'inverse_layer_idx=True'),
     # a config that contradicts its weights
     ('smollm2', 'num_hidden_layers', 3, r"holds no \['layers.2.*, which its config.json asks for"),
@@ -334,7 +334,7 @@ def test_a_rotary_model_has_no_table_of_positions(folder):
 
 @pytest.mark.parametrize('name', ['pythia', 'qwen3, untied'])
 def test_a_run_from_the_base_to_an_export_and_from_there(experiment, folder, name, capsys):
-    """dpo.py with cached and with live reference log-probs, in rows of any length; its export starts a run as it does."""
+    """dpo.py with cached and with live reference log-probs, in rows of any length; its export has its weights."""
     made, losses = folder(name), []
     flags = ['--name=tiny', '--device=cpu', '--batch_size=12', '--learning_rate=1e-4', '--warmup_steps=0',
              '--kl_prompts=4', '--optimizer=adamw']
