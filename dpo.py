@@ -63,7 +63,7 @@ def objective(cfg, logps, ref_logps, batch, z=None):
 @dataclass
 class Config:
     name: str = 'reviews'                           # the experiment: reads data/<name>, writes out/<name>/dpo
-    init_from: str = ''                             # '' = out/<name>/sft; our folder or .pt; GPT-2's name or folder
+    init_from: str = ''                             # '' = out/<name>/sft; our folder or .pt; a hub name or folder
     ref_from: str = ''                              # another reference than the policy as it starts
     # the loss; None = what is usual for it
     loss: Literal[tuple(losses.LOSSES)] = 'dpo'     # this file's, or a relative in nanodpo/losses.py

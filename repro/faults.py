@@ -200,6 +200,7 @@ def result(cwd, folder, done):
     for path in checkpoint.find(str(made)):
         state = checkpoint.read(path)
         state['config'].pop('resume')
+        state.pop('command')            # the resumed run's has --resume
         parts |= {f'{os.path.basename(path)} {key}': digest(value) for key, value in state.items()}
     with open(made / 'log.jsonl') as f:
         parts['log'] = [{k: v for k, v in json.loads(line).items() if 'second' not in k} for line in f]
