@@ -15,7 +15,7 @@ from config import need, one_line
 from nanodpo import hf
 from nanodpo.checkpoint import load_model
 from nanodpo.data import Groups, read_meta
-from nanodpo.text import EOT, load_tokenizer
+from nanodpo.text import EOT, MODEL_FILES, ModelTokenizer, load_tokenizer
 
 
 SHARD = 5 * 2**30       # bytes of a file of weights at most, as transformers has it
@@ -33,13 +33,12 @@ def save_pretrained(model, folder, data_dir='', card=''):
     size = c.vocab_size if c.hf else meta['vocab_size']
     if size < c.vocab_size:
         print(f"the vocabulary of {c.vocab_size:,} is cut to the tokenizer's {size:,}")
-    files = {}
-    if data_dir:
-        files['tokenizer.json'] = tokenizer_json(load_tokenizer(data_dir, meta['tokenizer']))
-        files['tokenizer_config.json'] = tokenizer_config(meta['template'], c.block_size)
+    files = tokenizer_files(data_dir, meta, c.block_size) if data_dir else {}
     ends = dict.fromkeys(['bos_token_id', 'eos_token_id', 'pad_token_id'], meta['eot_token'])
-    if c.hf and not data_dir:
-        ends = {key: c.hf[key] for key in ends if key in c.hf}
+    if c.hf:                                # a base has its own; what ended responses in training counts, too
+        base = {key: c.hf[key] for key in ends if c.hf.get(key) is not None}
+        known = str(meta['eot_token']) in re.findall(r'\d+', str(base.get('eos_token_id')))
+        ends = base if known or not data_dir else base | dict(eos_token_id=meta['eot_token'])
     files['generation_config.json'] = ends
     files['config.json'] = hf.config_of(c, vocab_size=size, **ends)     # the last: without it nobody reads the rest
 
@@ -58,7 +57,9 @@ def save_pretrained(model, folder, data_dir='', card=''):
     if card:
         Path(folder, 'README.md').write_text(card, encoding='utf-8')
     for name, content in files.items():
-        Path(folder, name).write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding='utf-8')
+        if not isinstance(content, bytes):
+            content = json.dumps(content, ensure_ascii=False, indent=1).encode()
+        Path(folder, name).write_bytes(content)
 
 
 def in_shards(tensors, vocab_size):
@@ -107,6 +108,25 @@ def model_card(model, source, data):
 
 # --- tokenizer and turn template ------------------------------------------------------------------
 
+def tokenizer_files(data_dir, meta, max_length):
+    """{name: content} of a model's own tokenizer, byte for byte, or of ours; a template of the user's goes along."""
+    tokenizer = load_tokenizer(data_dir, meta['tokenizer'])
+    if not isinstance(tokenizer, ModelTokenizer):
+        settings = dict(tokenizer_class='PreTrainedTokenizerFast', padding_side='left', model_max_length=max_length,
+                        bos_token=EOT, eos_token=EOT, pad_token=EOT, unk_token=EOT, clean_up_tokenization_spaces=False,
+                        model_input_names=['input_ids', 'attention_mask'],      # GPT-2 would embed token types, too
+                        chat_template=chat(meta['template'], '', EOT))
+        return {'tokenizer.json': tokenizer_json(tokenizer), 'tokenizer_config.json': settings}
+    paths = [Path(data_dir, name) for name in MODEL_FILES]
+    files = {path.name: path.read_bytes() for path in paths if path.exists()}
+    if meta['template'] != tokenizer.template:
+        *begin, end = map(tokenizer.library.id_to_token, [*tokenizer.start, tokenizer.eot_token])
+        settings = json.loads(files.get('tokenizer_config.json', '{}'))
+        files['tokenizer_config.json'] = settings | dict(chat_template=chat(meta['template'], ''.join(begin), end))
+        files.pop('chat_template.jinja', None)
+    return files
+
+
 def tokenizer_json(tokenizer):
     """A tiktoken.Encoding as the content of tokenizer.json.
 
@@ -154,19 +174,16 @@ CHAT = '''\
         {%- set ns.text = ns.text + gap + content -%}
     {%- endif -%}
 {%- endfor -%}
-{{- start + ns.text + (eos_token if messages[-1]['role'] == 'assistant' else '') -}}
+{{- start + ns.text + (end if messages[-1]['role'] == 'assistant' else '') -}}
 '''
 
 
-def tokenizer_config(template, max_length):
-    """The content of tokenizer_config.json. Its chat template is text.render in Jinja."""
+def chat(template, begin, end):
+    """text.render and text.prompt_ids in Jinja. begin: the model's begin token; end: the end token."""
     before, after = template.removeprefix(EOT).split('{prompt}', 1)
-    start = EOT if template.startswith(EOT) else ''
-    strings = json.dumps([start, before, after], ensure_ascii=False)
-    return dict(tokenizer_class='PreTrainedTokenizerFast', padding_side='left', model_max_length=max_length,
-                bos_token=EOT, eos_token=EOT, pad_token=EOT, unk_token=EOT, clean_up_tokenization_spaces=False,
-                model_input_names=['input_ids', 'attention_mask'],      # GPT-2 would embed token types, too
-                chat_template=f'{{%- set start, before, after = {strings} -%}}\n{CHAT}')
+    start = end if template.startswith(EOT) else begin
+    strings = json.dumps([start, before, after, end], ensure_ascii=False)
+    return f'{{%- set start, before, after, end = {strings} -%}}\n{CHAT}'
 
 
 def main(argv=None):
