@@ -112,10 +112,7 @@ def tokenizer_files(data_dir, meta, max_length):
     """{name: content} of a model's own tokenizer, byte for byte, or of ours; a template of the user's goes along."""
     tokenizer = load_tokenizer(data_dir, meta['tokenizer'])
     if not isinstance(tokenizer, ModelTokenizer):
-        settings = dict(tokenizer_class='PreTrainedTokenizerFast', padding_side='left', model_max_length=max_length,
-                        bos_token=EOT, eos_token=EOT, pad_token=EOT, unk_token=EOT, clean_up_tokenization_spaces=False,
-                        model_input_names=['input_ids', 'attention_mask'],      # GPT-2 would embed token types, too
-                        chat_template=chat(meta['template'], '', EOT))
+        settings = tokenizer_config(meta['template'], max_length)
         return {'tokenizer.json': tokenizer_json(tokenizer), 'tokenizer_config.json': settings}
     paths = [Path(data_dir, name) for name in MODEL_FILES]
     files = {path.name: path.read_bytes() for path in paths if path.exists()}
@@ -176,6 +173,14 @@ CHAT = '''\
 {%- endfor -%}
 {{- start + ns.text + (end if messages[-1]['role'] == 'assistant' else '') -}}
 '''
+
+
+def tokenizer_config(template, max_length):
+    """The content of tokenizer_config.json."""
+    return dict(tokenizer_class='PreTrainedTokenizerFast', padding_side='left', model_max_length=max_length,
+                bos_token=EOT, eos_token=EOT, pad_token=EOT, unk_token=EOT, clean_up_tokenization_spaces=False,
+                model_input_names=['input_ids', 'attention_mask'],      # GPT-2 would embed token types, too
+                chat_template=chat(template, '', EOT))
 
 
 def chat(template, begin, end):

@@ -16,7 +16,8 @@ from config import UserError
 from conftest import ROOT, random_groups, read_log, small_gpt, write_data
 from nanodpo import checkpoint
 from nanodpo.data import Groups, read_meta, replacing, sha256_file
-from nanodpo.text import load_tokenizer, make_tokenizer, text_ids
+from nanodpo.bpe import make_tokenizer
+from nanodpo.text import load_tokenizer, text_ids
 
 sys.path.insert(0, str(ROOT / 'repro'))
 import faults                                           # noqa: E402

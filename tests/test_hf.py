@@ -21,7 +21,8 @@ from model import GPT, GPTConfig
 from nanodpo import checkpoint, export, hf
 from nanodpo.checkpoint import fingerprint, load_model
 from nanodpo.data import Groups, pack
-from nanodpo.text import EOT, PATTERN, load_tokenizer, prompt_ids, render, train_bpe
+from nanodpo.bpe import PATTERN, train_bpe
+from nanodpo.text import EOT, load_tokenizer, prompt_ids, render
 
 transformers = pytest.importorskip('transformers')
 

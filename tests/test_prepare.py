@@ -16,7 +16,8 @@ import prepare_prefs
 from conftest import ROOT, SHARED, error_of, prepare, prepare_all, run_stage, write_rows
 from nanodpo import look
 from nanodpo.data import Groups
-from nanodpo.text import EOT, load_tokenizer, train_bpe
+from nanodpo.bpe import train_bpe
+from nanodpo.text import EOT, load_tokenizer
 from prepare_prefs import truncate
 
 HH = SHARED / 'data' / 'hh-rlhf'

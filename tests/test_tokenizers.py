@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 import prepare_prefs
 import sample
 from config import UserError
+from nanodpo import export
 from nanodpo.data import Groups, read_meta
 from nanodpo.text import copy_tokenizer, load_tokenizer, prompt_ids, render, text_ids, text_of, token_pieces
 
@@ -168,6 +169,29 @@ def test_preferences_are_put_into_the_models_template(tokenizers, tmp_path, monk
     assert not {'chat_template.jinja', 'tokenizer_config.json'} & set(os.listdir('data/chat'))
 
 
+@pytest.mark.parametrize('kind', ['chatml', 'headers'])
+def test_an_export_brings_the_tokenizer_back_with_the_users_template(tokenizers, kind, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    source, end = tokenizers[kind]
+    meta = prepare(PAIRS, source)
+    files = export.tokenizer_files('data/chat', meta, 64)
+    assert files == {file: open(f'{source}/{file}', 'rb').read() for file in os.listdir(source)}, 'byte for byte'
+
+    meta = prepare(PAIRS, source, '--template=Q: {prompt} A:')
+    files = export.tokenizer_files('data/chat', meta, 64)
+    os.mkdir('exported')
+    for file, content in files.items():
+        with open(f'exported/{file}', 'wb') as f:
+            f.write(content if isinstance(content, bytes) else json.dumps(content).encode())
+    theirs = AutoTokenizer.from_pretrained('exported')
+    prompt, chosen, _ = Groups('data/chat', 'train')[0]
+    messages = [dict(role='user', content=theirs.decode(prompt).partition('Q: ')[2].removesuffix(' A:'))]
+    text = theirs.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    assert theirs.encode(text, add_special_tokens=False) == prompt.tolist()
+    text = theirs.apply_chat_template([*messages, dict(role='assistant', content='So.')], tokenize=False)
+    assert text.endswith('A: So.' + end) and theirs.decode(chosen) == ' So.' + end
+
+
 def test_mistakes_end_in_one_line(tokenizers, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(tokenizers['chatml'][0], 'mine')
@@ -190,5 +214,5 @@ def test_mistakes_end_in_one_line(tokenizers, tmp_path, monkeypatch):
     prepare(PAIRS, tokenizers['chatml'][0])
     with open('data/chat/chat_template.jinja', 'a') as f:
         f.write(' ')
-    with pytest.raises(UserError, match='chat_template.jinja is damaged'):
+    with pytest.raises(UserError, match='chat_template.jinja is missing or damaged'):
         read_meta('data/chat')
