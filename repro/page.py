@@ -172,7 +172,7 @@ def page_html(samples, summary):
     rows = [f'<tr><th scope="row">{html.escape(label)}</th><td>{before}</td><td>{after}</td></tr>'
             for label, before, after in table_rows(summary, samples)]
     counted = f'samples: {summary["samples"]:,}, prompts: {summary["prompts"]:,}, ± a standard error'
-    models = {side: safe(knobs[side] or f'out/{knobs["name"]}/{stage}') for side, stage in SIDES.items()}
+    models = {side: safe(summary['models'][side]) for side in SIDES}
     return PAGE.format(
         title=safe(f'{knobs["name"]}: before and after'), STYLE=STYLE, SCRIPT=SCRIPT, beta=summary['beta'], **models,
         least=-limit, most=limit, swatches=''.join(swatches), rows='\n'.join(rows),

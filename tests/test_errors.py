@@ -140,7 +140,8 @@ CASES = {       # name: (script, its flags or what makes them, what the line mus
     'no AFTER to sample': ('sample', ['--name=tiny'], r'out/tiny/dpo holds no checkpoint: run dpo.py'),
     'no checkpoint to sample': ('sample', ['--name=tiny', '--after=out'], r'out is no checkpoint, and no directory'),
     'prompts of two kinds': ('sample', ['--name=tiny', '--prompt=a', '--prompts_file=b'], r'keep one'),
-    'BEFORE of another tokenizer': ('sample', lambda: after(sft_model, small_gpt(), 'gpt2', flags=['--name=tiny']),
+    'AFTER of another tokenizer': ('sample', lambda: after(sft_model, small_gpt(), 'gpt2', flags=['--name=tiny',
+                                                                                               '--after=out/tiny/sft']),
                                     r'another tokenizer'),
 }
 

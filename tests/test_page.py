@@ -42,7 +42,8 @@ def torture(tokenizer):
     means = {name: dict(mean=0.5, error=0.1) for name in ('tokens', 'ended', 'implicit_reward', ATTACK)}
     knobs = dict(name=f'</title>{ATTACK}', before='out/' + ATTACK, after='out/\udcff', show=len(samples),
                  prompt=f'</pre>{ATTACK}\udcff')
-    return samples, dict(samples=len(samples), prompts=len(samples), beta=0.1, config=knobs, before=means, after=means)
+    return samples, dict(samples=len(samples), prompts=len(samples), beta=0.1, config=knobs, before=means, after=means,
+                         models=dict.fromkeys(sample.SIDES, 'out/<b>'))
 
 
 def write(monkeypatch, lines, path='p.html'):
