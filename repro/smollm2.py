@@ -84,6 +84,7 @@ def read_weights(reader, heads, kv_heads):
 def config_json(fields):
     heads = fields['llama.attention.head_count']
     return dict(
+        _name_or_path='HuggingFaceTB/SmolLM2-135M-Instruct',
         architectures=['LlamaForCausalLM'], model_type='llama', vocab_size=fields['llama.vocab_size'],
         hidden_size=fields['llama.embedding_length'], intermediate_size=fields['llama.feed_forward_length'],
         num_hidden_layers=fields['llama.block_count'], num_attention_heads=heads,
