@@ -12,9 +12,12 @@ import os
 import sys
 from dataclasses import asdict, dataclass
 
+import config
+if __name__ == '__main__':
+    config.check_flags(__file__, 'sample')          # before torch is imported, which takes seconds
+
 import numpy as np
 
-import config
 from config import In, Literal, need, one_line
 from nanodpo import checkpoint, losses
 from nanodpo.data import Groups, distinct_prompts
@@ -32,8 +35,9 @@ SIDES = 'before', 'after'
 @dataclass
 class Config:
     name: str = 'reviews'                           # the experiment: reads data/<name> and out/<name>
+    run_name: str = 'dpo'                           # the run that AFTER comes from
     before: str = ''                                # the reference: '' = AFTER's, or as init_from of dpo.py
-    after: str = ''                                 # the policy: '' = out/<name>/dpo, or as above
+    after: str = ''                                 # the policy: '' = out/<name>/<run_name>, or as above
     prompt: str = ''                                # one of your own; --prompt= is the empty one
     prompts_file: str = ''                          # many: a text file, one a line, or .jsonl with "prompt"
     num_prompts: In[int, 'x >= 1'] = 8              # of val, distinct, in a fixed order: more extend fewer
@@ -171,7 +175,7 @@ def main(argv=None):
     val = Groups(f'data/{cfg.name}', 'val')
     tokenizer = load_tokenizer(val.folder, val.meta['tokenizer'])
     prompts = choose_prompts(cfg, val, tokenizer)
-    sources = dict(before=cfg.before or f'out/{cfg.name}/sft', after=cfg.after or f'out/{cfg.name}/dpo')
+    sources = dict(before=cfg.before or f'out/{cfg.name}/sft', after=cfg.after or f'out/{cfg.name}/{cfg.run_name}')
     after = load(sources['after'], val, worker)
     trained = after.record.get('config', {})
     if after.record.get('stage') == 'dpo' and not cfg.before:

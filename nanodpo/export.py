@@ -13,8 +13,9 @@ from pathlib import Path
 import config
 from config import need, one_line
 from nanodpo import hf
-from nanodpo.checkpoint import load_model
+from nanodpo.checkpoint import check_weights, load_model
 from nanodpo.data import Groups, read_meta
+from nanodpo.folder import held
 from nanodpo.text import EOT, MODEL_FILES, ModelTokenizer, load_tokenizer
 
 
@@ -42,6 +43,7 @@ def save_pretrained(model, folder, data_dir='', card=''):
     files['generation_config.json'] = ends
     files['config.json'] = hf.config_of(c, vocab_size=size, **ends)     # the last: without it nobody reads the rest
 
+    check_weights(model, f'{folder} is not written')
     os.makedirs(folder, exist_ok=True)
     need(not os.listdir(folder), f'{folder} is not empty: export into a new or an empty directory')
     shards = in_shards(hf.tensors_of(model), size)
@@ -208,7 +210,7 @@ def main(argv=None):
         split = list(read_meta(data_dir)['splits'])[-1]
         Groups(data_dir, split).check_model(model.config, model.record.get('vocabulary'), source)
     card = model_card(model, source, read_meta(data_dir).get('source', '') if data_dir else '') if name else ''
-    with one_line(f'cannot write {folder}'):
+    with one_line(f'cannot write {folder}'), held(folder):
         save_pretrained(model, folder, data_dir, card)
     print(f'{folder}: {model.num_params():,} parameters of {source}, tokenizer of {data_dir or "none"}')
 

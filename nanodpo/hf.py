@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from config import need
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, check
 
 NAMES = '''
 ours         gpt2            gpt_neox                           llama,qwen2,qwen3
@@ -108,6 +108,20 @@ def read_config(hf, **options):
         rope_scaling=tuple(rope[key] for key in scaling) if kind == 'llama3' else (), **options)
 
 
+def empty(config, weights):
+    """A GPT of shapes alone: no memory, and no time for random weights. ValueError if `weights` cannot fill it."""
+    check(config.n_layer <= len(weights), f'n_layer={config.n_layer}, but there are {len(weights)} weights')
+    with torch.device('meta'):
+        return GPT(config)
+
+
+def with_weights(config, weights):
+    """The GPT of `config` with these weights, {our name: tensor}, in float32. Raises what does not fit."""
+    model = empty(config, weights)
+    model.load_state_dict({name: weight.float() for name, weight in weights.items()}, assign=True)
+    return model
+
+
 def from_pretrained(name_or_dir, **options):
     """The GPT in a directory with config.json and model*.safetensors, or of that name on the hub; float32, on the CPU.
 
@@ -121,14 +135,13 @@ def from_pretrained(name_or_dir, **options):
         folder = snapshot_download(name_or_dir, allow_patterns=['config.json', 'model*.safetensors*'])
         origin = dict(_name_or_path=name_or_dir)
     config = read_config(json.loads(Path(folder, 'config.json').read_bytes()) | origin, **options)
-    with torch.device('meta'):              # shapes alone: no time for random weights
-        model = GPT(config)
     family = config.hf['model_type']
     files, theirs = ['model.safetensors'], {}
     index = Path(folder, 'model.safetensors.index.json')
     if index.exists() and not Path(folder, *files).exists():
         files = sorted(set(json.loads(index.read_bytes())['weight_map'].values()))
     for file in files:
+        need(file == os.path.basename(file), f'{index}: {file!r} is no name of a file')
         need(Path(folder, file).exists(), f'{folder} holds no {file}')
         tensors = load_file(Path(folder, file))
         theirs |= {name.removeprefix(NAMES[family]['prefix']): tensor for name, tensor in tensors.items()}
@@ -136,17 +149,17 @@ def from_pretrained(name_or_dir, **options):
     need(not config.tied or head not in theirs or torch.equal(theirs.pop(head), theirs[embedding]),
          f'{folder}: {head} is not {embedding}, but tie_word_embeddings=True in config.json')
     state = {}
-    for name, p in model.state_dict().items():
+    for name, p in empty(config, theirs).state_dict().items():
         parts = names_of(name, family)
         missing = [part for part in parts if part not in theirs]
         need(not missing, f'{folder} holds no {missing}, which its config.json asks for')
         tensor = unpack(name, [theirs.pop(part) for part in parts], family, config)
         need(tensor.shape == p.shape, f'{folder}: {parts[0]} makes {tuple(tensor.shape)}, config.json {tuple(p.shape)}')
+        need(tensor.is_floating_point(), f'{folder}: {parts[0]} holds {tensor.dtype}, no real numbers')
         state[name] = torch.empty(p.shape).copy_(tensor)        # float32, and no view of the file
     left = [name for name in theirs if not re.search(OLD_BUFFERS, name)]
     need(not left, f'{folder} holds {left[:3]}, for which its config.json has no place')
-    model.load_state_dict(state, assign=True)
-    return model
+    return with_weights(config, state)
 
 
 # --- out ------------------------------------------------------------------------------------------
