@@ -8,7 +8,6 @@ The implicit reward of a response is beta log(after / before). A terminal with c
 Both models draw with the same random numbers, a batch at a time: another batch_size gives other samples.
 """
 import json
-import os
 import sys
 from dataclasses import asdict, dataclass
 
@@ -82,7 +81,8 @@ def choose_prompts(cfg, val, tokenizer):
 def load(source, val, worker):
     """The model of a checkpoint, a folder or a name on the hub, ready to sample on the worker's device."""
     ours = source.startswith('out/') and not source.endswith('.pt')
-    need(not ours or checkpoint.find(source), f'{source} holds no checkpoint: run {os.path.basename(source)}.py first')
+    stage = 'sft' if source.endswith('/sft') else 'dpo'
+    need(not ours or checkpoint.find(source), f'{source} holds no checkpoint: run {stage}.py first')
     return checkpoint.load_model(source, val, dropout=0.0).to(worker.device).eval()
 
 
