@@ -177,6 +177,7 @@ def load(Config, stage, argv=None):
         print(help_text(Config, stage))
         raise SystemExit(0)
     hints = typing.get_type_hints(Config, include_extras=True)
+    argv = data_flags(argv, stage)
     files = [a for a in argv if not a.startswith('-')]
     if not files and not any(a.startswith('--name=') for a in argv):
         files = [EMBEDDED]
@@ -200,6 +201,23 @@ def load(Config, stage, argv=None):
     config.origin = {key: where for where, key, _ in settings + read_flags(argv, hints)}
     config.functions = functions
     return config
+
+
+def data_flags(argv, stage):
+    """The arguments, with --source=FILE in place of a file of data. Only a .py file is ever run.
+
+    Data without a --name and a config file are called as the file is, never as the embedded experiment.
+    """
+    data = [a for a in argv if not a.startswith('-') and not a.endswith('.py') and os.path.exists(a)]
+    need(stage == 'prepare' or not data, f'{"".join(data[:1])} is no config file: such a file ends in .py')
+    argv = [f'--source={a}' if a in data else a for a in argv]
+    sources = [a.removeprefix('--source=') for a in argv if a.startswith('--source=')]
+    need(len(sources) < 2 or not data, f'more than one source: {", ".join(sources)}')
+    named = any(a.startswith('--name=') or not a.startswith('-') for a in argv)
+    if stage == 'prepare' and sources and not named:
+        stem = os.path.basename(sources[-1].rstrip('/')).partition('.')[0]
+        argv.append('--name=' + re.sub('[^A-Za-z0-9_-]+', '_', stem))
+    return argv
 
 
 def show(config):

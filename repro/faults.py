@@ -580,7 +580,7 @@ def expected(kind, line):
     """What the documented format says of a line, bytes.
 
     None of a blank one, False of a bad one, () of one that is left out and nobody's mistake, else [prompt, response,
-    ...] and the label. Written from the docstring of nanodpo/sources.py alone.
+    ...] and the label. Written from the docstring of nanodpo/rows.py alone.
     """
     if not line.strip(b' \t\r\n\v\f'):
         return None
