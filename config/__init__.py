@@ -204,12 +204,13 @@ def load(Config, stage, argv=None):
 
 
 def data_flags(argv, stage):
-    """The arguments, with --source=FILE in place of a file of data. Only a .py file is ever run.
+    """The arguments, with --source=FILE in place of a FILE of data. Only a .py file is ever run.
 
     Data without a --name and a config file are called as the file is, never as the embedded experiment.
     """
-    data = [a for a in argv if not a.startswith('-') and not a.endswith('.py') and os.path.exists(a)]
-    need(stage == 'prepare' or not data, f'{"".join(data[:1])} is no config file: such a file ends in .py')
+    data = [a for a in argv if not a.startswith('-') and not a.endswith('.py')]
+    need(not data or stage == 'prepare' and (os.path.exists(data[0]) or '=' not in data[0]),
+         f'{"".join(data[:1])} is no config file: such a file ends in .py (a flag is written --key=value)')
     argv = [f'--source={a}' if a in data else a for a in argv]
     sources = [a.removeprefix('--source=') for a in argv if a.startswith('--source=')]
     need(len(sources) < 2 or not data, f'more than one source: {", ".join(sources)}')

@@ -137,7 +137,7 @@ def read_answers(row, asked, sides):
     plain = columns in (['prompt'], ['context']) and 'system' not in row
     plain = plain and all(isinstance(parsed(text, key), str) for key, text in {asked: row[asked], **sides}.items())
     talks = {name: messages_of(sides, name, 'assistant') for name in sides}
-    if 'messages' in sides and not asked:
+    if 'messages' in sides and not asked and talks['messages'][0]['role'] != 'assistant':
         before = talks['messages'][:-1]         # what a rejected_response answers
     first = next(iter(talks.values()))
     for name, talk in talks.items():
