@@ -1,7 +1,7 @@
 """What a row of preferences may be. All rows of a set are of one kind:
 
     {"prompt", "chosen", "rejected"}                        a pair
-    {"chosen", "rejected"}                                  a pair of dialogues as in Anthropic HH, or of conversations
+    {"chosen", "rejected"}                                  a pair of dialogues as in HH, or of conversations
     {"conversations", "chosen", "rejected"}                 a pair as in ShareGPT, messages of "from" and "value"
     {"context", "chosen", "rejected"}                       a pair
     {"question", "chosen", "rejected"}                      a pair, or "response_j" and "response_k"
@@ -12,10 +12,11 @@
     {"messages", "label"}, {"instruction", "output", ...}   an unpaired example; "kto_tag" is a label, too
     all of these without a label                            a demonstration, for sft.py
 
-A prompt is one of "prompt", "context", "question", "instruction" (with "input") and "conversations". "system" and
-"history" go before it. Any text may be messages, or one message, or JSON of them: [{"role": "user", "content": "..."}].
-Their content may be a list of texts. The user and the assistant speak in turn. "question" and "instruction" are said
-by the user; "prompt" and "context" are text as it stands, unless there are messages or a system turn.
+A prompt is one of "prompt", "context", "question", "instruction" (with "input") and "conversations".
+"system" and "history" go before it. "question" and "instruction" are turns of the user. "prompt" and "context" are
+text as it stands, unless there are messages or a system turn.
+Any text may be messages, [{"role": "user", "content": "..."}, ...], or one message, or JSON of them. Their content may
+be a list of texts. The user and the assistant speak in turn.
 """
 import json
 import re
@@ -186,7 +187,7 @@ def earlier_turns(row, asked):
 
 
 def check_turns(talk, name):
-    """The user and the assistant speak in turn, after a system turn or none. Tools and their calls may stand between."""
+    """The user and the assistant speak in turn, after a system turn or none. Turns of tools may stand between."""
     roles = [turn['role'] for turn in talk if not of_tools(turn)]
     turns = ['user', 'assistant'] * (len(roles) // 2)
     expect(not of_tools(talk[-1]), f"tool turns: '{name}' ends with one, which is no text")
@@ -241,7 +242,7 @@ def message(turn, key):
     content = turn.get(names[1])
     if isinstance(content, list):
         kinds = [part.get('type') if isinstance(part, dict) else part for part in content]
-        expect(all(kind == 'text' for kind in kinds), f"not text: '{key}' holds {kinds!r:.60}; only text can be learned")
+        expect(all(kind == 'text' for kind in kinds), f"not text: '{key}' holds {kinds!r:.60}; only text is read")
         turn = turn | {names[1]: ''.join(string(part, 'text', blank=True) for part in content)}
     if role == 'function_call':
         try:

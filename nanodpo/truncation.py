@@ -1,4 +1,7 @@
-"""A prompt that is too long loses its first turns. A system turn stays. The last turn is cut from the left at need."""
+"""A prompt that is too long loses its first turns. A system turn stays. The last turn is cut from the left if needed.
+
+A conversation begins with a turn of the user again, so some room may be left. A text without turns fills its room.
+"""
 import array
 import re
 
@@ -6,7 +9,7 @@ from nanodpo.text import prompt_ids, render, text_ids
 
 
 def shorten(row, ids, room, tokenizer, template):
-    """The ids of a prompt in `room`: without its first turns, but for a system turn, else its last turn from the left."""
+    """The ids of a prompt, `room` of them at most, whose whole ids are more."""
     text = row.prompt
     for text in shorter(row, template):
         ids = prompt_ids(tokenizer, text, template)

@@ -122,7 +122,8 @@ HEADER = b'prompt,chosen,rejected\n'
      "x.jsonl line 1: missing key: it has 'question', 'good\\n'; it needs chosen and rejected"),
     ('x.csv', HEADER, 'x.csv holds no rows'),
     ('x.csv', b'prompt,chosen,chosen\na,b,c\n', 'two columns have the same name'),
-    ('x.csv', HEADER + b'a,b,c\nd,"e\n\ne",f\ng,h\n', 'x.csv row 4: cell count: 2 cells, and the first row names 3 columns'),
+    ('x.csv', HEADER + b'a,b,c\nd,"e\n\ne",f\ng,h\n',
+     'x.csv row 4: cell count: 2 cells, and the first row names 3 columns'),
     ('x.csv', HEADER + b'a,b,c\nd,e,f,g\n', 'x.csv row 3: cell count: 4 cells, and the first row names 3 columns'),
     ('x.csv', HEADER + b'a,b,c\nd,\xff,f\n', 'it is not utf-8 but likely cp1252: read it with --encoding=cp1252, or'),
     ('x.csv', HEADER + b'a,b,c\n"open,b,c\nd,e,f\n', 'x.csv cannot be read: Error: unexpected end of data'),
@@ -177,7 +178,7 @@ def test_the_bad_rows_of_a_directory_stop_the_run_as_those_of_a_file_do(file):
     assert error_of('--source=columns').startswith('error: 2 bad lines, 0 allowed')
     texts, meta = prepare('--source=columns', '--max_bad_lines=2')
     assert any(note.startswith('not read of columns: ') and 'test' in note for note in meta['notes'])
-    assert "columns that are not read, and how many of 10 rows have something there: 'extra' (10)" in meta['notes']
+    assert "columns that are not read, with the rows of 10 that fill them: 'extra' (10)" in meta['notes']
     assert texts['val'][0] == ['validation 0, "why"?\n', f'None{EOT}', f'[0, NA]{EOT}']
     assert meta['splits']['train']['dropped'] == {'empty_response': 1} and set(meta['splits']) == {'train', 'val'}
     for row in (dict(prompt='a', chosen='b'), dict(question='?')):
@@ -221,8 +222,8 @@ BAD = [(PAIRS, *bad) for bad in [
     (b'[1, 2]', 'not an object: list'),
     (b'"text"', 'not an object: str'),
     (dict(prompt='a', chosen='b'), "missing key: it has 'prompt', 'chosen'; it needs chosen and rejected"),
-    (dict(chosen='b', rejected='c'), "no assistant turn: there is no prompt, and a side is no dialogue that ends with an "
-     "answer; it has 'chosen', 'rejected'"),
+    (dict(chosen='b', rejected='c'),
+     "no assistant turn: there is no prompt, and a side is no dialogue that ends with an answer; it has 'chosen', "),
     (dict(PAIR, rejected=3), "not a string: 'rejected' is 3"),
     (dict(PAIR, rejected=['c']), "missing key: 'role'"),
     (dict(PAIR, prompt=None), 'no assistant turn: there is no prompt'),

@@ -9,7 +9,6 @@ import pytest
 from conftest import ROOT, SHARED, error_of, prepare, prepare_all, write_rows
 from nanodpo.data import Groups
 from nanodpo.text import EOT
-from prepare_prefs import fit
 from test_tokenizers import CHATML, make
 
 DEMOS = SHARED / 'data' / 'demos'
@@ -40,9 +39,9 @@ def human(*turns):
     return ''.join(texts)
 
 
-def made(*flags):
-    """All groups of data/made as [prompt ids, response ids, ..., label if there is one], the notes, and what was lost."""
-    _, meta = prepare(*flags)
+def made(*flags, tokenizer='bytes'):
+    """prepare, with all groups as [prompt ids, response ids, ..., label if there is one]; and meta.json."""
+    _, meta = prepare(*flags, tokenizer=tokenizer)
     groups = []
     for split in ('train', 'val'):
         part = Groups('data/made', split)
@@ -54,69 +53,90 @@ def made(*flags):
 # ----------------------------------------------------------------------------------------------------
 # the table: a row, its prompt, its responses, its label, and where the parts come from in words
 
-TALK = [said('user', 'a'), said('assistant', 'b'), said('user', 'c?')]
+def user(text):
+    return said('user', text)
+
+
+def assistant(text):
+    return said('assistant', text)
+
+
+TALK = [user('a'), assistant('b'), user('c?')]
+YES, NO = [*TALK, assistant('yes')], [*TALK, assistant('no')]
+THREE = human('a', 'b', 'c?')
 PARTS = [dict(type='text', text='yes'), dict(type='text', text=' sir')]
+SIDES = "chosen from 'chosen', rejected from 'rejected'"
+UP_TO = "'messages' up to its last turn"
 SHAPES = {      # name: (row, prompt, chosen, rejected or label, the sentence)
-    'a pair of texts': (dict(prompt='Q: c? A:', chosen=' yes', rejected=' no'), 'Q: c? A:', ' yes', ' no',
-                        "prompt from 'prompt', chosen from 'chosen', rejected from 'rejected'"),
-    'dialogues': (dict(chosen=human('a', 'b', 'c?') + ' yes', rejected=human('a', 'b', 'c?') + ' no'),
-                  human('a', 'b', 'c?'), ' yes', ' no', "prompt and responses from the dialogues 'chosen' and 'rejected'"),
-    'conversations': (dict(chosen=[*TALK, said('assistant', 'yes')], rejected=[*TALK, said('assistant', 'no')]),
-                      human('a', 'b', 'c?'), ' yes', ' no',
-                      "prompt from 'chosen' up to its last turn, chosen from 'chosen', rejected from 'rejected'"),
-    'ShareGPT': (dict(conversations=[shared('system', 's'), shared('human', 'c?')], chosen=shared('gpt', 'yes'),
-                      rejected=shared('gpt', 'no')), 's' + human('c?'), ' yes', ' no',
-                 "prompt from 'conversations', chosen from 'chosen', rejected from 'rejected'"),
+    'a pair of texts': (
+        dict(prompt='Q: c? A:', chosen=' yes', rejected=' no'),
+        'Q: c? A:', ' yes', ' no', f"prompt from 'prompt', {SIDES}"),
+    'dialogues': (
+        dict(chosen=THREE + ' yes', rejected=THREE + ' no'),
+        THREE, ' yes', ' no', "prompt and responses from the dialogues 'chosen' and 'rejected'"),
+    'conversations': (
+        dict(chosen=YES, rejected=NO),
+        THREE, ' yes', ' no', f"prompt from 'chosen' up to its last turn, {SIDES}"),
+    'ShareGPT': (
+        dict(conversations=[shared('system', 's'), shared('human', 'c?')], chosen=shared('gpt', 'yes'),
+             rejected=shared('gpt', 'no')),
+        's' + human('c?'), ' yes', ' no', f"prompt from 'conversations', {SIDES}"),
     'one message a side and a prompt': (
-        dict(prompt='c?', chosen=said('assistant', 'yes'), rejected=said('assistant', 'no')), human('c?'), ' yes', ' no',
-        "prompt from 'prompt', chosen from 'chosen', rejected from 'rejected'"),
+        dict(prompt='c?', chosen=assistant('yes'), rejected=assistant('no')),
+        human('c?'), ' yes', ' no', f"prompt from 'prompt', {SIDES}"),
     'one message a side and a context': (
-        dict(context=TALK, chosen=said('assistant', 'yes'), rejected=said('assistant', 'no')),
-        human('a', 'b', 'c?'), ' yes', ' no', "prompt from 'context', chosen from 'chosen', rejected from 'rejected'"),
-    'Alpaca': (dict(instruction='Fix it.', input='freind', chosen='friend', rejected='frend'),
-               human('Fix it.\nfreind'), ' friend', ' frend',
-               "prompt from 'instruction' + 'input', chosen from 'chosen', rejected from 'rejected'"),
+        dict(context=TALK, chosen=assistant('yes'), rejected=assistant('no')),
+        THREE, ' yes', ' no', f"prompt from 'context', {SIDES}"),
+    'Alpaca': (
+        dict(instruction='Fix it.', input='freind', chosen='friend', rejected='frend'),
+        human('Fix it.\nfreind'), ' friend', ' frend', f"prompt from 'instruction' + 'input', {SIDES}"),
     'Alpaca of good and bad': (
-        dict(instruction='Fix it.', input='freind', output=['friend', 'frend']), human('Fix it.\nfreind'), ' friend',
-        ' frend', "prompt from 'instruction' + 'input', chosen from 'output'[0], rejected from 'output'[1]"),
+        dict(instruction='Fix it.', input='freind', output=['friend', 'frend']),
+        human('Fix it.\nfreind'), ' friend', ' frend',
+        "prompt from 'instruction' + 'input', chosen from 'output'[0], rejected from 'output'[1]"),
     'Alpaca with a system turn and a history': (
         dict(instruction='c?', input='', system='s', history=[['a', 'b']], chosen='yes', rejected='no'),
-        's' + human('a', 'b', 'c?'), ' yes', ' no',
-        "prompt from 'system' + 'history' + 'instruction' + 'input', chosen from 'chosen', rejected from 'rejected'"),
-    'orca': (dict(system='s', question='c?', chosen='yes', rejected='no'), 's' + human('c?'), ' yes', ' no',
-             "prompt from 'system' + 'question', chosen from 'chosen', rejected from 'rejected'"),
-    'j and k': (dict(question='c?', response_j='yes', response_k='no'), human('c?'), ' yes', ' no',
-                "prompt from 'question', chosen from 'response_j', rejected from 'response_k'"),
-    'ms-swift': (dict(messages=[*TALK, said('assistant', 'yes')], rejected_response='no'), human('a', 'b', 'c?'), ' yes',
-                 ' no', "prompt from 'messages' up to its last turn, chosen from 'messages', "
-                 "rejected from 'rejected_response'"),
+        's' + THREE, ' yes', ' no', f"prompt from 'system' + 'history' + 'instruction' + 'input', {SIDES}"),
+    'orca': (
+        dict(system='s', question='c?', chosen='yes', rejected='no'),
+        's' + human('c?'), ' yes', ' no', f"prompt from 'system' + 'question', {SIDES}"),
+    'j and k': (
+        dict(question='c?', response_j='yes', response_k='no'),
+        human('c?'), ' yes', ' no', "prompt from 'question', chosen from 'response_j', rejected from 'response_k'"),
+    'ms-swift': (
+        dict(messages=YES, rejected_response='no'),
+        THREE, ' yes', ' no', f"prompt from {UP_TO}, chosen from 'messages', rejected from 'rejected_response'"),
     'ms-swift of messages': (
-        dict(messages=[*TALK, said('assistant', 'yes')], rejected_messages=[*TALK, said('assistant', 'no')]),
-        human('a', 'b', 'c?'), ' yes', ' no',
-        "prompt from 'messages' up to its last turn, chosen from 'messages', rejected from 'rejected_messages'"),
-    'KTO of messages': (dict(messages=[*TALK, said('assistant', 'yes')], label=True), human('a', 'b', 'c?'), ' yes', True,
-                        "prompt from 'messages' up to its last turn, response from 'messages', label from 'label'"),
-    'KTO with a tag': (dict(messages=[said('user', 'c?'), said('assistant', 'yes')], kto_tag='False'), human('c?'), ' yes',
-                       False, "prompt from 'messages' up to its last turn, response from 'messages', "
-                       "label from 'kto_tag'"),
-    'KTO of Alpaca, with 0 and 1': (dict(instruction='c?', output='yes', label=0), human('c?'), ' yes', False,
-                                    "prompt from 'instruction', response from 'output', label from 'label'"),
-    'a label in words': (dict(prompt='c? ', completion='yes', label=' TRUE'), 'c? ', 'yes', True,
-                         "prompt from 'prompt', response from 'completion', label from 'label'"),
-    'messages in JSON': (dict(chosen=json.dumps([*TALK, said('assistant', 'yes')]),
-                              rejected=json.dumps([*TALK, said('assistant', 'no')])), human('a', 'b', 'c?'), ' yes', ' no',
-                         "prompt from 'chosen' up to its last turn, chosen from 'chosen', rejected from 'rejected'"),
+        dict(messages=YES, rejected_messages=NO),
+        THREE, ' yes', ' no', f"prompt from {UP_TO}, chosen from 'messages', rejected from 'rejected_messages'"),
+    'KTO of messages': (
+        dict(messages=YES, label=True),
+        THREE, ' yes', True, f"prompt from {UP_TO}, response from 'messages', label from 'label'"),
+    'KTO with a tag': (
+        dict(messages=[user('c?'), assistant('yes')], kto_tag='False'),
+        human('c?'), ' yes', False, f"prompt from {UP_TO}, response from 'messages', label from 'kto_tag'"),
+    'KTO of Alpaca, with 0 and 1': (
+        dict(instruction='c?', output='yes', label=0),
+        human('c?'), ' yes', False, "prompt from 'instruction', response from 'output', label from 'label'"),
+    'a label in words': (
+        dict(prompt='c? ', completion='yes', label=' TRUE'),
+        'c? ', 'yes', True, "prompt from 'prompt', response from 'completion', label from 'label'"),
+    'messages in JSON': (
+        dict(chosen=json.dumps(YES), rejected=json.dumps(NO)),
+        THREE, ' yes', ' no', f"prompt from 'chosen' up to its last turn, {SIDES}"),
     'a list of texts as content': (
-        dict(prompt=[said('user', [dict(type='text', text='c?')])], chosen=[said('assistant', PARTS)], rejected='no'),
-        human('c?'), ' yes sir', ' no', "prompt from 'prompt', chosen from 'chosen', rejected from 'rejected'"),
-    'names of roles': (dict(prompt=[said('developer', 's'), said('Human', 'c?')], chosen=[said('Assistant', 'yes')],
-                            rejected=[said('gpt', 'no')]), 's' + human('c?'), ' yes', ' no',
-                       "prompt from 'prompt', chosen from 'chosen', rejected from 'rejected'"),
-    'a demonstration': (dict(instruction='c?', input='', output='yes'), human('c?'), ' yes', None,
-                        "prompt from 'instruction' + 'input', response from 'output'"),
-    'JSON that is an answer': (dict(prompt='c? ', chosen='{"role": "king"}', rejected='[{"from": 3}]'), 'c? ',
-                               '{"role": "king"}', '[{"from": 3}]',
-                               "prompt from 'prompt', chosen from 'chosen', rejected from 'rejected'"),
+        dict(prompt=[user([dict(type='text', text='c?')])], chosen=[assistant(PARTS)], rejected='no'),
+        human('c?'), ' yes sir', ' no', f"prompt from 'prompt', {SIDES}"),
+    'names of roles': (
+        dict(prompt=[said('developer', 's'), said('Human', 'c?')], chosen=[said('Assistant', 'yes')],
+             rejected=[said('gpt', 'no')]),
+        's' + human('c?'), ' yes', ' no', f"prompt from 'prompt', {SIDES}"),
+    'a demonstration': (
+        dict(instruction='c?', input='', output='yes'),
+        human('c?'), ' yes', None, "prompt from 'instruction' + 'input', response from 'output'"),
+    'JSON that is an answer': (
+        dict(prompt='c? ', chosen='{"role": "king"}', rejected='[{"from": 3}]'),
+        'c? ', '{"role": "king"}', '[{"from": 3}]', f"prompt from 'prompt', {SIDES}"),
 }
 
 
@@ -126,20 +146,21 @@ def test_a_shape_gives_these_ids(name, sort, capfd):
     row, prompt, chosen, other, sentence = SHAPES[name]
     if sort == 'parquet' and name == 'a list of texts as content':
         pytest.skip('a column of Parquet has one type')
-    text = json.dumps(row)
-    rows = [json.loads(text.replace('c?', f'c{i}?').replace('Fix', f'Fix{i}')) for i in range(4)]
-    write_rows(f'rows.{sort}', rows)
+
+    def numbered(text, i):
+        return text.replace('c?', f'c{i}?').replace('Fix', f'Fix{i}')
+
+    write_rows(f'rows.{sort}', [json.loads(numbered(json.dumps(row), i)) for i in range(4)])
     groups, meta = made(f'--source=rows.{sort}')
     end = [] if other is None else [other] if isinstance(other, bool) else [ids(other + EOT)]
-    assert sorted(groups) == sorted([ids(prompt.replace('c?', f'c{i}?').replace('Fix', f'Fix{i}')), ids(chosen + EOT), *end]
-                                    for i in range(4))
+    assert sorted(groups) == sorted([ids(numbered(prompt, i)), ids(chosen + EOT), *end] for i in range(4))
     assert sentence in capfd.readouterr().out.splitlines()
     assert not any('not read' in note for note in meta['notes'])
 
 
 CALL = dict(type='function', function=dict(name='look_up', arguments='{"city": "Lima"}'))
-TOOLS = [said('user', 'Warm?'), dict(role='assistant', content=None, tool_calls=[CALL]), said('tool', '31 degrees'),
-         said('assistant', 'Yes.')]
+TOOLS = [user('Warm?'), dict(role='assistant', content=None, tool_calls=[CALL]), said('tool', '31 degrees'),
+         assistant('Yes.')]
 SHAREGPT_TOOLS = [shared('human', 'Warm?'), shared('function_call', json.dumps(CALL['function'])),
                   shared('observation', '31 degrees'), shared('gpt', 'Yes.')]
 KNOWS_TOOLS = CHATML.replace("message.content + '<", "(message.content or (message.tool_calls | tojson)) + '<")
@@ -148,7 +169,7 @@ KNOWS_TOOLS = CHATML.replace("message.content + '<", "(message.content or (messa
 @pytest.mark.parametrize('talk', [TOOLS, SHAREGPT_TOOLS], ids=['OpenAI', 'ShareGPT'])
 @pytest.mark.parametrize('template', ['', CHATML, KNOWS_TOOLS], ids=['text', 'no calls', 'calls'])
 def test_turns_of_tools_are_written_by_the_template_or_the_row_is_dropped_and_counted(talk, template, capfd):
-    rows = [dict(messages=[said('user', f'{i}?'), said('assistant', 'So.')], rejected_response='No.') for i in range(4)]
+    rows = [dict(messages=[user(f'{i}?'), assistant('So.')], rejected_response='No.') for i in range(4)]
     write_rows('rows.jsonl', [*rows, dict(messages=talk, rejected_response='No.')])
     tokenizer = 'bytes'
     if template:
@@ -166,16 +187,16 @@ def test_turns_of_tools_are_written_by_the_template_or_the_row_is_dropped_and_co
 
 
 def test_a_side_that_ends_with_a_call_is_dropped_and_counted():
-    rows = [dict(prompt=f'{i}?', chosen=said('assistant', 'So.'), rejected=said('assistant', 'No.')) for i in range(4)]
-    write_rows('rows.jsonl', [*rows, dict(prompt='Warm?', chosen=TOOLS[1], rejected=said('assistant', 'No.'))])
+    rows = [dict(prompt=f'{i}?', chosen=assistant('So.'), rejected=assistant('No.')) for i in range(4)]
+    write_rows('rows.jsonl', [*rows, dict(prompt='Warm?', chosen=TOOLS[1], rejected=assistant('No.'))])
     assert prepare('--source=rows.jsonl')[1]['splits']['train']['dropped'] == {'tool_turns': 1}
 
 
 def test_pairs_whose_earlier_turns_differ_are_dropped_and_counted():
-    good = [dict(chosen=[said('user', f'{i}'), said('assistant', 'a')],
-                 rejected=[said('user', f'{i}'), said('assistant', 'b')]) for i in range(4)]
-    other = [said('user', 'x'), said('assistant', 'y'), said('user', 'z'), said('assistant', 'c')]
-    write_rows('rows.jsonl', [*good, dict(chosen=other, rejected=[*other[:1], said('assistant', 'Y'), *other[2:]])])
+    good = [dict(chosen=[user(f'{i}'), assistant('a')],
+                 rejected=[user(f'{i}'), assistant('b')]) for i in range(4)]
+    other = [user('x'), assistant('y'), user('z'), assistant('c')]
+    write_rows('rows.jsonl', [*good, dict(chosen=other, rejected=[*other[:1], assistant('Y'), *other[2:]])])
     groups, meta = made('--source=rows.jsonl')
     assert len(groups) == 4 and meta['splits']['train']['dropped'] == {'prompts_differ': 1}
 
@@ -186,26 +207,28 @@ def test_pairs_whose_earlier_turns_differ_are_dropped_and_counted():
 PAIR = dict(chosen='Peru is over there.', rejected='Peru is nowhere.')
 IMAGE = [dict(type='image_url', image_url=dict(url='x')), dict(type='text', text='What is it?')]
 REFUSED = [
-    (dict(PAIR, query='Where is Peru?'), "no assistant turn: there is no prompt, and a side is no dialogue that ends with "
-     "an answer; it has 'chosen', 'rejected', 'query'"),
+    (dict(PAIR, query='Where is Peru?'),
+     "no assistant turn: there is no prompt, and a side is no dialogue that ends with an answer; it has 'chosen', "
+     "'rejected', 'query'"),
     (dict(PAIR), "it has 'chosen', 'rejected'"),
-    (dict(PAIR, prompt='Fix it.', input='freind'), "'input' is not read, and holds something in 4 of 4 rows, such as "
-     "'freind'; read is: prompt from 'prompt', chosen from 'chosen', rejected from 'rejected'; rename"),
+    (dict(PAIR, prompt='Fix it.', input='freind'),
+     "'input' is not read, and holds something in 4 of 4 rows, such as 'freind'; read is: "
+     f"prompt from 'prompt', {SIDES}; rename"),
     (dict(PAIR, question='c?', context='Lima'), "'question' is not read"),
     (dict(PAIR, prompt='c?', Instruction='Be brief.'), "'Instruction' is not read"),
-    (dict(messages=[said('user', 'c'), said('assistant', 'd')], history=[['a', 'b']]), "'history' is not read"),
-    (dict(messages=[said('user', 'c'), said('assistant', 'd')], rejected='bad'), "'rejected' is not read"),
+    (dict(messages=[user('c'), assistant('d')], history=[['a', 'b']]), "'history' is not read"),
+    (dict(messages=[user('c'), assistant('d')], rejected='bad'), "'rejected' is not read"),
     (dict(prompt='c', completion='d', rejected='bad'), "'rejected' is not read"),
     (dict(PAIR, prompt='<image> c?', images=['a.png']), "'images' is not read"),
-    (dict(PAIR, prompt=[said('user', IMAGE)]), "not text: 'prompt' holds ['image_url', 'text']; only text can be learned"),
+    (dict(PAIR, prompt=[user(IMAGE)]), "not text: 'prompt' holds ['image_url', 'text']; only text is read"),
     (dict(PAIR, prompt='[{"role": "user", "content": '), "not JSON: 'prompt' begins as messages do"),
-    (dict(PAIR, prompt=str([said('user', 'a')])), "not JSON: 'prompt' begins as messages do"),
-    (dict(messages=[said('assistant', 'a'), said('user', 'b'), said('assistant', 'c')], label=True),
+    (dict(PAIR, prompt=str([user('a')])), "not JSON: 'prompt' begins as messages do"),
+    (dict(messages=[assistant('a'), user('b'), assistant('c')], label=True),
      "no prompt: the assistant speaks first in 'messages'"),
-    (dict(chosen=[said('assistant', 'a')], rejected=[said('assistant', 'b')]),
+    (dict(chosen=[assistant('a')], rejected=[assistant('b')]),
      "no prompt: the assistant speaks first in 'chosen'; the row has 'chosen', 'rejected'"),
     (dict(instruction='Fix', output=['a', 'b', 'c']), "no pair: 'output' must be a text or [good, bad]"),
-    (dict(PAIR, system='s', prompt=[said('system', 't'), said('user', 'c')]), 'not in turn: '),
+    (dict(PAIR, system='s', prompt=[said('system', 't'), user('c')]), 'not in turn: '),
 ]
 
 
@@ -216,11 +239,11 @@ def test_what_cannot_be_read_whole_stops_and_says_why(row, message):
 
 
 def test_columns_that_are_not_read_are_named_once_with_their_counts():
-    rows = [dict(prompt=f'{i}', chosen=' a', rejected=' b', source='web' if i < 3 else ' ', id=i, note='') for i in range(5)]
+    more = dict(chosen=' a', rejected=' b', note='')
+    rows = [dict(more, prompt=f'{i}', id=i, source='web' if i < 3 else ' ') for i in range(5)]
     write_rows('rows.jsonl', rows)
     notes = [note for note in prepare('--source=rows.jsonl')[1]['notes'] if 'not read' in note]
-    assert notes == ["columns that are not read, and how many of 5 rows have something there: 'id' (5), 'note' (0), "
-                     "'source' (3)"]
+    assert notes == ["columns that are not read, with the rows of 5 that fill them: 'id' (5), 'note' (0), 'source' (3)"]
     write_rows('rows.jsonl', [dict(row, input='', system=None) for row in rows])
     assert "'input' (0), 'note' (0)" in prepare('--source=rows.jsonl')[1]['notes'][0], 'an empty one loses nothing'
 
@@ -276,7 +299,7 @@ def pairs(n, **texts):
 
 
 ONE_LABEL = [dict(prompt=f'{i} ', completion=f'{i}', label=True) for i in range(20)]
-TALKS = [dict(prompt=[said('user', f'{"x" * 40} {i}'), said('assistant', 'b'), said('user', 'c' * 60)], chosen='yes',
+TALKS = [dict(prompt=[user(f'{"x" * 40} {i}'), assistant('b'), user('c' * 60)], chosen='yes',
               rejected='no ') for i in range(24)]
 NOTES = {       # name: (rows, what a note says, its count in train)
     'prompts cut': (TALKS, 'prompts cut at max_length=100, 23 of 23, and 23 of these had several turns'),
@@ -286,14 +309,15 @@ NOTES = {       # name: (rows, what a note says, its count in train)
     'an end token': (pairs(20, chosen=lambda i: ' a' + EOT * (i == 5)),
                      'an end token is written at the end of a response, where one is added, 1 of 19: '),
     'a leading space': (pairs(20, chosen=lambda i: f'Yes {i}', rejected=lambda i: f' No {i}'),
-                        "one response begins with a space and the other does not, 19 of 19: [0], 'Yes 0' against ' No 0'"),
+                        'one response begins with a space and the other does not, 19 of 19: [0], '
+                        "'Yes 0' against ' No 0'"),
     'glue': (pairs(20, chosen=lambda i: f'Yes {i}', rejected=lambda i: f'No {i}'),
              "no space or line break between prompt and response, 19 of 19: [0], 'What is 0?Yes 0'"),
     'one label': (ONE_LABEL, 'labels of one kind, 19 of 19 are True'),
-    'an empty prompt': (pairs(20, prompt=lambda i: f'{i}?' * (i != 6)), 'empty prompts, 1 of 20: the first is rows.jsonl '
-                        'line 7'),
+    'an empty prompt': (pairs(20, prompt=lambda i: f'{i}?' * (i != 6)),
+                        'empty prompts, 1 of 20: the first is rows.jsonl line 7'),
     'null scores': ([row | dict(score=None if i == 3 else 1.5) for i, row in enumerate(pairs(20))],
-                    "columns that are not read, and how many of 20 rows have something there: 'score' (19)"),
+                    "columns that are not read, with the rows of 20 that fill them: 'score' (19)"),
 }
 
 
@@ -319,7 +343,7 @@ def cut(prompt, chosen, max_length, *flags, tokenizer='bytes'):
     """The texts of one pair after truncation."""
     rows = [dict(prompt=prompt, chosen=chosen, rejected='n'), dict(prompt='z', chosen='y', rejected='n')]
     write_rows('rows/train.jsonl', rows[:1])
-    write_rows('rows/val.jsonl', rows[1:] if isinstance(prompt, str) else [rows[1] | dict(prompt=[said('user', 'z')])])
+    write_rows('rows/val.jsonl', rows[1:] if isinstance(prompt, str) else [rows[1] | dict(prompt=[user('z')])])
     texts, _ = prepare('--source=rows', f'--max_length={max_length}', *flags, tokenizer=tokenizer)
     return texts['train'][0]
 
@@ -333,8 +357,8 @@ def test_a_plain_prompt_loses_from_the_left_what_is_too_much_and_no_more():
     assert cut('abc', '1' * 20, 12, '--max_prompt_length=4') == ['abc', '1' * 9, f'n{EOT}']
 
 
-LONG = [said('system', 'SYS'), said('user', 'a' * 20), said('assistant', 'b' * 10), said('user', 'c' * 20),
-        said('assistant', 'd' * 10), said('user', 'e' * 20)]
+LONG = [said('system', 'SYS'), user('a' * 20), assistant('b' * 10), user('c' * 20),
+        assistant('d' * 10), user('e' * 20)]
 WHOLE = 'SYS' + human('a' * 20, 'b' * 10, 'c' * 20, 'd' * 10, 'e' * 20)
 TWO = 'SYS' + human('c' * 20, 'd' * 10, 'e' * 20)
 ONE = 'SYS' + human('e' * 20)
@@ -352,7 +376,8 @@ def test_a_conversation_loses_whole_turns_and_keeps_its_system_turn():
 def test_a_last_turn_that_is_too_long_loses_its_left_and_keeps_the_frame_and_the_system_turn():
     for room in range(40, len(ONE)):
         frame = len('SYS\n\nHuman:') + len('\n\nAssistant:')
-        assert cut(LONG, 'yes', room + 5, '--max_prompt_length=2')[0] == f'SYS\n\nHuman:{"e" * (room - frame)}\n\nAssistant:'
+        expected = f'SYS\n\nHuman:{"e" * (room - frame)}\n\nAssistant:'
+        assert cut(LONG, 'yes', room + 5, '--max_prompt_length=2')[0] == expected
     assert cut(LONG, 'yes', 15, '--max_prompt_length=2')[0] == ONE[-10:], 'no room for that: the end alone'
 
 
@@ -405,37 +430,36 @@ def test_whatever_the_lengths_a_pair_fits_and_no_token_is_lost_that_had_room(see
 # ----------------------------------------------------------------------------------------------------
 # the demos of LLaMA-Factory, counted by other lines
 
+def after(text):
+    """What the assistant says, after a space."""
+    return text if text[:1].isspace() else f' {text}'
+
+
 needs_demos = pytest.mark.skipif(not DEMOS.is_dir(), reason='the demos are not here')
 
 
 @needs_demos
 def test_the_pairs_of_a_real_demo_are_those_of_a_few_independent_lines(gpt2):
-    rows = json.loads((DEMOS / 'dpo_en_demo.json').read_text())
     expected = []
-    for row in rows:
+    for row in json.loads((DEMOS / 'dpo_en_demo.json').read_text()):
         text = ''
         for turn in row['conversations']:
             value = turn['value']
-            text += {'human': f'\n\nHuman: {value}\n\nAssistant:', 'gpt': value if value[:1].isspace() else f' {value}',
-                     'system': value}[turn['from']]
-        sides = [row[key]['value'] for key in ('chosen', 'rejected')]
-        expected.append([gpt2.encode_ordinary(text), *(gpt2.encode_ordinary(side if side[:1].isspace() else f' {side}')
-                                                       + [50256] for side in sides)])
-    _, meta = prepare(f'--source={DEMOS / "dpo_en_demo.json"}', '--max_length=100000', tokenizer='gpt2')
-    groups = [[piece.tolist() for piece in group] for split in ('train', 'val') for group in Groups('data/made', split)]
+            text += {'human': f'\n\nHuman: {value}\n\nAssistant:', 'gpt': after(value), 'system': value}[turn['from']]
+        sides = [gpt2.encode_ordinary(after(row[key]['value'])) + [50256] for key in ('chosen', 'rejected')]
+        expected.append([gpt2.encode_ordinary(text), *sides])
+    groups, meta = made(f'--source={DEMOS / "dpo_en_demo.json"}', '--max_length=100000', tokenizer='gpt2')
     assert sorted(groups) == sorted(expected) and len(groups) == 300
     assert all(info['dropped'] == {} for info in meta['splits'].values())
 
 
-
 @needs_demos
 def test_the_cut_prompts_of_a_real_demo_hold_as_many_turns_as_fit(gpt2):
-    """Of each conversation the longest part that fits, by independent lines; where none does, every position is used."""
-    prepare(f'--source={DEMOS / "dpo_en_demo.json"}', '--max_length=1024', tokenizer='gpt2')
-    groups = [[piece.tolist() for piece in group] for split in ('train', 'val') for group in Groups('data/made', split)]
+    """Of each conversation the longest part that fits; where none does, every position is used."""
+    groups, _ = made(f'--source={DEMOS / "dpo_en_demo.json"}', '--max_length=1024', tokenizer='gpt2')
     whole, fewer_turns, last_turn = 0, 0, 0
     for row in json.loads((DEMOS / 'dpo_en_demo.json').read_text()):
-        sides = [gpt2.encode_ordinary(' ' + row[key]['value'].removeprefix(' ')) + [50256] for key in ('chosen', 'rejected')]
+        sides = [gpt2.encode_ordinary(after(row[key]['value'])) + [50256] for key in ('chosen', 'rejected')]
         room = max(512, 1024 - max(map(len, sides)))
         system = [turn['value'] for turn in row['conversations'] if turn['from'] == 'system']
         turns = [turn['value'] for turn in row['conversations'] if turn['from'] != 'system']
@@ -463,9 +487,9 @@ def test_the_labels_of_a_real_demo_are_those_of_a_few_independent_lines():
     for row in rows:
         contents = [turn['content'] for turn in row['messages']]
         assert [turn['role'] for turn in row['messages']] == ['user', 'assistant'] * (len(contents) // 2)
-        prompt = ''.join(f'\n\nHuman: {text}\n\nAssistant:' if i % 2 == 0 else text if text[:1].isspace() else f' {text}'
+        prompt = ''.join(after(text) if i % 2 else f'\n\nHuman: {text}\n\nAssistant:'
                          for i, text in enumerate(contents[:-1]))
-        expected.append([prompt, (contents[-1] if contents[-1][:1].isspace() else f' {contents[-1]}') + EOT, row['label']])
+        expected.append([prompt, after(contents[-1]) + EOT, row['label']])
     assert sorted(texts['train'] + texts['val']) == sorted(expected) and len(expected) == 300
     assert sum(info['desirable'] for info in meta['splits'].values()) == sum(row['label'] for row in rows) == 150
 
@@ -473,10 +497,11 @@ def test_the_labels_of_a_real_demo_are_those_of_a_few_independent_lines():
 # ----------------------------------------------------------------------------------------------------
 # CSV as Excel writes it, and a file as the only argument
 
-@pytest.mark.parametrize('delimiter, name', [(',', 'rows.csv'), (';', 'rows.csv'), ('\t', 'rows.csv'), ('\t', 'rows.tsv')])
+@pytest.mark.parametrize('delimiter, name', [(',', 'a.csv'), (';', 'a.csv'), ('\t', 'a.csv'), ('\t', 'a.tsv')])
 @pytest.mark.parametrize('encoding', ['utf-8', 'utf-8-sig', 'cp1252', 'utf-16'])
 def test_excel_s_csv_is_read_whatever_divides_its_cells_and_whatever_its_encoding(delimiter, name, encoding):
-    lines = [['prompt', 'chosen', 'rejected']] + [[f'Größe {i}, oder; was? ', f' gut\n{i}', ' schlecht'] for i in range(4)]
+    lines = [[f'Größe {i}, oder; was? ', f' gut\n{i}', ' schlecht'] for i in range(4)]
+    lines.insert(0, ['prompt', 'chosen', 'rejected'])
     text = '\r\n'.join(delimiter.join(f'"{cell}"' for cell in line) for line in lines) + '\r\n' + delimiter * 2 + '\r\n'
     Path(name).write_bytes(text.encode(encoding))
     if not encoding.startswith('utf-8'):
@@ -536,8 +561,8 @@ def test_the_example_of_the_readme_works_as_it_stands_in_the_readme_s_own_comman
 
 def row_of(names, number):
     """A row with these columns, of another prompt for each number."""
-    question = said('user', f'q{number}')
-    lists = dict(conversations=[question], messages=[question, said('assistant', 'd')], responses=['a', 'b'],
+    question = user(f'q{number}')
+    lists = dict(conversations=[question], messages=[question, assistant('d')], responses=['a', 'b'],
                  output=['a', 'b'], label=True)
     frame = human(f'q{number}') if names[0] == 'chosen' else ''
     return {name: lists.get(name, f'{frame} {name} {number}') for name in names}
