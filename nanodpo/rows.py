@@ -210,7 +210,7 @@ def distinct(responses):
 
 ROLES = {'human': 'user', 'gpt': 'assistant', 'developer': 'system', 'function': 'tool', 'observation': 'tool',
          'tool_response': 'tool', 'tool_call': 'function_call'}
-MESSAGES = re.compile(r"""\s*\[?\s*\{(?=.*["'](role|from)["']\s*:)(?=.*["'](content|value)["']\s*:)""", re.DOTALL)
+MESSAGES = re.compile(r"""\[?\s*\{(?=.*["'](role|from)["']\s*:)(?=.*["'](content|value)["']\s*:)""", re.DOTALL)
 
 
 def messages_of(row, key, role):
@@ -224,7 +224,7 @@ def messages_of(row, key, role):
 
 def parsed(value, key):
     """The value itself, or the messages that it is in JSON."""
-    if not isinstance(value, str) or not MESSAGES.match(value):
+    if not isinstance(value, str) or not MESSAGES.match(value.lstrip()):
         return value
     try:
         found = json.loads(value)
@@ -242,7 +242,7 @@ def message(turn, key):
     content = turn.get(names[1])
     if isinstance(content, list):
         kinds = [part.get('type') if isinstance(part, dict) else part for part in content]
-        expect(all(kind == 'text' for kind in kinds), f"not text: '{key}' holds {kinds!r:.60}; only text is read")
+        expect(set(map(str, kinds)) == {'text'}, f"not text: '{key}' holds {kinds!r:.60}; only text is read")
         turn = turn | {names[1]: ''.join(string(part, 'text', blank=True) for part in content)}
     if role == 'function_call':
         try:
