@@ -76,7 +76,7 @@ class Config:
     gamma: In[float, 'x >= 0'] = None               # simpo: the margin asked for
     desirable_weight: In[float, 'x >= 0'] = None    # kto: of desirable examples, and
     undesirable_weight: In[float, 'x >= 0'] = None  # of undesirable ones
-    nll_coef: In[float, 'x >= 0'] = 0.0             # adds so much of the chosen responses' NLL per token
+    nll_coef: In[float, 'x >= 0'] = 0.0             # adds so much of the chosen responses' NLL per token; unpaired: over all
     # the optimizer
     batch_size: In[int, 'x >= 1'] = 64              # pairs a step, over all ranks and micro-steps
     epochs: In[int, 'x >= 1'] = 1                   # passes over the pairs; more than 1 to 3 over-fits
@@ -205,6 +205,8 @@ def main(argv=None):
     run.say(f'{len(train):,} groups to train on, {len(val):,} to validate on; {total_steps:,} steps of '
             f'{cfg.batch_size}, {steps_per_epoch:,} an epoch; {row_tokens:,} tokens a row\npolicy from {init_from}, '
             f'{policy.num_params():,} weights; reference: {cfg.ref_from or "the same" if ref_fingerprint else "none"}')
+    if needs_z and cfg.batch_size == 1:
+        run.say(f'note: {cfg.loss} takes z from other examples of a batch, and batch_size=1 has none: z = 0')
     if start == 0:
         run.log(0, evaluate(), 'eval/')
     policy.train()

@@ -380,7 +380,7 @@ def matmul_dtype(x):
 
 def draw(logits, u, temperature=1.0, top_k=0, top_p=1.0):
     """One id a row from logits (B, V), by inverting the cumulative distribution at u (B,) in [0, 1). -> (B,)"""
-    if temperature == 0:
+    if temperature < 1e-30:         # greedy; float32 cannot divide by less
         return logits.argmax(-1)
     logits = logits / temperature
     if 0 < top_k < logits.shape[1]:

@@ -21,6 +21,7 @@ def save(folder, step, model, state, keep=2):
     """Write the model and `state` as checkpoint `step`. The last `keep` up to it stay, no others. Raises OSError."""
     path = os.path.join(folder, f'step-{step:06}')
     check_weights(model, f'step {step} is not saved, those before it are untouched')
+    os.makedirs(folder, exist_ok=True)
     state = dict(state, format=1, step=step, model_config=asdict(model.config), model=model.state_dict())
     with written_aside(path + '.json') as record, written_aside(path + '.pt') as weights, open(weights, 'wb') as f:
         try:
@@ -113,6 +114,7 @@ def open_run(folder, start_step, say=print):
             number += 1
         os.rename(folder, f'{folder}.{number}')
         say(f'the run that was in {folder} is now in {folder}.{number}')
+    os.makedirs(folder, exist_ok=True)
     whole = [step_of(path) for path in find(folder)]
     for path in sorted(Path(folder).glob('*')):
         if path.suffix == '.tmp' or path.suffix == '.pt' and step_of(str(path)) not in [None, *whole]:

@@ -63,14 +63,13 @@ def held(folder):
 
 @contextlib.contextmanager
 def written_aside(path):
-    """The name to write to, in a folder that is made. It is renamed to `path`, or after an error removed."""
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    """The name to write to. The file is renamed to `path`, or after an error removed."""
     aside = path + '.tmp'
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         os.remove(aside)            # a link there would lead the writing elsewhere
     try:
         yield aside
         os.replace(aside, path)
     finally:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             os.remove(aside)

@@ -311,6 +311,6 @@ class Run(Worker):
             raise SystemExit(128 + self.signalled)
         still = ''
         if abs(self.measured.get('rewards/margins', 1)) < 0.01:
-            if abs(self.measured.get('kl', 0)) <= self.measured.get('kl_error', 0):
+            if abs(self.measured.get('kl', 0)) <= max(0.001, self.measured.get('kl_error', 0)):
                 still = ', but it ended where it began: raise --learning_rate or --epochs, or lower --warmup_steps'
         self.say(f'done: {self.out_dir}{still}')
