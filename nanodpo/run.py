@@ -87,7 +87,7 @@ class Run(Worker):
         self.cfg = cfg
         self.stage = stage
         self.data_dir = os.path.join('data', cfg.name)
-        self.out_dir = os.path.join('out', cfg.name, cfg.run_name)
+        self.out_dir = os.path.join('out', cfg.name, getattr(cfg, 'run_name', stage))
         super().__init__(cfg.device, cfg.dtype, *ranks())
         self.compile = self.device.type == 'cuda' if cfg.compile is None else cfg.compile
         self.launch, self.restarted = join(self.world, self.rank, self.device.type, cfg.join_timeout)
