@@ -249,7 +249,7 @@ class Run(Worker):
             with config.one_line('track=wandb needs `pip install wandb`, and a login or WANDB_MODE=offline'):
                 import wandb
                 os.makedirs(os.path.dirname(self.out_dir), exist_ok=True)
-                self.wandb = wandb.init(project='nanodpo', name=f'{self.cfg.name}-{self.cfg.run_name}', id=self.wandb_id,
+                self.wandb = wandb.init(project='nanodpo', name=f'{self.cfg.name}-{os.path.basename(self.out_dir)}', id=self.wandb_id,
                                         resume='allow', config=asdict(self.cfg), dir=os.path.dirname(self.out_dir))
                 self.wandb_id = self.wandb.id
         self.log_file = checkpoint.open_run(self.out_dir, self.start, self.say)

@@ -82,7 +82,7 @@ def test_the_campaign_fails_where_a_stage_does_not_check_what_it_reads():
     ('rankings', b'{"prompt": "p", "responses": ["a", "b", "c"], "scores": [1, 3, 2.5]}', (['p', 'b', 'c', 'a'], None)),
     ('rankings', b'{"prompt": "p", "responses": ["a", "b", "c"], "scores": [1, 1.0, 2]}', False),
     ('unpaired', b'{"prompt": "p", "completion": "a", "label": false}', (['p', 'a'], False)),
-    ('unpaired', b'{"prompt": "p", "completion": "a", "label": 1}', False),
+    ('unpaired', b'{"prompt": "p", "completion": "a", "label": 2}', False),
     ('documents', b'{"text": " a"}', (['', ' a'], None)),
     ('demonstrations', b'{"prompt": " ", "completion": "a"}', ([' ', 'a'], None)),
     ('demonstrations', b'{"prompt": "p", "completion": "a", "label": true}', False),
