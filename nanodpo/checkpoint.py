@@ -88,12 +88,12 @@ def read_last(folder, say):
 
 def open_run(folder, start_step):
     """Make a run's folder ready to go on after start_step. -> its log.jsonl, to append to. Raises OSError.
-
-    At 0 an earlier run is moved to <folder>.previous. Else the log loses its lines beyond the step.
-    """
+    At 0 an earlier run is moved to <folder>.previous. Else the log loses its lines beyond the step."""
     if start_step == 0 and find(folder):
         shutil.rmtree(folder + '.previous', ignore_errors=True)
         os.rename(folder, folder + '.previous')
+    older = [path for path in find(folder) if step_of(path) <= start_step]
+    keep_only(folder, set(find(folder)) - set(older[:-2]))          # a run killed in `save` may have left three
     log = os.path.join(folder, 'log.jsonl')
     lines = []
     if start_step and os.path.exists(log):
