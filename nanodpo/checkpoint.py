@@ -120,6 +120,8 @@ def open_run(folder, start_step, say=print):
         if path.suffix == '.tmp' or path.suffix == '.pt' and step_of(str(path)) not in [None, *whole]:
             path.unlink()
             say(f'note: removed {path}, which was never finished')
+    older = [path for path in find(folder) if step_of(path) <= start_step]
+    keep_only(folder, set(find(folder)) - set(older[:-2]))          # a run killed in `save` may have left three
     log = os.path.join(folder, 'log.jsonl')
     lines = []
     if start_step and os.path.exists(log):

@@ -55,7 +55,7 @@ def say(*texts, file=None):
 
 
 def tinted(pieces, limit):
-    """The pieces of token_pieces as a styled text, tinted by the sum of their values: full at `limit`, orange below 0."""
+    """The pieces of token_pieces as a styled text, tinted by the sum of their values: full at `limit`, orange below."""
     letters = []
     for text, values in pieces:
         value = sum(values) / limit

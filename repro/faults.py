@@ -588,6 +588,8 @@ def expected(kind, line):
         row = json.loads(line.decode('utf-8').removeprefix('\ufeff'))
     except (ValueError, RecursionError):
         return False
+    if kind == 'documents' and isinstance(row, str):
+        return is_text(row) and (['', row], None)
     if not isinstance(row, dict):
         return False
     if kind == 'documents':
@@ -964,7 +966,7 @@ FILES = {           # other files: (the command that reads them, what is done to
     'a tokenizer of numbers': ('sample', odd_tokenizer, OWN, dict(tokens=[1, 2])),
     'a tokenizer without a pattern': ('sample', odd_tokenizer, OWN, dict(pattern='(')),
     'a tokenizer whose name is a path': ('sample', sealed, OWN, dict(tokenizer='../../pairs.jsonl')),
-    'a tokenizer that is not there': ('dpo', sealed, OWN, dict(tokenizer='no-such-tokenizer')),
+    'a tokenizer that is not there': ('sample', sealed, OWN, dict(tokenizer='no-such-tokenizer')),
     'splits that are a list': ('dpo', sealed, OWN, dict(splits=[])),
     'a split that is a number': ('dpo', sealed, OWN, dict(splits={'train': 1, 'val': 2})),
     'a type with code': ('dpo', sealed, OWN, lambda meta: meta['splits']['train'].update(dtype='object')),

@@ -85,7 +85,8 @@ def clipped_step(policy, value_model, optimizer, groups, ids, mask, tables, cfg)
                                                      state_values(value_model, batch), old_values, returns, cfg.clip)
         ((policy_losses.sum() + value_losses.sum()) / tokens).backward()
         loss += policy_losses.sum().item() / tokens.item()
-    norms = [torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip).item() for model in (policy, value_model)]
+    norms = [torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip).item()
+             for model in (policy, value_model)]
     if np.isfinite(norms).all():
         optimizer.step()
     optimizer.zero_grad()

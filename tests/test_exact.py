@@ -120,9 +120,12 @@ def test_mask_is_the_rule_for_every_pair_of_tokens(split):
 
 
 @NEEDS_COMPILER
-def test_the_compiled_flex_attention_path_equals_the_dense_one_and_is_compiled_once_for_all_lengths(split):
+def test_compiled_flex_attention_equals_the_dense_path_and_is_compiled_once_for_all_lengths(split, monkeypatch):
     """The path that CUDA takes, forward, on the CPU: block mask and blocks compiled, rows padded to blocks of 128."""
     from torch._dynamo.utils import counters
+    from torch._inductor.codegen.common import KernelArgs
+    # for the CPU torch 2.13 replaces the name ks2 in the C++ that it writes, within ks27, too
+    monkeypatch.setattr(KernelArgs, 'size', lambda self, name: self._lookup('ks0', self.sizevars, name))
     groups, model = split(random_groups(60, 2, np.random.default_rng(3))), small_gpt()
     net = copy.deepcopy(model)
     compile_blocks(net)

@@ -31,7 +31,8 @@ def test_imports_go_one_way():
 
 def test_the_shared_modules_form_no_circle():
     modules = {path.stem: path for path in (ROOT / 'nanodpo').glob('*.py')}
-    needs = {name: {other for other in modules if f'nanodpo.{other}' in imports(path)} for name, path in modules.items()}
+    needs = {name: {other for other in modules if f'nanodpo.{other}' in imports(path)}
+             for name, path in modules.items()}
     while needs:
         free = [name for name, others in needs.items() if not others & needs.keys()]
         assert free, f'these import one another: {sorted(needs)}'
@@ -41,7 +42,8 @@ def test_the_shared_modules_form_no_circle():
 
 def test_no_assert_guards_the_product():
     for path in PRODUCT:
-        lines = [node.lineno for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))) if isinstance(node, ast.Assert)]
+        nodes = ast.walk(ast.parse(path.read_text(encoding='utf-8')))
+        lines = [node.lineno for node in nodes if isinstance(node, ast.Assert)]
         assert not lines, f'{path.name}: python -O would drop the checks in lines {lines}'
 
 
