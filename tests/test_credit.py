@@ -1,17 +1,13 @@
 """repro/credit.py: exact advantages against sums over completions, credit of words against a count by hand."""
 import json
 import math
-import sys
 
 import numpy as np
 import pytest
 import torch
 
-from conftest import ROOT
-
-sys.path.insert(0, str(ROOT / 'repro'))
-import credit               # noqa: E402
-import optimum              # noqa: E402
+import credit
+import optimum
 
 BETA = 0.7
 

@@ -40,8 +40,7 @@ def write_parquet(folder, **splits):
         write_rows(f'{folder}/{split}-00000-of-00001.parquet', rows)
 
 
-# -----------------------------------------------------------------------------
-# sorts of files
+# --- sorts of files -------------------------------------------------------------------------------
 
 PAIRS = [dict(prompt=f'{i}, "why"?\n', chosen=['None', ' naïve 👍', '007'][i % 3], rejected=f'[{i}, NA]')
          for i in range(12)]
@@ -204,8 +203,7 @@ def test_what_datasets_saves_with_save_to_disk_is_read_with_splits_or_alone():
     assert [splits['several'][split]['kept'] for split in ('train', 'val')] == [len(PAIRS), 1]
 
 
-# -----------------------------------------------------------------------------
-# kinds of rows, and what is wrong with a row
+# --- kinds of rows, and what is wrong with a row --------------------------------------------------
 
 RANKING, EXAMPLE, PAIR = RANKINGS[0], UNPAIRED[0], dict(prompt='a', chosen='b', rejected='c')
 DEMONSTRATIONS = [dict(prompt=f'{i}', completion='a') for i in range(6)]
@@ -335,8 +333,7 @@ def test_a_ranking_of_two_is_a_pair_byte_for_byte():
     assert Groups('data/pairs', 'train').fingerprint == Groups('data/rankings', 'train').fingerprint
 
 
-# -----------------------------------------------------------------------------
-# messages and the template
+# --- messages and the template --------------------------------------------------------------------
 
 SYSTEM = turns('Hi 👍', 'Hello.', 'E\u0301? שלום', system='Be <kind>.')
 TEMPLATES = [('', '\n\nHuman: {}\n\nAssistant:', ' '), ('Q: {prompt}\nA: ', 'Q: {}\nA: ', ''),
@@ -423,8 +420,7 @@ def test_strings_before_messages_need_a_template():
     assert expected in prepare_all('--source=rows.jsonl')[0]
 
 
-# -----------------------------------------------------------------------------
-# Anthropic HH, and the other sources in the hub's layout, by row(raw) of their config files
+# --- Anthropic HH, and the other sources in the hub's layout, by row(raw) of their config files ---
 
 def test_whole_dialogues_are_split_at_their_last_turn_and_each_kind_of_dirt_has_its_name(capfd):
     turn = '\n\nAssistant:'
@@ -567,8 +563,7 @@ def test_what_a_row_function_raises_is_one_line_with_the_row_and_the_error(sourc
     assert 'row in the config file must be a function' in error_of('mine.py', '--source=rows.jsonl')
 
 
-# -----------------------------------------------------------------------------
-# IMDb, with its classifier
+# --- IMDb, with its classifier --------------------------------------------------------------------
 
 def reviews(n, seed):
     """Film reviews in the raw form of IMDb."""

@@ -1,15 +1,11 @@
 """repro/delta.py: which pairs it takes, against a search over all, and a run as a user makes it."""
 import itertools
 import json
-import sys
 
 import numpy as np
 import pytest
 
-from conftest import ROOT
-
-sys.path.insert(0, str(ROOT / 'repro'))
-import delta                    # noqa: E402
+import delta
 
 REWARD = '''
 def reward(prompts, responses):

@@ -31,8 +31,7 @@ def snapshot():
     return {str(p): p.read_bytes() for p in Path('.').rglob('*') if p.is_file()}
 
 
-# ----------------------------------------------------------------------------------------------------
-# what is wrong, made in the working directory; each returns the flags of the stage that meets it
+# --- what is wrong, made in the working directory; each returns the flags of the stage that meets it ---
 
 def after(function, *args, flags=DPO):
     function(*args)
@@ -256,8 +255,7 @@ def test_a_full_disk_keeps_the_checkpoints_before_it(experiment, stage):
     assert checkpoint.find(f'out/tiny/{stage}')[-1].endswith('step-000004.pt')
 
 
-# ----------------------------------------------------------------------------------------------------
-# config
+# --- config ---------------------------------------------------------------------------------------
 
 def configs_of_stages():
     return {stage: importlib.import_module(script).Config for stage, script in STAGES.items()}

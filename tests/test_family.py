@@ -2,24 +2,21 @@
 import json
 import math
 import os
-import sys
 
 import numpy as np
 import pytest
 import torch
 
-from conftest import ROOT, read_log, small_gpt
-
-sys.path.insert(0, str(ROOT / 'repro'))
-import dpo                                                  # noqa: E402
-import family                                               # noqa: E402
-import sweep                                                # noqa: E402
-from config import UserError                                # noqa: E402
-from nanodpo import checkpoint                              # noqa: E402
-from nanodpo.data import Groups, epoch_order                # noqa: E402
-from nanodpo.losses import LOSSES                           # noqa: E402
-from rollout import Task                                    # noqa: E402
-from test_exact import one_at_a_time                        # noqa: E402
+from conftest import read_log, small_gpt
+import dpo
+import family
+import sweep
+from config import UserError
+from nanodpo import checkpoint
+from nanodpo.data import Groups, epoch_order
+from nanodpo.losses import LOSSES
+from rollout import Task
+from test_exact import one_at_a_time
 
 REWARD = '''def reward(prompts, responses):
     return [(sum(map(ord, p + r)) % 997) / 100 for p, r in zip(prompts, responses)]
@@ -39,8 +36,7 @@ def rewards_of(prompt, responses):
     return [(sum(map(ord, text(prompt))) + sum(map(ord, text(r)))) % 997 / 100 for r in responses]
 
 
-# ----------------------------------------------------------------------------------------------------
-# data
+# --- data -----------------------------------------------------------------------------------------
 
 def test_pairs_and_rankings_hold_the_same_responses_and_only_train_is_flipped(task):
     common = {'name': 'tiny', 'reward': 'reward.py', 'folder': 'out/tiny/family', 'prefixes': 30, 'val_prefixes': 6,
@@ -79,8 +75,7 @@ def test_what_is_flipped_depends_on_the_seed_and_not_on_the_order_of_training():
     assert a == b != c and groups[0] == [[0], [1], [2]]
 
 
-# ----------------------------------------------------------------------------------------------------
-# metrics
+# --- metrics --------------------------------------------------------------------------------------
 
 def test_a_policy_is_judged_by_the_log_probs_of_its_own_samples(task):
     policy, reference, prompts = small_gpt(5), small_gpt(0), task.prompts('val', 5)
@@ -104,8 +99,7 @@ def test_distinct_3_counts_trigrams_of_words_within_a_text():
     assert family.distinct_3(['', 'two words']) == 0
 
 
-# ----------------------------------------------------------------------------------------------------
-# the search and the runs
+# --- the search and the runs ----------------------------------------------------------------------
 
 def test_the_winner_has_the_highest_reward_within_4_nats_and_with_its_text_intact():
     def run(reward, kl, formed):

@@ -17,9 +17,7 @@ from conftest import ROOT, random_groups, read_log, small_gpt, write_data
 from nanodpo import checkpoint
 from nanodpo.data import Groups, read_meta, replacing, sha256_file
 from nanodpo.text import load_tokenizer, make_tokenizer, text_ids
-
-sys.path.insert(0, str(ROOT / 'repro'))
-import faults                                           # noqa: E402
+import faults
 
 DPO = ['--name=tiny', '--max_steps=8', '--batch_size=8', '--device=cpu', '--learning_rate=1e-3', '--warmup_steps=2']
 
@@ -32,8 +30,7 @@ def some_groups(seed=0):
     return {'train': random_groups(4, 2, np.random.default_rng(seed))}
 
 
-# ----------------------------------------------------------------------------------------------------
-# the campaign itself
+# --- the campaign itself --------------------------------------------------------------------------
 
 def test_a_slice_of_the_campaign_passes(tmp_path):
     flags = ['--trials=1', '--workers=1', '--seed=2', f'--out={tmp_path}/faults']
@@ -97,8 +94,7 @@ def test_the_oracle_says_what_the_format_says(kind, line, says):
     assert faults.expected(kind, line) == says
 
 
-# ----------------------------------------------------------------------------------------------------
-# data sets
+# --- data sets ------------------------------------------------------------------------------------
 
 def test_any_bit_of_meta_json_or_tokenizer_json_that_matters_is_refused(tmp_path):
     rng = np.random.default_rng(0)
@@ -176,8 +172,7 @@ def test_a_million_spaces_are_tokenised(tmp_path):
         assert bytes(text_ids(tokenizer, text)).decode() == text
 
 
-# ----------------------------------------------------------------------------------------------------
-# checkpoints and models
+# --- checkpoints and models -----------------------------------------------------------------------
 
 def test_what_a_killed_run_left_goes_and_foreign_names_stay(tmp_path):
     run, state, model = tmp_path / 'run', dict(config={}), small_gpt()

@@ -117,8 +117,7 @@ def test_a_chat_template_writes_turns_as_training_has_them_and_a_prompt_with_its
         assert ids == prompt_ids(encoding, render(text, template), template)
 
 
-# -----------------------------------------------------------------------------
-# weights in
+# --- weights in -----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('n_layer, n_head, n_embd', [(12, 12, 768), (24, 16, 1024), (36, 20, 1280), (48, 25, 1600)])
 def test_each_size_of_gpt2_has_transformers_tensors(n_layer, n_head, n_embd):
@@ -262,8 +261,7 @@ def test_damaged_weights_and_a_missing_file_or_package_end_with_one_line(hub_lay
     refused(hub_layout, 'FileNotFoundError.*config.json')
 
 
-# -----------------------------------------------------------------------------
-# weights out
+# --- weights out ----------------------------------------------------------------------------------
 
 @pytest.fixture
 def own(tmp_path, monkeypatch):

@@ -57,8 +57,7 @@ def plain(n, seed=0):
             for i in range(n)]
 
 
-# ----------------------------------------------------------------------------------------------------
-# a dry run is the run, without its files
+# --- a dry run is the run, without its files ------------------------------------------------------
 
 KINDS = {
     'pairs': lambda: pairs(plain(60) + plain(3)),
@@ -151,8 +150,7 @@ def test_the_histograms_count_what_a_recount_counts(capfd, scale):
         assert line[12:].replace(',', '').split() == ranks
 
 
-# ----------------------------------------------------------------------------------------------------
-# what is odd has a name and a number
+# --- what is odd has a name and a number ----------------------------------------------------------
 
 def numbers(text):
     return [int(n.replace(',', '')) for n in re.findall(r'[\d,]*\d', text)]

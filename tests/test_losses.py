@@ -1,8 +1,5 @@
 """The losses: each against its formula in 100 digits, its limits, its extremes, and dpo.py with it end to end.
-
-A new loss in LOSSES is tested without a line here: its gradient, types, extremes and knobs, and dpo.py with it in one
-process and in two. With a function in FORMULAS it is compared with that, too.
-"""
+A new loss in LOSSES is tested without a line here. With a function in FORMULAS it is compared with that, too."""
 import decimal
 import gc
 import inspect
@@ -26,8 +23,7 @@ from test_exact import one_at_a_time
 from test_train import DPO, last_checkpoint, losses, worst_difference
 
 
-# ----------------------------------------------------------------------------------------------------
-# the formulas as the papers print them, one example at a time, in 100 digits: no trick for stability is needed, and
+# --- the formulas as the papers print them, one example at a time, in 100 digits: no trick for stability is needed, and ---
 # derivatives are quotients of differences. w, l: the policy's log-probs of chosen and rejected; u, v: the reference's;
 # m, n: tokens; p, ref: the log-probs of all responses; r: their rewards; x: beta times the margin
 
@@ -150,8 +146,7 @@ def kinds_of_data(name):
 LOSS_AND_KIND = [(name, kind) for name in LOSSES for kind in kinds_of_data(name)]
 
 
-# ----------------------------------------------------------------------------------------------------
-# values, gradients, limits, extremes
+# --- values, gradients, limits, extremes ----------------------------------------------------------
 
 @pytest.mark.parametrize('name, kind', [pair for pair in LOSS_AND_KIND if pair[0] in FORMULAS])
 def test_values_rewards_and_gradients_equal_the_formula_in_100_digits(name, kind):
@@ -322,8 +317,7 @@ def test_a_loss_of_one_s_own_is_a_function_and_a_line(monkeypatch):
     assert kinds_of_data('mine') == ['pairs']
 
 
-# ----------------------------------------------------------------------------------------------------
-# dpo.py end to end
+# --- dpo.py end to end ----------------------------------------------------------------------------
 
 def write_models(**models):
     for name, model in models.items():
@@ -510,8 +504,7 @@ def test_a_loss_without_a_reference_holds_one_model_and_may_have_unused_knobs_at
     assert alive == [models]
 
 
-# ----------------------------------------------------------------------------------------------------
-# knobs and data
+# --- knobs and data -------------------------------------------------------------------------------
 
 def error_of(*flags):
     """The one line that dpo.py ends with."""
@@ -560,8 +553,7 @@ def test_data_that_do_not_fit_the_loss_are_an_error(workplace, name, kind, taker
     assert message == f'data/{folder} holds {kind}, for loss={takers}, not {name}'
 
 
-# ----------------------------------------------------------------------------------------------------
-# the reference
+# --- the reference --------------------------------------------------------------------------------
 
 def test_step_0_is_ln_2_against_a_copy_and_not_against_another_reference(workplace):
     first = []

@@ -29,8 +29,7 @@ def test_two_models_share_their_random_numbers():
     assert first == b.generate(prompts, 20, 256, seed=5) != b.generate(prompts, 20, 256, seed=6)
 
 
-# -----------------------------------------------------------------------------
-# checkpoints
+# --- checkpoints ----------------------------------------------------------------------------------
 
 def saved(folder, *steps, **state):
     os.makedirs(folder, exist_ok=True)

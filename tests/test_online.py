@@ -1,24 +1,21 @@
 """Pairs drawn from a policy: what is written is what independent drawing, scoring and pairing of the prompts gives."""
 import os
 import shutil
-import sys
 
 import numpy as np
 import pytest
 import torch
 
 from config import UserError
-from conftest import ROOT, random_groups, run_ranks, run_stage, small_gpt
+from conftest import random_groups, run_ranks, run_stage, small_gpt
 from nanodpo import checkpoint
 from nanodpo.data import Groups, Sampled, read_meta
 from nanodpo.text import load_tokenizer
-
-sys.path.insert(0, str(ROOT / 'repro'))
-import draw_prefs                                           # noqa: E402
-import iterative                                            # noqa: E402
-from draw_prefs import open_reward, pair_up, write_set      # noqa: E402
-from reward_model import RewardModel, all_rewards           # noqa: E402
-from sweep import path_of                                   # noqa: E402
+import draw_prefs
+import iterative
+from draw_prefs import open_reward, pair_up, write_set
+from reward_model import RewardModel, all_rewards
+from sweep import path_of
 
 
 def fingerprint(path):
@@ -50,8 +47,7 @@ def test_written_groups_are_read_back_and_replace_a_set_whole_or_not_at_all(expe
     assert before == content('data/three')
 
 
-# ----------------------------------------------------------------------------------------------------
-# pairs
+# --- pairs ----------------------------------------------------------------------------------------
 
 def test_pairs_equal_a_brute_force_over_rewards_with_ties():
     rng = np.random.default_rng(2)
@@ -169,8 +165,7 @@ def test_a_reward_models_rewards_equal_one_response_at_a_time(experiment):
             assert reward == pytest.approx((states[0, -1] @ model.reward.weight[0]).item(), abs=1e-4)
 
 
-# ----------------------------------------------------------------------------------------------------
-# mistakes
+# --- mistakes -------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('flag, message', [
     ('--source=', 'source, policy and reward must be set'), ('--reward=nowhere.py', 'reward nowhere.py is neither'),
@@ -202,8 +197,7 @@ def test_an_error_of_rank_0_ends_all_and_draws_nothing(drawn):
     assert said[0].startswith(f'error: {line}') and line in said[1] and not os.path.exists('data/drawn')
 
 
-# ----------------------------------------------------------------------------------------------------
-# repro/iterative.py
+# --- repro/iterative.py ---------------------------------------------------------------------------
 
 def test_rounds_draw_new_prompts_from_the_last_policy_at_equal_pairs_and_steps(drawn, experiment):
     common = {'name': 'tiny', 'reward': str(experiment / 'reward.py'), 'folder': 'runs', 'rounds': 2, 'prompts': 16,

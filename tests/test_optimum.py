@@ -2,17 +2,13 @@
 import itertools
 import json
 import math
-import sys
 from collections import Counter
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from conftest import ROOT
-
-sys.path.insert(0, str(ROOT / 'repro'))
-import optimum                  # noqa: E402
+import optimum
 
 
 @pytest.fixture(scope='module', autouse=True)

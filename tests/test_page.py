@@ -17,13 +17,10 @@ import pytest
 
 import config
 import sample
-from conftest import ROOT
 from nanodpo.text import printable, text_of, token_pieces
 from test_sample import (ATTACK, TEXTS, as_seen_by_the_colour_blind, assert_readable, contrast,      # noqa: F401
                          pieces_of, run, tokenizers, trained)
-
-sys.path.insert(0, str(ROOT / 'repro'))
-import page                                             # noqa: E402
+import page
 
 CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome', 'chrome'))), None)
 COLOURS = re.findall(r'--(\w+): (\d+) (\d+) (\d+);', page.STYLE)
@@ -63,8 +60,7 @@ class Page:
         return [e for e in self.elements if e[0] == name or name in e[1].get('class', '').split()]
 
 
-# -----------------------------------------------------------------------------
-# the numbers and the colours
+# --- the numbers and the colours ------------------------------------------------------------------
 
 def test_pieces_join_to_the_text_and_hold_every_value_once(tmp_path):
     for tokenizer in tokenizers(tmp_path / 'd'):
@@ -118,8 +114,7 @@ def test_text_on_every_tint_meets_wcag_aa_and_the_colour_blind_tell_the_two_side
             assert math.dist(blue, orange) > 0.8 * math.dist(blue, white), 'not two shades of one colour'
 
 
-# -----------------------------------------------------------------------------
-# the page
+# --- the page -------------------------------------------------------------------------------------
 
 def test_whatever_the_texts_hold_the_page_shows_it_and_no_more(tmp_path):
     for tokenizer in tokenizers(tmp_path / 'd'):
@@ -228,8 +223,7 @@ def test_a_full_disk_leaves_the_old_page_as_it_was(old, monkeypatch, tmp_path_fa
         write(monkeypatch, '\n'.join(map(json.dumps, [*samples, dict(summary=summary)])))
 
 
-# -----------------------------------------------------------------------------
-# a real browser
+# --- a real browser -------------------------------------------------------------------------------
 
 PROBE = """<!DOCTYPE html><title>probe</title><iframe width="WIDTH" height="800"></iframe><pre id="out"></pre><script>
 const frame = document.querySelector('iframe')

@@ -3,20 +3,16 @@ import functools
 import itertools
 import json
 import math
-import sys
 
 import numpy as np
 import pytest
 import torch
 
-from conftest import ROOT
-
-sys.path.insert(0, str(ROOT / 'repro'))
-import optimum                      # noqa: E402
-import pathologies                  # noqa: E402
-import pathologies_figure           # noqa: E402
-import pathologies_gpt              # noqa: E402
-import sentences                    # noqa: E402
+import optimum
+import pathologies
+import pathologies_figure
+import pathologies_gpt
+import sentences
 
 STRIDE = sentences.LONGEST + 1
 

@@ -39,8 +39,7 @@ def content(folder='data/made'):
     return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
 
-# -----------------------------------------------------------------------------
-# ids, truncation, the end token
+# --- ids, truncation, the end token ---------------------------------------------------------------
 
 @needs_hh
 def test_hh_ids_equal_an_independent_encoding_and_truncation_loses_only_what_its_rule_says(gpt2):
@@ -139,8 +138,7 @@ def test_the_template_stands_around_every_prompt_and_may_begin_with_the_end_toke
     assert EOT in [group[0] for group in prepare_all('--source=pairs.jsonl')[0]]
 
 
-# -----------------------------------------------------------------------------
-# what is held out, Python files, documents
+# --- what is held out, Python files, documents ----------------------------------------------------
 
 def test_validation_prompts_are_new_to_the_model():
     pairs = [dict(prompt=f'p{i % 40}', chosen=f'c{i}', rejected=f'r{i}') for i in range(200)]
@@ -235,8 +233,7 @@ def test_documents_come_from_text_lines_and_from_the_chosen_side():
             assert texts[f'documents_{split}'] == [[EOT, prompt + chosen] for prompt, chosen, _ in texts[split]]
 
 
-# -----------------------------------------------------------------------------
-# mistakes of a user
+# --- mistakes of a user ---------------------------------------------------------------------------
 
 def test_a_user_s_mistake_is_one_line_on_stderr_without_a_traceback():
     write_rows('pairs.jsonl', [*PAIRS[:2], dict(prompt='a', chosen='b')])
@@ -272,8 +269,7 @@ def test_knobs_and_sources_that_cannot_be_are_said_in_one_line(flags, expected):
     assert expected in error_of('--source=pairs.jsonl', *flags) and not os.path.exists('data')
 
 
-# -----------------------------------------------------------------------------
-# unpaired examples and rankings
+# --- unpaired examples and rankings ---------------------------------------------------------------
 
 def test_sft_and_documents_learn_from_the_desirable_examples_alone(capfd):
     write_rows('unpaired.jsonl', [dict(prompt='x', completion='rejected', label=False), *UNPAIRED, b'{}'])
@@ -322,8 +318,7 @@ def test_labels_count_as_content():
     assert not list(Path('data/made').glob('*.labels.npy'))         # nothing is left of the older set
 
 
-# -----------------------------------------------------------------------------
-# tokenizers of our own
+# --- tokenizers of our own ------------------------------------------------------------------------
 
 @pytest.mark.parametrize('seed', range(5))
 def test_bpe_merges_what_a_recount_of_everything_would(seed):
@@ -388,8 +383,7 @@ def test_a_vocabulary_beyond_16_bits_is_stored_in_32(monkeypatch):
     assert groups.meta['splits']['train']['dtype'] == 'uint32' and groups[0][1][-1] == 70_000
 
 
-# -----------------------------------------------------------------------------
-# the set on disk
+# --- the set on disk ------------------------------------------------------------------------------
 
 def test_the_same_inputs_are_reused_and_anything_else_is_remade(capfd):
     write_rows('own/train.jsonl', UNPAIRED)

@@ -1,20 +1,14 @@
-"""The READMEs and the headers of files: their commands can be read by the scripts, their links lead somewhere.
-
-repro/readme.py runs the README's commands.
-"""
+"""READMEs and headers: scripts can read their commands, which repro/readme.py runs; links lead somewhere."""
 import importlib
 import re
 import shlex
 import subprocess
-import sys
 
 import pytest
 
 import config
 from conftest import ROOT
-
-sys.path.insert(0, str(ROOT / 'repro'))
-from readme import LONG, commands       # noqa: E402
+from readme import LONG, commands
 
 README = (ROOT / 'README.md').read_text(encoding='utf-8')
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding='utf-8')

@@ -4,25 +4,22 @@ import json
 import math
 import os
 import random
-import sys
 
 import numpy as np
 import pytest
 import torch
 
-from conftest import ROOT, random_groups, read_log, run_stage, small_gpt
-
-sys.path.insert(0, str(ROOT / 'repro'))
-import dpo                                                  # noqa: E402
-import frontier                                             # noqa: E402
-import offline                                              # noqa: E402
-import ppo                                                  # noqa: E402
-import reward_model                                         # noqa: E402
-import sweep                                                # noqa: E402
-from best_of_n import best_of_n                             # noqa: E402
-from config import UserError, reviews                       # noqa: E402
-from dpo import dpo_loss, response_logps                    # noqa: E402
-from nanodpo.data import Sampled, pack                      # noqa: E402
+from conftest import random_groups, read_log, run_stage, small_gpt
+import dpo
+import frontier
+import offline
+import ppo
+import reward_model
+import sweep
+from best_of_n import best_of_n
+from config import UserError, reviews
+from dpo import dpo_loss, response_logps
+from nanodpo.data import Sampled, pack
 
 
 def lists(n, K, seed):
@@ -38,8 +35,7 @@ def states_of(model, prompt, response):
     return model(tokens, torch.arange(T)[None], torch.ones(1, 1, T, T, dtype=torch.bool).tril())[0]
 
 
-# ----------------------------------------------------------------------------------------------------
-# offline.py: K responses, all their pairs
+# --- offline.py: K responses, all their pairs -----------------------------------------------------
 
 PAIR_LOSSES = {     # of all pairs at once, and of the pair (w, l)
     'dpo': (lambda logps, ref: offline.dpo_losses(logps, ref, 0.3),
@@ -96,8 +92,7 @@ def test_training_takes_the_gradient_of_the_mean_over_the_pairs_of_a_batch():
     assert sure.sum() > 1000 and (moves.sign() == -gradients.sign())[sure].all()
 
 
-# ----------------------------------------------------------------------------------------------------
-# reward_model.py
+# --- reward_model.py ------------------------------------------------------------------------------
 
 def test_packed_rewards_equal_one_response_at_a_time():
     groups = lists(6, 3, 4)
@@ -123,8 +118,7 @@ def test_accuracy_and_calibration_by_hand():
     assert (low, high) == (pytest.approx(0.4038, abs=1e-4), pytest.approx(0.5962, abs=1e-4))       # Wilson's, tabled
 
 
-# ----------------------------------------------------------------------------------------------------
-# ppo.py
+# --- ppo.py ---------------------------------------------------------------------------------------
 
 def test_advantages_are_the_double_sum_of_the_paper():
     g = torch.Generator().manual_seed(0)
@@ -169,8 +163,7 @@ def test_tokens_side_by_side_are_those_of_each_rollout():
         assert (logps[i, len(response):] == 0).all()
 
 
-# ----------------------------------------------------------------------------------------------------
-# best_of_n.py and the grammar's frontier
+# --- best_of_n.py and the grammar's frontier ------------------------------------------------------
 
 def test_best_of_n_blocks():
     chooser, values = np.array([[1.0, 3.0, 2.0, 0.0]]), np.array([[10.0, 20.0, 30.0, 40.0]])
@@ -193,8 +186,7 @@ def test_the_grammars_frontier_is_that_of_its_own_samples_reweighted():
         assert kl == pytest.approx(estimate / beta - log_z, abs=5 * kl_error)
 
 
-# ----------------------------------------------------------------------------------------------------
-# the scripts
+# --- the scripts ----------------------------------------------------------------------------------
 
 @pytest.fixture
 def tiny(experiment):

@@ -44,8 +44,7 @@ def log_odds(r, text):
     return likelihood[1] - likelihood[-1]
 
 
-# ----------------------------------------------------------------------------------------------------
-# the header and the data
+# --- the header and the data ----------------------------------------------------------------------
 
 def test_the_header_states_the_figures_of_the_log_that_it_cites_and_how_often_the_labels_are_right(r):
     log = (ROOT / 'repro/logs/quickstart.txt').read_text()
@@ -95,8 +94,7 @@ def test_data_are_as_declared_reviews_of_both_polarities_and_nothing_of_train_is
     assert statistics.mean(len(polarities) == 2 for polarities in signs) > 0.5
 
 
-# ----------------------------------------------------------------------------------------------------
-# the pairs
+# --- the pairs ------------------------------------------------------------------------------------
 
 def test_a_pair_shares_a_prompt_of_2_to_8_words_and_its_responses_differ(r):
     sizes = collections.Counter()
@@ -155,8 +153,7 @@ def test_polarity_given_a_prefix_is_its_posterior(r):
         assert share == pytest.approx(1 / (1 + math.exp(-log_odds_of_z)), abs=4 * 0.5 / math.sqrt(4_000)), prompt
 
 
-# ----------------------------------------------------------------------------------------------------
-# the reward
+# --- the reward -----------------------------------------------------------------------------------
 
 def test_reward_is_the_log_odds_of_the_hidden_polarity(r):
     texts = r.docs['val'][:200]
@@ -212,8 +209,7 @@ def test_opposites_have_opposite_weights_no_word_has_two_and_none_stands_among_t
     assert not set(neutral) & set(r.weights())
 
 
-# ----------------------------------------------------------------------------------------------------
-# the grammar and its recogniser
+# --- the grammar and its recogniser ---------------------------------------------------------------
 
 def test_a_prefix_is_read_in_one_way_and_a_form_is_as_likely_under_either_polarity(r):
     for kind in r.FORMS:

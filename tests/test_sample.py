@@ -96,8 +96,7 @@ def sample_slowly(net, prompts, n, end, seed, vocab_size=None, temperature=1.0, 
 PROMPTS = [[5], [7, 200, 31, 4, 4, 9], [80, 81, 82], list(range(40, 60))]
 
 
-# -----------------------------------------------------------------------------
-# the generator
+# --- the generator --------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('options', [dict(temperature=0), dict(), dict(temperature=0.6, top_k=20), dict(top_p=0.8),
                                      dict(temperature=1.5, top_k=50, top_p=0.7), dict(top_p=1e-9),
@@ -137,8 +136,7 @@ def test_ids_of_a_padded_vocabulary_are_never_drawn(trained, capsys):
     assert all(s['after']['tokens'] for s in samples)
 
 
-# -----------------------------------------------------------------------------
-# the numbers
+# --- the numbers ----------------------------------------------------------------------------------
 
 @pytest.fixture
 def scored(trained, capsys, monkeypatch):
@@ -246,8 +244,7 @@ def test_it_says_that_after_was_trained_from_other_weights_than_before(trained, 
     assert 'other weights' in run(capsys)
 
 
-# -----------------------------------------------------------------------------
-# prompts
+# --- prompts --------------------------------------------------------------------------------------
 
 def test_prompts_of_val_are_distinct_and_more_extend_fewer(tmp_path):
     data = [[[i % 6 + 1], [9, END], [8, END]] for i in range(40)]
@@ -284,8 +281,7 @@ def test_prompts_file_is_text_or_jsonl_and_all_of_it_is_used(trained, capsys, na
     assert [s['prompt'] for s in samples] == expected and summary['prompts'] == len(expected)
 
 
-# -----------------------------------------------------------------------------
-# the terminal
+# --- the terminal ---------------------------------------------------------------------------------
 
 ATTACK = ('<script>document.title="pwned"</script><img src=x onerror="document.title=\'pwned\'"></p></main>'
           '<!-- </textarea> &amp; "\'')

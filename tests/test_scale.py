@@ -1,17 +1,14 @@
 """repro/scale.py: its bookkeeping against independent counts. No test can check its model of GPUs."""
 import json
-import sys
 
 import numpy as np
 import pytest
 import torch
 
-from conftest import ROOT, random_groups, run_stage, write_data
+from conftest import random_groups, run_stage, write_data
 from model import GPT, GPTConfig, packed_mask
 from nanodpo.data import Groups, pack, plan_rows, step_groups
-
-sys.path.insert(0, str(ROOT / 'repro'))
-import scale                    # noqa: E402
+import scale
 
 WORK = np.array([[[1000, 1024, 2e5, 400, 512]], [[1100, 1152, 2e5, 500, 512]]])        # 2 ranks, a row each
 

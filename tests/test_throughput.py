@@ -1,15 +1,12 @@
 """repro/throughput.py: its accounting against an independent count, and what it says when a peer is missing."""
 import json
 import math
-import sys
 
 import numpy as np
 import pytest
 
-from conftest import ROOT, run_stage
-
-sys.path.insert(0, str(ROOT / 'repro'))
-import throughput                       # noqa: E402
+from conftest import run_stage
+import throughput
 
 
 def test_throughput_counts_what_was_computed_and_says_which_peer_is_missing(tmp_path):

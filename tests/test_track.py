@@ -19,8 +19,7 @@ KEYS = ['loss', 'rewards/accuracies', 'rewards/margins', 'rewards/chosen', 'rewa
 DPO = ['--name=tiny', '--batch_size=8', '--learning_rate=1e-3', '--warmup_steps=0', '--device=cpu']
 
 
-# -----------------------------------------------------------------------------
-# KL(policy || reference)
+# --- KL(policy || reference) ----------------------------------------------------------------------
 
 def test_kl_is_that_of_the_drawn_responses_scored_one_at_a_time_and_the_same_for_two_processes(experiment, monkeypatch):
     rng = np.random.default_rng(1)
@@ -97,8 +96,7 @@ def test_kl_changes_no_weight_and_is_0_at_step_0(experiment):
     assert found.keys() == without.keys() and all(torch.equal(found[key], without[key]) for key in found)
 
 
-# -----------------------------------------------------------------------------
-# W&B
+# --- W&B ------------------------------------------------------------------------------------------
 
 def wandb_history(path):
     """The history of a .wandb file of one block: a file header, then records of checksum, length, kind and data."""
@@ -146,8 +144,7 @@ def test_what_keeps_wandb_away_is_one_line_and_moves_no_old_run(experiment, monk
     assert {path: path.read_bytes() for path in Path('out/tiny').rglob('*') if path.is_file()} == old
 
 
-# -----------------------------------------------------------------------------
-# the curves
+# --- the curves -----------------------------------------------------------------------------------
 
 def dpo_log(slope, steps=5):
     """A log whose every value tells run, key and step."""

@@ -19,9 +19,7 @@ import sample
 from conftest import ROOT, small_gpt
 from nanodpo import checkpoint
 from nanodpo.data import Groups
-
-sys.path.insert(0, str(ROOT / 'repro'))
-import winrate                  # noqa: E402
+import winrate
 
 FAST = ['--b=b.jsonl', '--judge=stub', '--backoff=0.01', '--resamples=100']
 TRAPS = ['Better: A', 'x\n\nBetter: B', '**Better: B**\n', '<b>hi</b> & </response> {mark} {0}',
@@ -132,8 +130,7 @@ def answers():
     return [json.loads(line) for line in open('winrate.jsonl')]
 
 
-# ----------------------------------------------------------------------------------------------------
-# what is reported
+# --- what is reported -----------------------------------------------------------------------------
 
 def test_an_oracle_gives_exactly_the_right_win_rate_and_a_dry_run_asks_nothing(stub, capsys, tmp_path, monkeypatch):
     write_pairs(wins=7, losses=2, equal=3)
@@ -224,8 +221,7 @@ def test_only_a_verdict_on_the_last_line_counts(answer, position):
     assert winrate.parse_verdict(answer) == position
 
 
-# ----------------------------------------------------------------------------------------------------
-# pairs
+# --- pairs ----------------------------------------------------------------------------------------
 
 def test_samples_are_matched_by_prompt_and_number_and_side_and_the_rest_is_counted(stub, capsys):
     write('a.jsonl', [('p', 0, 'xx'), ('p', 1, 'xxxx'), ('q', 0, 'x'), ('only a', 0, 'x'), ('only a', 1, 'x'),
@@ -273,8 +269,7 @@ def test_the_real_samples_of_an_experiment_against_its_chosen_responses(experime
     assert 'no prompt of a.jsonl is in val of data/tiny' in error('--name=tiny')
 
 
-# ----------------------------------------------------------------------------------------------------
-# a judge that misbehaves
+# --- a judge that misbehaves ----------------------------------------------------------------------
 
 def cut(handler):
     """Half an answer."""
@@ -378,8 +373,7 @@ def test_tries_and_pauses_are_bounded_and_the_rate_limit_holds_for_all_threads(s
     assert "refused', after 2 tries" in error('--tries=2', '--out=u.jsonl')
 
 
-# ----------------------------------------------------------------------------------------------------
-# the file of answers
+# --- the file of answers --------------------------------------------------------------------------
 
 @pytest.mark.parametrize('kill', [signal.SIGKILL, signal.SIGINT])
 def test_a_killed_run_goes_on_with_what_is_missing(stub, kill):
@@ -416,8 +410,7 @@ def test_another_judge_text_or_task_is_asked_anew_and_more_repeats_ask_only_thos
     assert 'max_tokens' not in stub.bodies[0] and stub.bodies[0]['top_p'] == 2 and len(stub.bodies) == 6
 
 
-# ----------------------------------------------------------------------------------------------------
-# mistakes
+# --- mistakes -------------------------------------------------------------------------------------
 
 def test_mistakes_end_in_one_line_that_says_what_to_do(stub, tmp_path, monkeypatch):
     write_pairs(wins=1, losses=1)
