@@ -481,22 +481,28 @@ def draw_samples(ax, report):
            xscale='log', yscale='log')
 
 
-def main(argv=None):
+def option_parser(doc):
+    """An argparse parser of a script with that docstring, whose mistakes are UserErrors."""
     def fail(message):
         raise UserError(f'{message} (--help lists the options)')
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     parser.error = fail
+    return parser
+
+
+def main(argv=None):
+    parser = option_parser(__doc__)
     add = parser.add_argument
     add('--quick', action='store_true', help='a smaller world, fewer steps, one seed; writes only where --out is given')
     add('--seed', type=int, default=1337, help='of the world; runs on samples take the next ones')
     add('--out', default='', help='writes OUT.json, OUT.md and OUT.png; default: repro/results/optimum')
     options = parser.parse_args(argv)
     if not 0 <= options.seed < 2**31:
-        fail(f'seed={options.seed} must be from 0 to 2**31 - 1')
+        parser.error(f'seed={options.seed} must be from 0 to 2**31 - 1')
     if not os.path.isdir(os.path.dirname(options.out) or '.'):
-        fail(f'out={options.out}: no such folder')
+        parser.error(f'out={options.out}: no such folder')
     out = options.out or ('' if options.quick else os.path.join(ROOT, 'repro', 'results', 'optimum'))
     torch.set_num_threads(1)            # matrices are small, and sums in one order repeat to the last bit
     report, scatter = measure(QUICK if options.quick else FULL, options.seed)

@@ -16,7 +16,6 @@
 All distributions over responses are tables, also those of the GPTs: optimum.py lists what they can say. Numbers are in
 nats and float64. An interval is Student's at 95%, over seeds. A seed draws world, reference, pairs and labels.
 """
-import argparse
 import math
 import os
 import sys
@@ -29,9 +28,8 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, 'repro')]
 import config                                                                   # noqa: E402
 import pathologies_figure                                                       # noqa: E402
-from config import UserError                                                    # noqa: E402
 from nanodpo.losses import logistic, squared                                    # noqa: E402
-from optimum import mean_reward, optimum                                        # noqa: E402
+from optimum import mean_reward, optimum, option_parser                         # noqa: E402
 from pathologies_gpt import accuracy, displacement, over_optimisation           # noqa: E402
 from sentences import lengths                                                   # noqa: E402
 from sweep import write_json                                                    # noqa: E402
@@ -204,12 +202,7 @@ def measure(options):
 
 
 def main(argv=None):
-    def fail(message):
-        raise UserError(f'{message} (--help lists the options)')
-
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
-    parser.error = fail
+    parser = option_parser(__doc__)
     add = parser.add_argument
     add('--seeds', type=int, choices=range(2, 11), default=5, help='of the worlds with a GPT')
     add('--pairs', type=int, default=100, help='displacement: pairs a seed')
@@ -217,7 +210,7 @@ def main(argv=None):
     add('--out', default=os.path.join(ROOT, 'repro', 'results', 'pathologies'), help='writes OUT.md, .json and .png')
     options = parser.parse_args(argv)
     if not os.path.isdir(os.path.dirname(options.out) or '.'):
-        fail(f'out={options.out}: no such folder')
+        parser.error(f'out={options.out}: no such folder')
     torch.set_num_threads(1)            # matrices are small, and sums in one order repeat to the last bit
     began = time.perf_counter()
     report, shown = measure(options)
