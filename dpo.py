@@ -12,11 +12,14 @@ import copy
 import math
 from dataclasses import dataclass
 
+import config
+if __name__ == '__main__':
+    config.check_flags(__file__, 'dpo')               # before torch is imported, which takes seconds
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-import config
 from config import In, Literal, need
 from nanodpo import losses, reference_cache
 from nanodpo.checkpoint import find, fingerprint, load_model
@@ -62,8 +65,9 @@ def objective(cfg, logps, ref_logps, batch, z=None):
 
 @dataclass
 class Config:
-    name: str = 'reviews'                           # the experiment: reads data/<name>, writes out/<name>/dpo
-    init_from: str = ''                             # '' = out/<name>/sft; our folder or .pt; GPT-2's name or folder
+    name: str = 'reviews'                           # the experiment: reads data/<name>, writes out/<name>/<run_name>
+    run_name: str = 'dpo'                           # of this run; several may share an experiment's data
+    init_from: str = ''                             # '' = out/<name>/sft; our folder or .pt; a hub name or folder
     ref_from: str = ''                              # another reference than the policy as it starts
     # the loss; None = what is usual for it
     loss: Literal[tuple(losses.LOSSES)] = 'dpo'     # this file's, or a relative in nanodpo/losses.py
@@ -72,7 +76,7 @@ class Config:
     gamma: In[float, 'x >= 0'] = None               # simpo: the margin asked for
     desirable_weight: In[float, 'x >= 0'] = None    # kto: of desirable examples, and
     undesirable_weight: In[float, 'x >= 0'] = None  # of undesirable ones
-    nll_coef: In[float, 'x >= 0'] = 0.0             # adds so much of the chosen responses' NLL per token
+    nll_coef: In[float, 'x >= 0'] = 0.0             # adds so much of the chosen responses' NLL per token; unpaired: over all
     # the optimizer
     batch_size: In[int, 'x >= 1'] = 64              # pairs a step, over all ranks and micro-steps
     epochs: In[int, 'x >= 1'] = 1                   # passes over the pairs; more than 1 to 3 over-fits
@@ -80,7 +84,7 @@ class Config:
     optimizer: Literal['rmsprop', 'adamw'] = 'rmsprop'  # the paper's is rmsprop: one state a weight, not two
     learning_rate: In[float, 'x > 0'] = 1e-6        # the paper's; 5e-7 in the authors' code; from 1e-5 on text suffers
     schedule: Literal['constant', 'linear', 'cosine'] = 'constant'  # after warm-up; linear and cosine go to 0
-    warmup_steps: In[int, 'x >= 0'] = 150           # linear, from 0
+    warmup_steps: In[int, 'x >= 0'] = None          # linear, from 0; None = 150, or a tenth of the run if that is less
     weight_decay: In[float, 'x >= 0'] = 0.0         # on matrices only
     grad_clip: In[float, 'x >= 0'] = 10.0           # largest global gradient norm; 0 = no clipping
     # memory and speed; results do not depend on them
@@ -98,7 +102,7 @@ class Config:
     track: Literal['', 'wandb'] = ''                # also log there
     seed: In[int, '0 <= x < 2**32'] = 1337          # of the order of pairs
     join_timeout: In[int, 'x >= 1'] = 120           # seconds to wait at the start for the other processes
-    resume: bool = False                            # go on from the last checkpoint of out/<name>/dpo, if there is one
+    resume: bool = False                            # go on from the last checkpoint of the run, if there is one
 
     def __post_init__(self):
         usual = losses.LOSSES[self.loss][2]
@@ -190,7 +194,7 @@ def main(argv=None):
                 losses_, rewards = objective(cfg, logps, reference_logps(val, batch), batch, z)
                 sums += batch_stats(losses_, rewards, logps, batch.labels, z)
         found = means(run.sum(sums))
-        if cfg.kl_prompts and reference is not None:
+        if cfg.kl_prompts and reference is not None and math.isfinite(found['loss']):
             found |= estimate_kl(response_logps, policy, reference, val, cfg.kl_prompts, cfg.seed, run, row_tokens)
         policy.train()
         return found
@@ -201,6 +205,8 @@ def main(argv=None):
     run.say(f'{len(train):,} groups to train on, {len(val):,} to validate on; {total_steps:,} steps of '
             f'{cfg.batch_size}, {steps_per_epoch:,} an epoch; {row_tokens:,} tokens a row\npolicy from {init_from}, '
             f'{policy.num_params():,} weights; reference: {cfg.ref_from or "the same" if ref_fingerprint else "none"}')
+    if needs_z and cfg.batch_size == 1:
+        run.say(f'note: {cfg.loss} takes z from other examples of a batch, and batch_size=1 has none: z = 0')
     if start == 0:
         run.log(0, evaluate(), 'eval/')
     policy.train()
@@ -243,7 +249,8 @@ def main(argv=None):
         if eval_now:
             run.log(step, evaluate(), 'eval/')
         if save_now:
-            run.save(step)
+            with torch.no_grad(), run.autocast:
+                run.save(step, response_logps(policy, batch))
         if last:
             break
     del ddp

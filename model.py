@@ -1,19 +1,15 @@
-"""A GPT-2, whole, in one file.
+"""A GPT, whole, in one file: GPT-2, GPT-NeoX (Pythia), Llama 3 and its kin (SmolLM2), Qwen2.5 and Qwen3.
 
-    model = GPT(GPTConfig(n_layer=4, n_head=4, n_embd=128))     # random weights
-    model = GPT.from_pretrained('gpt2')                         # a hub name, or a directory in that layout
+    model = GPT(GPTConfig(n_layer=4, n_head=4, n_embd=128))     # random weights, the architecture of GPT-2
+    model = hf.from_pretrained('Qwen/Qwen3-0.6B')               # nanodpo/hf.py: a hub name or a directory
 
 A batch is one packed row: many groups [prompt | response_1 | ... | response_K] side by side. `packed_mask` says who
 sees whom. `forward` gives log-probs of the scored tokens alone, `generate` samples with a key-value cache.
-
-One departure from GPT-2: FlexAttention has no dropout of attention weights. Weights are float32; autocast casts them.
+Weights are float32; autocast casts them. FlexAttention has no dropout of attention weights.
 """
-import json
+import functools
 import math
-import os
-import re
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -42,6 +38,29 @@ class GPTConfig:
     dropout: float = 0.0
     layer_norm_epsilon: float = 1e-5
     activation_checkpointing: bool = False      # recompute blocks in the backward pass: less memory, more time
+    # what tells the families apart; the defaults are GPT-2's
+    n_kv_head: int = 0          # heads of keys and values, each shared by n_head / n_kv_head queries; 0 = n_head
+    head_dim: int = 0           # 0 = n_embd / n_head
+    n_inner: int = 0            # width of the MLP; 0 = 4 n_embd
+    activation: str = 'gelu_tanh'   # of the MLP: gelu_tanh, gelu, silu
+    gated: bool = False         # the MLP is act(gate(x)) fc(x), not act(fc(x))
+    rms_norm: bool = False      # RMSNorm, not LayerNorm
+    qk_norm: bool = False       # RMSNorm over each head's queries and keys
+    qkv_bias: bool = True       # biases of queries, keys and values
+    bias: bool = True           # of all other linear layers
+    parallel: bool = False      # attention and MLP read the same x
+    tied: bool = True           # the embedding is the output head, too
+    rotary_dim: int = 0         # dimensions of a head that are rotated by their position; 0 = learned positions
+    rope_theta: float = 10000.0     # the slowest of them turns once in about 2 pi rope_theta positions
+    rope_scaling: tuple = ()    # Llama 3.1's: factor, low_freq_factor, high_freq_factor, original positions
+    hf: dict = None             # config.json of the model that the weights come from; None = trained from scratch
+
+    def __post_init__(self):
+        whole = self.head_dim or self.n_embd % self.n_head == 0
+        check(whole, f'n_embd={self.n_embd} is not a multiple of n_head={self.n_head}')
+        self.n_kv_head = self.n_kv_head or self.n_head
+        self.head_dim = self.head_dim or self.n_embd // self.n_head
+        self.n_inner = self.n_inner or 4 * self.n_embd
 
 
 # --- attention over packed rows -------------------------------------------------------------------
@@ -74,32 +93,76 @@ def packed_mask(group, part, cuts=()):
 
 
 def row_attention(q, k, v, mask):
-    """FlexAttention over a packed row. q, k, v: (1, H, T, D); mask: BlockMask. -> (1, H, T, D)"""
+    """FlexAttention over a packed row. q: (1, H, T, D); k, v: (1, Hkv, T, D); mask: BlockMask. -> (1, H, T, D)"""
     D = q.shape[-1]
     if D < 16:          # the least that it takes on CUDA: zeros add nothing
         q, k, v = (F.pad(x, (0, 16 - D)) for x in (q, k, v))
-    return flex(q, k, v, block_mask=mask, scale=D ** -0.5)[..., :D]
+    return flex(q, k, v, block_mask=mask, scale=D ** -0.5, enable_gqa=True)[..., :D]
+
+
+def dense_attention(q, k, v, mask):
+    """SDPA under a boolean mask. Its fast kernels share no keys among queries: keys and values are repeated."""
+    queries = q.shape[1] // k.shape[1]
+    if queries > 1:
+        k, v = k.repeat_interleave(queries, 1), v.repeat_interleave(queries, 1)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
 @torch.compiler.disable         # the lengths change with every row
 def stretch_attention(q, k, v, mask):
-    """Attention within each stretch of a row alone. q, k, v: (1, H, T, D); mask: Stretches. -> (1, T, H, D)"""
+    """Attention within each stretch of a row alone. q, k, v: as of row_attention; mask: Stretches. -> (1, T, H, D)"""
     sizes = [m.shape[-1] for m in mask.masks]
     stretches = zip(q.split(sizes, 2), k.split(sizes, 2), v.split(sizes, 2), mask.masks)
-    outputs = [F.scaled_dot_product_attention(q, k, v, attn_mask=m) for q, k, v, m in stretches]
+    outputs = [dense_attention(q, k, v, m) for q, k, v, m in stretches]
     return torch.cat([y.transpose(1, 2) for y in outputs], 1)
+
+
+def rotary(positions, config):
+    """Cosine and sine of the angles by which rotary positions turn: (B, T) -> two of (B, T, 1, rotary_dim), float32."""
+    steps = torch.arange(0, config.rotary_dim, 2, device=positions.device).float()
+    frequency = 1 / config.rope_theta ** (steps / config.rotary_dim)                # radians a position
+    if config.rope_scaling:     # Llama 3.1's: slow rotations are slowed by `factor`, fast ones kept, others between
+        factor, low, high, original = config.rope_scaling
+        turns = original * frequency / (2 * math.pi)
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+        frequency = frequency * (kept + (1 - kept) / factor)
+    angle = (positions[:, :, None].float() * frequency).repeat(1, 1, 2)[:, :, None]
+    return angle.cos(), angle.sin()
+
+
+def rotate(x, cos, sin):
+    """x (B, T, H, D) with its first rotary_dim dimensions turned, as pairs (i, i + rotary_dim / 2)."""
+    turned, rest = x.split([cos.shape[-1], x.shape[-1] - cos.shape[-1]], dim=-1)
+    a, b = turned.chunk(2, dim=-1)
+    return torch.cat([turned * cos + torch.cat([-b, a], dim=-1) * sin, rest], dim=-1)
+
+
+def norm(config, width):
+    """LayerNorm, or RMSNorm, over a last dimension of that width."""
+    return (nn.RMSNorm if config.rms_norm else nn.LayerNorm)(width, config.layer_norm_epsilon)
+
+
+ACTIVATIONS = dict(gelu_tanh=functools.partial(F.gelu, approximate='tanh'), gelu=F.gelu, silu=F.silu)
 
 
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.n_head = config.n_head
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.head_dim = config.head_dim
+        self.sizes = [heads * self.head_dim for heads in (config.n_head, config.n_kv_head, config.n_kv_head)]
+        self.c_attn = nn.Linear(config.n_embd, sum(self.sizes), bias=config.qkv_bias)
+        self.c_proj = nn.Linear(self.sizes[0], config.n_embd, bias=config.bias)
+        self.q_norm = norm(config, config.head_dim) if config.qk_norm else None
+        self.k_norm = norm(config, config.head_dim) if config.qk_norm else None
 
-    def forward(self, x, mask, cache=None, positions=None):
+    def forward(self, x, mask, rotation=None, cache=None, positions=None):
         B, T, C = x.shape
-        q, k, v = (y.view(B, T, self.n_head, -1) for y in self.c_attn(x).split(C, dim=2))      # (B, T, H, D)
+        q, k, v = (y.view(B, T, -1, self.head_dim) for y in self.c_attn(x).split(self.sizes, dim=2))   # (B, T, H, D)
+        if self.q_norm is not None:     # in the weights' type: under autocast q and k are bfloat16
+            q, k = self.q_norm(q.type_as(self.q_norm.weight)), self.k_norm(k.type_as(self.k_norm.weight))
+        if rotation is not None:
+            q, k = rotate(q, *rotation), rotate(k, *rotation)
+        q, k = q.type_as(v), k.type_as(v)
         if cache is not None:       # write this call's keys and values into their slots, attend to all up to now
             rows = torch.arange(B, device=x.device)[:, None]
             cache[0][rows, positions], cache[1][rows, positions] = k, v
@@ -110,38 +173,46 @@ class Attention(nn.Module):
         elif isinstance(mask, Stretches):
             y = stretch_attention(q, k, v, mask)
         else:
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
-        return self.c_proj(y.reshape(B, T, C))
+            y = dense_attention(q, k, v, mask).transpose(1, 2)
+        return self.c_proj(y.flatten(2))
 
 
 class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
-        C = config.n_embd
-        self.ln_1 = nn.LayerNorm(C, config.layer_norm_epsilon)
+        C, inner = config.n_embd, config.n_inner
+        self.parallel = config.parallel
+        self.ln_1 = norm(config, C)
         self.attn = Attention(config)
-        self.ln_2 = nn.LayerNorm(C, config.layer_norm_epsilon)
-        self.c_fc = nn.Linear(C, 4 * C)
-        self.c_proj = nn.Linear(4 * C, C)
+        self.ln_2 = norm(config, C)
+        self.c_gate = nn.Linear(C, inner, bias=config.bias) if config.gated else None
+        self.c_fc = nn.Linear(C, inner, bias=config.bias)
+        self.c_proj = nn.Linear(inner, C, bias=config.bias)
+        self.activation = ACTIVATIONS[config.activation]
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, mask, at=None, cache=None, positions=None):
-        x = x + self.dropout(self.attn(self.ln_1(x), mask, cache, positions))
+    def forward(self, x, mask, rotation=None, at=None, cache=None, positions=None):
+        y = x + self.dropout(self.attn(self.ln_1(x), mask, rotation, cache, positions))
         if at is not None:          # the last block: nothing beyond here mixes tokens, so only the scored ones go on
-            x = x.flatten(0, 1).index_select(0, at)
-        return x + self.dropout(self.c_proj(F.gelu(self.c_fc(self.ln_2(x)), approximate='tanh')))
+            x, y = (z.flatten(0, 1).index_select(0, at) for z in (x, y))
+        return y + self.dropout(self.mlp(self.ln_2(x if self.parallel else y)))
+
+    def mlp(self, x):
+        if self.c_gate is None:
+            return self.c_proj(self.activation(self.c_fc(x)))
+        return self.c_proj(self.activation(self.c_gate(x)) * self.c_fc(x))
 
 
 class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
-        check(config.n_embd % config.n_head == 0, f'n_embd={config.n_embd} is not a multiple of n_head={config.n_head}')
         self.config = config
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)       # also the output head
-        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = None if config.rotary_dim else nn.Embedding(config.block_size, config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.ln_f = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon)
+        self.ln_f = norm(config, config.n_embd)
+        self.lm_head = None if config.tied else nn.Linear(config.n_embd, config.vocab_size, bias=False)
         for name, p in self.named_parameters():     # GPT-2's initialisation
             if p.dim() == 2:
                 residual = name.endswith('c_proj.weight')
@@ -149,21 +220,28 @@ class GPT(nn.Module):
             elif name.endswith('bias'):
                 nn.init.zeros_(p)
 
+    @property
+    def head(self):
+        """The weight of the output head, (V, C)."""
+        return self.wte.weight if self.lm_head is None else self.lm_head.weight
+
     def forward(self, tokens, positions, mask, at=None, target=None, cache=None):
         """The hidden states after the last norm: (B, T, C), or with `at` (S,), flat indices into B*T, (S, C).
         With target (S,) also, log p of these tokens there instead: (S,) float32, nats.
 
         tokens, positions: (B, T); mask: of packed_mask, or boolean (B, 1, T, keys); cache: of generate.
         """
-        x = self.dropout(self.wte(tokens) + self.wpe(positions))        # (B, T, C)
+        x = self.wte(tokens)                                            # (B, T, C)
+        x = self.dropout(x if self.wpe is None else x + self.wpe(positions))
+        rotation = rotary(positions, self.config) if self.wpe is None else None
         for i, block in enumerate(self.h):
             last = at if i == len(self.h) - 1 else None
             if self.config.activation_checkpointing and self.training and torch.is_grad_enabled():
-                x = checkpoint(block, x, mask, last, use_reentrant=False)
+                x = checkpoint(block, x, mask, rotation, last, use_reentrant=False)
             else:
-                x = block(x, mask, last, cache and cache[i], positions)
+                x = block(x, mask, rotation, last, cache and cache[i], positions)
         x = self.ln_f(x)
-        return x if target is None else token_logps(x, self.wte.weight, target)
+        return x if target is None else token_logps(x, self.head, target)
 
     def num_params(self):
         """Parameters, the head counted once: int."""
@@ -201,9 +279,9 @@ class GPT(nn.Module):
         was_training = self.training
         self.eval()
         device = self.wte.weight.device
-        B, H, C = len(prompts), self.config.n_head, self.config.n_embd
+        B, H, D = len(prompts), self.config.n_kv_head, self.config.head_dim
         size = min(max(lengths) + max_new_tokens, self.config.block_size)
-        cache = [torch.zeros(2, B, size, H, C // H, device=device, dtype=matmul_dtype(self.wte.weight)) for _ in self.h]
+        cache = [torch.zeros(2, B, size, H, D, device=device, dtype=matmul_dtype(self.wte.weight)) for _ in self.h]
         noise = torch.Generator().manual_seed(seed)
         tokens = nn.utils.rnn.pad_sequence([torch.tensor(p) for p in prompts], batch_first=True).to(device)
         positions = torch.arange(max(lengths), device=device).expand(B, -1)
@@ -217,7 +295,7 @@ class GPT(nn.Module):
             mask = slots[:min(seen, size)] <= positions[:, None, :, None]           # (B, 1, T, seen)
             hidden = self(tokens, positions, mask, cache=cache)
             hidden = hidden[rows, last] if step == 0 else hidden[:, 0]              # (B, C)
-            logits = F.linear(hidden, self.wte.weight).float()[:, :vocab_size]      # (B, V)
+            logits = F.linear(hidden, self.head).float()[:, :vocab_size]            # (B, V)
             u = torch.rand(B, generator=noise, dtype=torch.float64).to(device, torch.float32)
             new = draw(logits, u, temperature, top_k, top_p)
             drawn = torch.cat([drawn, torch.where(done, -1, new)[:, None]], 1)      # -1: after the end
@@ -229,55 +307,6 @@ class GPT(nn.Module):
             tokens, positions = new[:, None], last.clamp(max=size - 1)[:, None]     # (B, 1)
         self.train(was_training)
         return [[token for token in row if token >= 0] for row in drawn.tolist()]
-
-    # --- GPT-2 weights in the Hugging Face layout; nanodpo/export.py writes them ------------------
-
-    @classmethod
-    def from_pretrained(cls, name_or_dir, **options):
-        """The model in a directory with config.json and model.safetensors, or of that name on the hub.
-
-        options: GPTConfig fields that are no part of the weights (dropout, activation_checkpointing).
-        Raises where something is missing, damaged or no GPT-2: checkpoint.load_model makes one line of it.
-        """
-        from safetensors.torch import load_file
-        folder = name_or_dir
-        if not os.path.isdir(folder):
-            from huggingface_hub import snapshot_download
-            folder = snapshot_download(name_or_dir, allow_patterns=['config.json', 'model*.safetensors'])
-        hf = dict(n_positions=1024, layer_norm_epsilon=1e-5) | json.loads(Path(folder, 'config.json').read_bytes())
-        sizes = [hf[key] for key in ('n_positions', 'vocab_size', 'n_layer', 'n_head', 'n_embd')]
-        allowed = dict(model_type=['gpt2'], activation_function=['gelu_new', 'gelu_pytorch_tanh'],
-                       tie_word_embeddings=[True], n_inner=[None, 4 * hf['n_embd']], scale_attn_weights=[True],
-                       scale_attn_by_inverse_layer_idx=[False], add_cross_attention=[False])
-        for key, values in allowed.items():
-            check(key not in hf or hf[key] in values, f'{key}={hf.get(key)!r}, this model is GPT-2 with {values[0]!r}')
-        with torch.device('meta'):              # shapes alone: no time for random weights
-            model = cls(GPTConfig(*sizes, layer_norm_epsilon=hf['layer_norm_epsilon'], **options))
-
-        files = sorted(Path(folder).glob('model[-.]*safetensors'))      # of a large model several
-        check(files, f'{folder} holds no model.safetensors')
-        state = {}
-        for file in files:
-            for name, tensor in load_file(file).items():
-                if not name.endswith(('.attn.bias', '.attn.masked_bias')):      # causal masks
-                    tensor = tensor.t() if transposed(name) else tensor
-                    name = name.removeprefix('transformer.').replace('.mlp.', '.')
-                    state[name] = torch.empty(tensor.shape).copy_(tensor)       # float32, and no view of the file
-        head = state.pop('lm_head.weight', None)
-        check(head is None or torch.equal(head, state['wte.weight']), 'lm_head.weight is not wte.weight')
-        model.load_state_dict(state, assign=True)       # names and shapes must fit
-        return model
-
-
-def hf_names(model):
-    """(Hugging Face's name, parameter) for every parameter; only the MLP's differ from ours."""
-    for name, p in model.named_parameters():
-        yield re.sub(r'^(h\.\d+\.)(c_fc|c_proj)', r'\1mlp.\2', name), p
-
-
-def transposed(name):
-    """Hugging Face keeps GPT-2's linear layers as (in, out), nn.Linear as (out, in)."""
-    return name.endswith(('c_attn.weight', 'c_proj.weight', 'c_fc.weight'))
 
 
 # --- the output head ------------------------------------------------------------------------------
@@ -351,7 +380,7 @@ def matmul_dtype(x):
 
 def draw(logits, u, temperature=1.0, top_k=0, top_p=1.0):
     """One id a row from logits (B, V), by inverting the cumulative distribution at u (B,) in [0, 1). -> (B,)"""
-    if temperature == 0:
+    if temperature < 1e-30:         # greedy; float32 cannot divide by less
         return logits.argmax(-1)
     logits = logits / temperature
     if 0 < top_k < logits.shape[1]:

@@ -2,7 +2,7 @@
 # From a clone to an aligned model: set up, write the data, SFT, DPO, and look at before and after.
 #     bash quickstart.sh
 # Makes .venv unless a virtual environment is active. Needs python3 (3.10 or newer) and the package index; safe to
-# run twice: an installed environment and prepared data are used again, trained models are moved to *.previous.
+# run twice: an installed environment and prepared data are used again, trained models are moved to sft.1, dpo.1, ....
 set -euo pipefail
 cd "$(dirname "$0")"
 

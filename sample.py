@@ -11,19 +11,22 @@ import json
 import sys
 from dataclasses import asdict, dataclass
 
+import config
+if __name__ == '__main__':
+    config.check_flags(__file__, 'sample')          # before torch is imported, which takes seconds
+
 import numpy as np
 
-import config
 from config import In, Literal, need, one_line
 from nanodpo import checkpoint, losses
 from nanodpo.data import Groups, distinct_prompts
 from nanodpo.rollout import draw_responses, mean_and_error, read_reward, token_logps_of
 from nanodpo.run import Worker
-from nanodpo.sources import read_prompt
+from nanodpo.rows import read_prompt
 from nanodpo.terminal import BOLD, DIM, colours, say, styled, tinted
 from nanodpo.text import load_tokenizer, printable, prompt_ids, render, text_of, token_pieces
 
-SIDES = {'before': 'sft', 'after': 'dpo'}           # the two models, each with the stage that trained it
+SIDES = 'before', 'after'
 
 
 # --- the knobs ------------------------------------------------------------------------------------
@@ -31,8 +34,9 @@ SIDES = {'before': 'sft', 'after': 'dpo'}           # the two models, each with 
 @dataclass
 class Config:
     name: str = 'reviews'                           # the experiment: reads data/<name> and out/<name>
-    before: str = ''                                # the reference: '' = out/<name>/sft, or as init_from of dpo.py
-    after: str = ''                                 # the policy: '' = out/<name>/dpo, or as above
+    run_name: str = 'dpo'                           # the run that AFTER comes from
+    before: str = ''                                # the reference: '' = AFTER's, or as init_from of dpo.py
+    after: str = ''                                 # the policy: '' = out/<name>/<run_name>, or as above
     prompt: str = ''                                # one of your own; --prompt= is the empty one
     prompts_file: str = ''                          # many: a text file, one a line, or .jsonl with "prompt"
     num_prompts: In[int, 'x >= 1'] = 8              # of val, distinct, in a fixed order: more extend fewer
@@ -72,6 +76,14 @@ def choose_prompts(cfg, val, tokenizer):
         prompts = [prompt_ids(tokenizer, render(prompt, val.meta['template']), val.meta['template']) for prompt in own]
     need(prompts, f'{cfg.prompts_file or val.folder} holds no prompt: set --prompt, or another --prompts_file')
     return prompts
+
+
+def load(source, val, worker):
+    """The model of a checkpoint, a folder or a name on the hub, ready to sample on the worker's device."""
+    ours = source.startswith('out/') and not source.endswith('.pt')
+    stage = 'sft' if source.endswith('/sft') else 'dpo'
+    need(not ours or checkpoint.find(source), f'{source} holds no checkpoint: run {stage}.py first')
+    return checkpoint.load_model(source, val, dropout=0.0).to(worker.device).eval()
 
 
 def measure(cfg, groups, models, beta, score, tokenizer, worker):
@@ -163,13 +175,13 @@ def main(argv=None):
     val = Groups(f'data/{cfg.name}', 'val')
     tokenizer = load_tokenizer(val.folder, val.meta['tokenizer'])
     prompts = choose_prompts(cfg, val, tokenizer)
-    models = []
-    for side, stage in SIDES.items():
-        source = getattr(cfg, side) or f'out/{cfg.name}/{stage}'
-        need(getattr(cfg, side) or checkpoint.find(source), f'{source} holds no checkpoint: run {stage}.py first')
-        models.append(checkpoint.load_model(source, val, dropout=0.0).to(worker.device).eval())
-    before, after = models
+    sources = dict(before=cfg.before or f'out/{cfg.name}/sft', after=cfg.after or f'out/{cfg.name}/{cfg.run_name}')
+    after = load(sources['after'], val, worker)
     trained = after.record.get('config', {})
+    if after.record.get('stage') == 'dpo' and not cfg.before:
+        sources['before'] = trained.get('ref_from') or trained.get('init_from') or sources['before']
+    before = load(sources['before'], val, worker)
+    models = before, after
     of_mean = losses.needs(trained.get('loss', 'dpo'), 'means')         # its beta is that of a mean over tokens
     beta = cfg.beta or (0.1 if of_mean else trained.get('beta', 0.1))
     room = min(model.config.block_size for model in models)
@@ -177,8 +189,8 @@ def main(argv=None):
 
     notes = [f'sample on {worker.device.type}, implicit rewards with beta {beta:g}:\n{config.show(cfg)}']
     origin = after.record.get('origin', {})
-    reference = origin.get('reference') or origin.get('init')
-    if after.record.get('stage') == 'dpo' and reference != checkpoint.fingerprint(before):
+    weights = origin.get('reference') or origin.get('init')
+    if after.record.get('stage') == 'dpo' and weights != checkpoint.fingerprint(before):
         notes.append('note: AFTER was trained against other weights than BEFORE; KL and rewards are from BEFORE')
     if any(len(ids) > longest for ids in prompts):
         notes.append(f'note: prompts were cut from the left to {longest:,} tokens, to leave room to respond')
@@ -190,7 +202,7 @@ def main(argv=None):
         responses = [draw_responses(model, prompts, val.meta, room, cfg.batch_size, cfg.seed, desc='responses', **knobs)
                      for model in models]
     samples = measure(cfg, list(zip(prompts, *responses)), models, beta, score, tokenizer, worker)
-    summary = summarize(cfg, samples, beta)
+    summary = summarize(cfg, samples, beta) | dict(models=sources)
     if not cfg.json:
         return show(cfg, samples, summary)
     for line in [*samples, {'summary': summary}]:

@@ -11,7 +11,9 @@ import contextlib
 import dataclasses
 import difflib
 import inspect
+import json
 import os
+import pathlib
 import re
 import runpy
 import signal
@@ -23,13 +25,19 @@ import typing
 from typing import Annotated as In, Literal
 
 NAMES = ('name', 'prepare', 'sft', 'dpo', 'sample')     # what a config file sets: the experiment's name, and stages
+NAME = r'[A-Za-z0-9][A-Za-z0-9._-]{0,99}'
+STOPS = [signal.SIGINT, signal.SIGTERM]                 # the signals that end a stage
+if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+    STOPS.append(signal.SIGHUP)                         # a lost terminal; not under nohup
+AT_END = []                                             # what is called when a stage ends, also by an error
 EMBEDDED = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'reviews.py')
 
 
 class UserError(SystemExit):
     """A user's mistake. `run` prints it as one line, without a traceback, and the exit status is 1."""
     def __init__(self, message):
-        self.message = ' '.join(str(message).split())
+        printable = (c if c.isprintable() else ascii(c)[1:-1] for c in ' '.join(str(message).split()))
+        self.message = ''.join(printable)               # no control characters of somebody's data
         super().__init__(f'error: {self.message}')
 
 
@@ -44,23 +52,46 @@ def one_line(what, path=''):
     """Whatever goes wrong in here becomes one line: what, the error, and the line of the user's file `path`."""
     try:
         yield
-    except Exception as error:
+    except (UserError, KeyboardInterrupt, GeneratorExit):
+        raise
+    except BaseException as error:                  # also sys.exit in a user's file, and a panic of Rust's
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
         where = f' ({path} line {lines[-1]})' if lines else ''
         sentence = str(error).split('. ')[0]        # torch's next one tells how to run code from a checkpoint
         raise UserError(f'{what}: {type(error).__name__}: {sentence[:300]}{where}') from None
 
 
+def stopped(number, frame):
+    """A signal that comes before there is anything to save: one line, then what the signal does."""
+    if os.environ.get('RANK', '0') == '0':
+        os.write(2, f'error: stopped by {signal.Signals(number).name}, nothing new was saved\n'.encode())
+    leave()
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
+
+
+def leave():
+    for function in AT_END:
+        function()
+
+
 def run(main):
     """Call main(). A UserError or OSError, such as of a full disk, ends it with one line on stderr, status 1."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)        # Ctrl-C just ends it, until there is something to save
+    for name in ('stdout', 'stderr'):
+        stream = getattr(sys, name) or open(os.devnull, 'w')        # it may be closed, or know few characters
+        stream.reconfigure(errors='backslashreplace')
+        setattr(sys, name, stream)
+    for number in STOPS:
+        signal.signal(number, stopped)
     try:
         main()
+        leave()
         return sys.stdout.flush()                       # now, to see a full disk or a closed pipe
     except UserError as error:
         message = error.message
     except OSError as error:
-        message = f'{error.strerror or error}: {error.filename or "standard output, or a file"}'
+        message = UserError(f'{error.strerror or error}: {error.filename or "standard output, or a file"}').message
+    leave()
     rank = os.environ.get('RANK', '0')
     if rank != '0':     # most errors meet all ranks: rank 0 speaks, and torchrun ends the others while they wait
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -68,6 +99,9 @@ def run(main):
         message = f'rank {rank} on {os.uname().nodename}: {message}'
     print(f'error: {message}', file=sys.stderr, flush=True)
     with contextlib.suppress(OSError):
+        if 'TORCHELASTIC_ERROR_FILE' in os.environ:     # what torchrun prints last
+            report = json.dumps(dict(message=f'error: {message}', timestamp=int(time.time())))
+            pathlib.Path(os.environ['TORCHELASTIC_ERROR_FILE']).write_text(report)
         sys.stdout.flush()
     os._exit(1)         # python's own exit would wait for gloo's threads, and complain once more of a closed pipe
 
@@ -80,6 +114,8 @@ def nearest(key, known):
 def check_value(key, value, annotation, where):
     """`value`, or the text of a flag, as the annotated type. A UserError names the key and where it came from."""
     choices = typing.get_args(annotation)
+    if annotation is typing.Any:
+        return value
     if typing.get_origin(annotation) is Literal:
         need(value in choices, f"{where}: {key}={value!r:.80} must be one of {', '.join(map(repr, choices))}")
         return value
@@ -96,6 +132,41 @@ def check_value(key, value, annotation, where):
     return value
 
 
+def read_flags(argv, hints):
+    """The flags as settings: [('flag', key, text)]"""
+    settings = []
+    for flag in [a for a in argv if a.startswith('-')]:
+        key, equals, text = flag.removeprefix('--').partition('=')
+        need(equals or hints.get(key, bool) is bool, f'flag {flag} needs a value: --{key}=...')
+        settings.append(('flag', key, text if equals else 'True'))
+    return settings
+
+
+def check_settings(settings, hints, stage):
+    """{key: value} of (where it came from, key, value). UserErrors."""
+    values = {}
+    for where, key, value in settings:
+        need(key in hints, f"{where}: unknown key '{key}' for {stage}{nearest(key, hints)}")
+        values[key] = check_value(key, value, hints[key], where)
+    for key in ('name', 'run_name'):         # they name folders
+        need(re.fullmatch(NAME, values.get(key, key)),
+             f"{key}={values.get(key)!r:.80} must be at most 100 letters, digits, '.', '_' or '-'")
+    return values
+
+
+def check_flags(script, stage):
+    """Check the flags of a stage before it imports torch, which takes seconds: by the source of its Config."""
+    hints = {}
+    for node in ast.parse(pathlib.Path(script).read_bytes()).body:
+        for field in node.body if getattr(node, 'name', '') == 'Config' else []:
+            if isinstance(field, ast.AnnAssign):
+                hints[field.target.id] = typing.Any
+                with contextlib.suppress(NameError):            # it needs an import: `load` checks this one
+                    hints[field.target.id] = eval(ast.unparse(field.annotation))
+    if not {'-h', '--help'} & set(sys.argv):
+        run(lambda: check_settings(read_flags(sys.argv[1:], hints), hints, stage))
+
+
 def load(Config, stage, argv=None):
     """The config of `stage`: Config's defaults, then files, then flags. `--help` prints the knobs and exits.
 
@@ -106,6 +177,7 @@ def load(Config, stage, argv=None):
         print(help_text(Config, stage))
         raise SystemExit(0)
     hints = typing.get_type_hints(Config, include_extras=True)
+    argv = data_flags(argv, stage)
     files = [a for a in argv if not a.startswith('-')]
     if not files and not any(a.startswith('--name=') for a in argv):
         files = [EMBEDDED]
@@ -124,21 +196,29 @@ def load(Config, stage, argv=None):
                 settings += [(path, *item) for item in value.items()]
             elif not key.startswith('_') and not key.isupper() and not inspect.ismodule(value):
                 need(key in NAMES, f"config file {path}: unknown name '{key}'{nearest(key, NAMES)}")
-    for flag in [a for a in argv if a.startswith('-')]:
-        key, equals, text = flag.removeprefix('--').partition('=')
-        need(equals or hints.get(key, bool) is bool, f'flag {flag} needs a value: --{key}=...')
-        settings.append(('flag', key, text if equals else 'True'))
-    values, origin = {}, {}
-    for where, key, value in settings:
-        need(key in hints, f"{where}: unknown key '{key}' for {stage}{nearest(key, hints)}")
-        values[key] = check_value(key, value, hints[key], where)
-        origin[key] = where
+    values = check_settings(settings + read_flags(argv, hints), hints, stage)
     config = Config(**values)
-    need(re.fullmatch(r'[A-Za-z0-9][A-Za-z0-9._-]*', config.name),
-         f"name={config.name!r} must be letters, digits, '.', '_' or '-': it names data/<name> and out/<name>")
-    config.origin = origin
+    config.origin = {key: where for where, key, _ in settings + read_flags(argv, hints)}
     config.functions = functions
     return config
+
+
+def data_flags(argv, stage):
+    """The arguments, with --source=FILE in place of a FILE of data. Only a .py file is ever run.
+
+    Data without a --name and a config file are called as the file is, never as the embedded experiment.
+    """
+    data = [a for a in argv if not a.startswith('-') and not a.endswith('.py')]
+    need(not data or stage == 'prepare' and (os.path.exists(data[0]) or '=' not in data[0]),
+         f'{"".join(data[:1])} is no config file: such a file ends in .py (a flag is written --key=value)')
+    argv = [f'--source={a}' if a in data else a for a in argv]
+    sources = [a.removeprefix('--source=') for a in argv if a.startswith('--source=')]
+    need(len(sources) < 2 or not data, f'more than one source: {", ".join(sources)}')
+    named = any(a.startswith('--name=') or not a.startswith('-') for a in argv)
+    if stage == 'prepare' and sources and not named:
+        stem = os.path.basename(sources[-1].rstrip('/')).partition('.')[0]
+        argv.append('--name=' + re.sub('[^A-Za-z0-9_-]+', '_', stem))
+    return argv
 
 
 def show(config):

@@ -28,6 +28,7 @@ prepare = dict(
     template='\n\nHuman: {prompt}\n\nAssistant:',   # what a plain question is put into; dialogues have it already
     max_length=512,
     max_prompt_length=256,
+    truncation='paper',
 )
 
 sft = dict(

@@ -21,6 +21,7 @@ prepare = dict(
     template='\n\nHuman: {prompt}\n\nAssistant:',
     max_length=256,
     max_prompt_length=128,
+    truncation='paper',
 )
 
 sft = dict(

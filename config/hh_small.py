@@ -20,6 +20,7 @@ prepare = dict(
     template='\n\nHuman: {prompt}\n\nAssistant:',
     max_length=512,
     max_prompt_length=256,
+    truncation='paper',
 )
 
 sft = dict(

@@ -46,6 +46,7 @@ prepare = dict(
     source='stanfordnlp/imdb',
     max_length=512,
     max_prompt_length=16,
+    truncation='paper',
     max_val=2000,
 )
 

@@ -44,6 +44,7 @@ prepare = dict(
     template='<|endoftext|>{prompt}',
     max_length=128,
     max_prompt_length=32,
+    truncation='paper',
 )
 sft = dict(
     init_from='scratch',

@@ -23,6 +23,7 @@ prepare = dict(
     source='stanfordnlp/SHP',
     max_length=512,
     max_prompt_length=256,
+    truncation='paper',
     max_val=2000,                   # of 18,436: an evaluation costs as much as 16 steps
 )
 

@@ -29,6 +29,7 @@ prepare = dict(
     source='CarperAI/openai_summarize_comparisons',
     max_length=640,
     max_prompt_length=512,
+    truncation='paper',
     max_val=2000,                   # of 33,082: an evaluation costs as much as 16 steps
 )
 

@@ -29,6 +29,7 @@ prepare = dict(
     source='HuggingFaceH4/ultrafeedback_binarized',
     max_length=1024,
     max_prompt_length=512,
+    truncation='paper',
 )
 
 sft = dict(
@@ -62,5 +63,8 @@ MIN_GAP = 0.0       # of the scores, 1 to 10; with 1 only clear pairs are kept
 
 
 def row(raw):
-    """The row itself, a pair of conversations; None where its scores are too close."""
-    return raw if raw['score_chosen'] - raw['score_rejected'] >= MIN_GAP else None
+    """The row itself, a pair of conversations; None where its scores are too close, or one is missing and it counts."""
+    scores = raw['score_chosen'], raw['score_rejected']
+    if None in scores:
+        return raw if MIN_GAP == 0 else None
+    return raw if scores[0] - scores[1] >= MIN_GAP else None

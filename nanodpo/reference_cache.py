@@ -7,8 +7,8 @@ import torch
 from tqdm import tqdm
 
 from config import UserError, need, one_line
-from nanodpo.checkpoint import written_aside
 from nanodpo.data import batches
+from nanodpo.folder import written_aside
 
 
 @torch.no_grad()

@@ -4,7 +4,9 @@ import gc
 import json
 import math
 import os
+import shlex
 import signal
+import sys
 import time
 from dataclasses import asdict
 
@@ -16,6 +18,7 @@ from tqdm import tqdm
 import config
 from config import UserError, need
 from nanodpo import checkpoint
+from nanodpo.folder import hold, release
 from nanodpo.launch import join, ranks
 
 COLUMNS = {'loss': 'loss {:.4f}', 'rewards/accuracies': 'acc {:.3f}', 'rewards/margins': 'margin {:+.4f}',
@@ -36,9 +39,10 @@ def compile_blocks(model):
 
 def learning_rate(cfg, step, total_steps):
     """The rate of optimizer step `step`, the first being 1: linear warm-up, then the schedule."""
-    if step <= cfg.warmup_steps:
-        return cfg.learning_rate * step / cfg.warmup_steps
-    done = (step - cfg.warmup_steps) / max(1, total_steps + 1 - cfg.warmup_steps)       # in (0, 1)
+    warmup = min(150, total_steps // 10) if cfg.warmup_steps is None else cfg.warmup_steps
+    if step <= warmup:
+        return cfg.learning_rate * step / warmup
+    done = (step - warmup) / max(1, total_steps + 1 - warmup)       # in (0, 1)
     factors = dict(constant=1, linear=1 - done, cosine=0.5 + 0.5 * math.cos(math.pi * done))
     return cfg.learning_rate * factors[cfg.schedule]
 
@@ -83,12 +87,14 @@ class Run(Worker):
         self.cfg = cfg
         self.stage = stage
         self.data_dir = os.path.join('data', cfg.name)
-        self.out_dir = os.path.join('out', cfg.name, stage)
+        self.out_dir = os.path.join('out', cfg.name, getattr(cfg, 'run_name', stage))
         super().__init__(cfg.device, cfg.dtype, *ranks())
         self.compile = self.device.type == 'cuda' if cfg.compile is None else cfg.compile
         self.launch, self.restarted = join(self.world, self.rank, self.device.type, cfg.join_timeout)
         self.own_signal = 0         # the signal of this rank
         self.signalled = 0          # the signal of any rank
+        self.measured = {}          # the last evaluation
+        self.wandb = self.wandb_id = None
 
     # --- all ranks together -----------------------------------------------------------------------
 
@@ -111,6 +117,7 @@ class Run(Worker):
                 result = function()
             except (UserError, OSError) as problem:
                 error = getattr(problem, 'message', f'{what}: {problem}')
+                release()
         error = self.gather(error)[0]
         need(not error, error)
         return result
@@ -174,6 +181,7 @@ class Run(Worker):
         self.train = train
         knobs = {key: getattr(self.cfg, key) for key in ('batch_size', 'seed', 'optimizer')}
         self.origin = dict(data=train.fingerprint, **weights, **knobs)
+        self.on_first(lambda: hold(self.out_dir, self.say), f'cannot write to {self.out_dir}')
         step = 0
         if self.cfg.resume or self.restarted:
             state, path = checkpoint.read_last(self.out_dir, self.say)
@@ -192,9 +200,14 @@ class Run(Worker):
                 need(then == now, f'cannot resume {path}: {key} changed since ({then} then, {now} now)')
             self.policy.load_state_dict(state['model'])
             self.optimizer.load_state_dict(state['optimizer'])
+            for weight, values in self.optimizer.state.items():
+                shapes = {value.shape for value in values.values() if value.dim()}
+                need(shapes <= {weight.shape}, f'cannot resume {path}: its optimizer is of another model')
+        checkpoint.check_weights(self.policy, path)
+        self.wandb_id = state.get('wandb')
         self.optimizer.param_groups[0]['weight_decay'] = self.cfg.weight_decay      # not the saved one
         changed = [f'{key} {state["config"].get(key)!r} -> {now!r}' for key, now in asdict(self.cfg).items()
-                   if key != 'resume' and state['config'].get(key) != now]
+                   if key != 'resume' and state['config'].get(key, now) != now]
         self.say(f'resuming from {path}, with {", ".join(changed) or "the same knobs"}')
 
     # --- speed, log and checkpoints ---------------------------------------------------------------
@@ -217,12 +230,18 @@ class Run(Worker):
         return record
 
     def open_log(self, start, total_steps):
-        """Print the knobs, and make out/<name>/<stage>/ ready to go on after step `start`."""
+        """Print the knobs, and make out/<name>/<run_name>/ ready to go on after step `start`."""
         self.start = start
         self.total_steps = total_steps
+        need(start <= total_steps, f'{self.out_dir} is at step {start:,}, beyond the {total_steps:,} steps asked for: '
+             'raise --max_steps or --epochs, or start another run with --run_name=OTHER')
         self.say(f'{self.stage} on {self.device.type}, processes: {self.world}\n{config.show(self.cfg)}')
-        if self.cfg.warmup_steps >= total_steps:
+        if (self.cfg.warmup_steps or 0) >= total_steps:
             self.say(f'note: the run of {total_steps:,} steps ends within its warm-up: set --warmup_steps')
+        rate, following = self.optimizer.param_groups[0]['lr'], learning_rate(self.cfg, start + 1, total_steps)
+        if start and not math.isclose(rate, learning_rate(self.cfg, start, total_steps)):
+            self.say(f'note: other knobs, another schedule: the rate was {rate:.2e} at step {start:,} and is '
+                     f'{following:.2e} at step {start + 1:,}')
         self.on_first(self.open_files, f'cannot write to {self.out_dir}')
 
     def open_files(self):
@@ -230,13 +249,14 @@ class Run(Worker):
             with config.one_line('track=wandb needs `pip install wandb`, and a login or WANDB_MODE=offline'):
                 import wandb
                 os.makedirs(os.path.dirname(self.out_dir), exist_ok=True)
-                self.wandb = wandb.init(project='nanodpo', name=f'{self.cfg.name}-{self.stage}',
-                                        config=asdict(self.cfg), dir=os.path.dirname(self.out_dir))
-        self.log_file = checkpoint.open_run(self.out_dir, self.start)
+                self.wandb = wandb.init(project='nanodpo', name=f'{self.cfg.name}-{os.path.basename(self.out_dir)}', id=self.wandb_id,
+                                        resume='allow', config=asdict(self.cfg), dir=os.path.dirname(self.out_dir))
+                self.wandb_id = self.wandb.id
+        self.log_file = checkpoint.open_run(self.out_dir, self.start, self.say)
 
     def bar(self, steps):
         """The steps with a progress bar, counted for `speed`. A signal now stops the run after its step."""
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in config.STOPS:
             signal.signal(number, self.on_signal)
         self.ids = []                           # the groups since the last log line, on all ranks
         self.computed = self.seconds = 0        # this rank's tokens with padding, and its time
@@ -253,25 +273,35 @@ class Run(Worker):
         label = f'{prefix.strip("/") or "step":5}{step:>7,}/{self.total_steps:,}'
         columns = [text.format(record[key]) for key, text in COLUMNS.items() if key in record]
         self.say(' | '.join([label, *columns]))
+        self.measured = record if prefix else self.measured
         record = {prefix + key: value for key, value in record.items()}
 
         def write():
+            for key, value in record.items():
+                need(math.isfinite(value), f'{key} is {value} after step {step:,}, and the model is not saved: lower '
+                     f'--learning_rate; the checkpoints of {self.out_dir} before it are untouched')
             self.log_file.write(json.dumps({'step': step, **record}) + '\n')
             if self.cfg.track:
                 self.wandb.log(record, step=step)
         self.on_first(write, f'cannot write the log to {self.out_dir}: the checkpoints are untouched')
 
-    def save(self, step):
-        """Write the checkpoint of this step."""
+    def save(self, step, logps):
+        """Write the checkpoint of this step. logps: what the model makes of some data now, which must be finite."""
         state = dict(stage=self.stage, config=asdict(self.cfg), optimizer=self.optimizer.state_dict(),
-                     origin=self.origin, vocabulary=self.train.vocabulary, launch=self.launch)
-        self.on_first(lambda: checkpoint.save(self.out_dir, step, self.policy, state),
-                      f'cannot save step {step} to {self.out_dir}: those before it are untouched')
+                     origin=self.origin, vocabulary=self.train.vocabulary, launch=self.launch,
+                     wandb=self.wandb_id,
+                     command=shlex.join(['python', os.path.basename(sys.argv[0]), *sys.argv[1:]]))
+        def write():
+            need(logps.isfinite().all(), f'step {step:,} broke the model, and is not saved: lower --learning_rate; '
+                 f'the checkpoints of {self.out_dir} before it are untouched')
+            checkpoint.save(self.out_dir, step, self.policy, state)
+        self.on_first(write, f'cannot save step {step} to {self.out_dir}: those before it are untouched')
         self.saved_step = step
 
     def close(self):
         """The end of the run on every rank, with the exit status of the signal that ended it."""
-        if self.cfg.track and self.rank == 0:
+        release()
+        if self.wandb:
             self.wandb.finish()
         if self.world > 1:
             gc.collect()        # the DDP wrapper goes before the process group: it would wait for its threads
@@ -279,4 +309,8 @@ class Run(Worker):
         if self.signalled:
             self.say(f'signal {self.signalled}: saved at step {self.saved_step}, --resume goes on from there')
             raise SystemExit(128 + self.signalled)
-        self.say(f'done: {self.out_dir}')
+        still = ''
+        if abs(self.measured.get('rewards/margins', 1)) < 0.01:
+            if abs(self.measured.get('kl', 0)) <= max(0.001, self.measured.get('kl_error', 0)):
+                still = ', but it ended where it began: raise --learning_rate or --epochs, or lower --warmup_steps'
+        self.say(f'done: {self.out_dir}{still}')

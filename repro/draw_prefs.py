@@ -29,7 +29,7 @@ from nanodpo.data import (Groups, Sampled, distinct_prompts, read_meta, replacin
                           why_remake, write_meta, write_split)                                 # noqa: E402
 from nanodpo.rollout import draw_responses, read_reward                                     # noqa: E402
 from nanodpo.run import Run                                                                 # noqa: E402
-from nanodpo.sources import Row                                                             # noqa: E402
+from nanodpo.rows import Row                                                                # noqa: E402
 from nanodpo.text import load_tokenizer, text_of                                            # noqa: E402
 from reward_model import RewardModel, all_rewards                                           # noqa: E402
 

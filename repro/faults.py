@@ -200,6 +200,7 @@ def result(cwd, folder, done):
     for path in checkpoint.find(str(made)):
         state = checkpoint.read(path)
         state['config'].pop('resume')
+        state.pop('command')            # the resumed run's has --resume
         parts |= {f'{os.path.basename(path)} {key}': digest(value) for key, value in state.items()}
     with open(made / 'log.jsonl') as f:
         parts['log'] = [{k: v for k, v in json.loads(line).items() if 'second' not in k} for line in f]
@@ -579,7 +580,7 @@ def expected(kind, line):
     """What the documented format says of a line, bytes.
 
     None of a blank one, False of a bad one, () of one that is left out and nobody's mistake, else [prompt, response,
-    ...] and the label. Written from the docstring of nanodpo/sources.py alone.
+    ...] and the label. Written from the docstring of nanodpo/rows.py alone.
     """
     if not line.strip(b' \t\r\n\v\f'):
         return None
@@ -600,8 +601,9 @@ def expected(kind, line):
     if not is_text(row.get('prompt'), blank=True):
         return False
     if kind == 'unpaired':
-        good = is_text(row.get('completion')) and isinstance(row.get('label'), bool)
-        return good and ([row['prompt'], row['completion']], row['label'])
+        label = str(row.get('label')).strip().lower()
+        good = is_text(row.get('completion')) and label in ('true', 'false', '1', '0')
+        return good and ([row['prompt'], row['completion']], label in ('true', '1'))
     if kind == 'demonstrations':
         return is_text(row.get('completion')) and 'label' not in row and ([row['prompt'], row['completion']], None)
     responses = [row.get('chosen'), row.get('rejected')] if kind == 'pairs' else row.get('responses')
@@ -644,7 +646,7 @@ def turns_of(value, role):
         return [(role, value)] if is_text(value, blank=True) else None
     if not isinstance(value, list) or not value:
         return None
-    good = all(isinstance(m, dict) and m.get('role') in ('system', 'user', 'assistant')
+    good = all(isinstance(m, dict) and m.get('role') in ('system', 'user', 'assistant', 'tool')
                and is_text(m.get('content'), blank=True) for m in value)
     return [(m['role'], m['content']) for m in value] if good else None
 
@@ -658,14 +660,22 @@ def expected_of_messages(row):
         return False
     sides = [before + side if side[0][0] == 'assistant' else side for side in sides]
     for side in sides:
-        roles = [role for role, _ in side]
-        roles = roles[roles[0] == 'system':]
-        if not roles or roles != ['user', 'assistant'] * (len(roles) // 2) or not side[-1][1].strip():
-            return False
         if isinstance(prompt, list) and side[:len(before)] != before:
             return False
-    if sides[0][:-1] != sides[1][:-1] or sides[0][-1] == sides[1][-1]:
+        if isinstance(prompt, str) and not any(prompt.strip() in content for _, content in side[:-1]):
+            return False
+        if side[-1][0] == 'tool':
+            return ()
+        roles = [role for role, _ in side if role != 'tool']
+        roles = roles[roles[0] == 'system':]
+        if not roles or roles != ['user', 'assistant'] * (len(roles) // 2):
+            return False
+        if side[:-1] != sides[0][:-1]:
+            return ()
+    if not all(side[-1][1].strip() for side in sides) or sides[0][-1] == sides[1][-1]:
         return False
+    if any(role == 'tool' for role, _ in sides[0]):
+        return ()
 
     def after(content):
         return content if content[:1].isspace() else ' ' + content
@@ -699,7 +709,7 @@ def mutate_object(how, row, key, rng):
     elif how == 1:
         del row[key]
     elif how == 2:
-        row[str(key).upper()] = row.pop(key)
+        row[str(key)[::-1]] = row.pop(key)
     elif how == 3:
         other = rng.choice(list(row))
         row[key], row[other] = row[other], row[key]

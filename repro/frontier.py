@@ -92,8 +92,7 @@ LABELS = {'dpo': 'DPO', 'ppo': 'PPO, learned reward', 'ppo_gt': 'PPO-GT, true re
 COLOURS = dict(zip(LABELS, ('C0', 'C3', 'C1', 'C5', 'C2', 'C4', 'C6')))
 
 
-# ----------------------------------------------------------------------------------------------------
-# the optimum: the grammar's own frontier, exactly
+# --- the optimum: the grammar's own frontier, exactly ---------------------------------------------
 
 def grammar_log_z(start, lam):
     """log E exp(lam * reward) over the grammar's reviews that begin with `start`; lam: (n,) float64 -> (n,).
@@ -131,8 +130,7 @@ def grammar_frontier(starts, betas):
     return torch.stack([lam * reward - log_z, reward], 1).detach().numpy()
 
 
-# ----------------------------------------------------------------------------------------------------
-# jobs: a dict of settings each, done by a worker process, as sweep.py says
+# --- jobs: a dict of settings each, done by a worker process, as sweep.py says --------------------
 
 def needs(job, jobs):
     """The jobs whose files this one reads."""
@@ -277,8 +275,7 @@ def summary(result):
             + ', '.join(f'{budget}: {best_at(points, budget)[0]:+.2f}' for budget in BUDGETS))
 
 
-# ----------------------------------------------------------------------------------------------------
-# the table and the figure
+# --- the table and the figure ---------------------------------------------------------------------
 
 def mean_and_error(values):
     """Mean over seeds, and its standard error (nan for one seed)."""
@@ -370,8 +367,7 @@ def figure(results, optimum, path):
     plot.savefig(path, dpi=110)
 
 
-# ----------------------------------------------------------------------------------------------------
-# the knobs
+# --- the knobs ------------------------------------------------------------------------------------
 
 @dataclass
 class Config:

@@ -15,6 +15,7 @@ import sys
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import config                                                   # noqa: E402
 from config import UserError, need                              # noqa: E402
+from nanodpo.folder import written_aside                        # noqa: E402
 from nanodpo.text import printable                              # noqa: E402
 from sample import SIDES, numbers_of, scale, table_rows         # noqa: E402
 
@@ -172,7 +173,7 @@ def page_html(samples, summary):
     rows = [f'<tr><th scope="row">{html.escape(label)}</th><td>{before}</td><td>{after}</td></tr>'
             for label, before, after in table_rows(summary, samples)]
     counted = f'samples: {summary["samples"]:,}, prompts: {summary["prompts"]:,}, ± a standard error'
-    models = {side: safe(knobs[side] or f'out/{knobs["name"]}/{stage}') for side, stage in SIDES.items()}
+    models = {side: safe(summary['models'][side]) for side in SIDES}
     return PAGE.format(
         title=safe(f'{knobs["name"]}: before and after'), STYLE=STYLE, SCRIPT=SCRIPT, beta=summary['beta'], **models,
         least=-limit, most=limit, swatches=''.join(swatches), rows='\n'.join(rows),
@@ -203,18 +204,13 @@ def main(argv=None):
         return
     need(len(argv) in (1, 2), 'name the page to write, such as compare.html, and perhaps a file of sample.py --json')
     path = os.path.realpath(argv[0])        # of a link, the file
-    aside = path + '.tmp'
     may_replace = os.path.isfile(path) and os.access(path, os.W_OK)
     need(may_replace or not os.path.exists(path), f'{path} is there and is no file, or may not be written')
     try:
-        with open(aside, 'w', encoding='utf-8') as f:       # before the wait for the samples
+        with written_aside(path) as aside, open(aside, 'w', encoding='utf-8') as f:     # before the wait for samples
             f.write(page_html(*read_samples(argv[1] if len(argv) > 1 else '')))
-        os.replace(aside, path)
     except OSError as error:
         raise UserError(f'{path} cannot be written: {error.strerror}') from None
-    finally:
-        with contextlib.suppress(OSError):
-            os.remove(aside)
     print(f'wrote {argv[0]}')
 
 

@@ -16,6 +16,7 @@ import sys
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import config                           # noqa: E402
 from config import UserError, need      # noqa: E402
+from nanodpo.folder import written_aside        # noqa: E402
 
 PANELS = [      # title, keys (the second one dashed), a level to compare with
     ('loss', ['loss'], (math.log(2), 'ln 2: policy = reference')),
@@ -99,8 +100,8 @@ def plot(folders, out):
     axes.flat[len(panels)].legend(handles=handles(names_of(folders), styles, preferences), loc='center left',
                                   fontsize=9, frameon=False)
     try:
-        figure.savefig(out + '.tmp', dpi=110, format='png')
-        os.replace(out + '.tmp', out)
+        with written_aside(out) as aside:
+            figure.savefig(aside, dpi=110, format='png')
     except OSError as error:
         raise UserError(f'cannot write {out}: {error.strerror}') from None
     finally:

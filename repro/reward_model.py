@@ -110,8 +110,7 @@ def judge(margins):
             'log_loss': float(np.logaddexp(0, -margins).mean()), 'calibration': table, 'calibration_error': error}
 
 
-# ----------------------------------------------------------------------------------------------------
-# the knobs
+# --- the knobs ------------------------------------------------------------------------------------
 
 @dataclass
 class Config:

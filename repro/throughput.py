@@ -59,6 +59,7 @@ sys.path.insert(0, ROOT)
 from model import GPT, GPTConfig                        # noqa: E402
 from nanodpo import checkpoint                          # noqa: E402
 from nanodpo.data import Groups, write_meta, write_split            # noqa: E402
+from nanodpo import hf                                 # noqa: E402
 from nanodpo.export import save_pretrained              # noqa: E402
 from nanodpo.run import Worker                          # noqa: E402
 from sweep import write_json                            # noqa: E402
@@ -239,7 +240,7 @@ def child_trl(job):
 def child_sample(job):
     """Tokens a second of GPT.generate at batch 1 and 64; no end token, so that every sequence runs its length."""
     device, new = job['device'], job['new_tokens']
-    model = GPT.from_pretrained('init').to(device).eval()
+    model = hf.from_pretrained('init').to(device).eval()
     prompts = [pair[0][-256:] for pair in read_pairs(job)]
     autocast = Worker(device, job['dtype']).autocast
     rows = []

@@ -14,6 +14,7 @@ import pytest
 from conftest import ROOT, error_of, prepare, prepare_all, write_rows
 from nanodpo import rollout, sources
 from nanodpo.data import Groups
+from nanodpo.rows import BadRow, read_prompt
 from nanodpo.text import EOT, load_tokenizer, prompt_ids, render, text_of
 
 HUMAN = '\n\nHuman: {prompt}\n\nAssistant:'
@@ -88,7 +89,7 @@ def test_every_sort_of_source_gives_the_same_groups(sort):
         shutil.rmtree('rows', ignore_errors=True)
 
 
-@pytest.mark.parametrize('path, where', [('rows.json', 'item 3'), ('rows.csv', 'line 4'), ('rows.parquet', 'row 3'),
+@pytest.mark.parametrize('path, where', [('rows.json', 'item 3'), ('rows.csv', 'row 4'), ('rows.parquet', 'row 3'),
                                          ('rows.jsonl', 'line 3'), ('rows.jsonl.gz', 'line 3')])
 def test_a_bad_row_of_one_s_own_is_named_by_file_and_number_and_can_be_skipped(path, where, capfd):
     rows = [dict(prompt=f'{i}', chosen='c', rejected='r' if i != 2 else 'c') for i in range(6)]
@@ -103,34 +104,35 @@ HEADER = b'prompt,chosen,rejected\n'
 
 
 @pytest.mark.parametrize('path, data, expected', [
-    ('x.jsonl', b'', 'x.jsonl: no row of train can be used; dropped: {}'),
-    ('x.json', b'', 'x.json: no row of train can be used; dropped: {}'),
-    ('x.json', b'[]', 'no row of train can be used'),
+    ('x.jsonl', b'', 'error: x.jsonl holds no rows'),
+    ('x.json', b'', 'error: x.json holds no rows'),
+    ('x.json', b'[]', 'x.json holds no rows'),
     ('x.json', b'[{"prompt": "a", "chosen": "b", "rejected": "c"}\n', 'x.json cannot be read: JSONDecodeError'),
     ('x.json', b'{"prompt": "a",\n "chosen": "b",\n "rejected": "c"}\n', 'x.json line 1: not JSON'),
     ('x.json', b'[1]', 'x.json item 1: not an object: int'),
     ('x.json', b'["\xff"]', 'x.json cannot be read: UnicodeDecodeError'),
     ('x.json', b'[' * 100_000, 'x.json cannot be read: RecursionError'),
-    ('x.csv', b'', 'no row of train can be used'),
-    ('x.csv', 'prompt,chosen\na,b'.encode('utf-16'), "x.csv line 2: missing key: it has '\\udcff\\udcfep\\x00"),
+    ('x.csv', b'', 'x.csv holds no rows'),
+    ('x.csv', 'prompt,chosen\na,b'.encode('utf-16'), 'not utf-8 but likely utf-16: read it with --encoding=utf-16'),
     ('x.csv', b'why?,good,bad\nhow?,fine,worse\n',
-     "x.csv line 2: missing key: it has 'why?', 'good', 'bad'; it needs chosen and rejected"),
-    ('x.csv', HEADER.replace(b',', b';') + b'a;b;c\n', "it has 'prompt;chosen;rejected'; it needs"),
+     "x.csv row 2: missing key: it has 'why?', 'good', 'bad'; it needs chosen and rejected"),
+    ('x.csv', HEADER.replace(b',', b':') + b'a:b:c\n', "it has 'prompt:chosen:rejected'; it needs"),
     ('x.jsonl', b'{"question": "a", "good\\n": "b"}\n',
      "x.jsonl line 1: missing key: it has 'question', 'good\\n'; it needs chosen and rejected"),
-    ('x.csv', HEADER, 'no row of train can be used'),
+    ('x.csv', HEADER, 'x.csv holds no rows'),
     ('x.csv', b'prompt,chosen,chosen\na,b,c\n', 'two columns have the same name'),
-    ('x.csv', HEADER + b'a,b,c\nd,"e\n\ne",f\ng,h\n', 'x.csv line 6: cell count: the first line names 3 columns'),
-    ('x.csv', HEADER + b'a,b,c\nd,e,f,g\n', 'x.csv line 3: cell count: the first line names 3 columns'),
-    ('x.csv', HEADER + b'a,b,c\nd,\xff,f\n', "x.csv line 3: not UTF-8: 'chosen'"),
+    ('x.csv', HEADER + b'a,b,c\nd,"e\n\ne",f\ng,h\n',
+     'x.csv row 4: cell count: 2 cells, and the first row names 3 columns'),
+    ('x.csv', HEADER + b'a,b,c\nd,e,f,g\n', 'x.csv row 3: cell count: 4 cells, and the first row names 3 columns'),
+    ('x.csv', HEADER + b'a,b,c\nd,\xff,f\n', 'it is not utf-8 but likely cp1252: read it with --encoding=cp1252, or'),
     ('x.csv', HEADER + b'a,b,c\n"open,b,c\nd,e,f\n', 'x.csv cannot be read: Error: unexpected end of data'),
     ('x.csv', HEADER + b'a,"[{\'role\': \'user\', \'content\': \'a\'}]",b\n',
-     "line 2: not a string: 'chosen' is BadRow('not JSON: Expecting property name"),
+     "x.csv row 2: not JSON: 'chosen' begins as messages do: Expecting property name"),
     ('x.csv.gz', b'prompt', 'x.csv.gz cannot be read'),
     ('x.jsonl.gz', gzip.compress(b'{}' * 1000, mtime=0)[:-9], 'x.jsonl.gz cannot be read'),
     ('x.parquet', b'', 'x.parquet cannot be read'),
     ('x.parquet', None, 'x.parquet cannot be read'),
-    ('x.xlsx', b'PK', 'x.xlsx must be a .jsonl, .json, .csv, .parquet or .py file'),
+    ('x.xlsx', b'PK', 'x.xlsx must be a .jsonl, .json, .csv, .tsv, .parquet or .py file'),
 ])
 def test_a_broken_file_is_one_line(path, data, expected):
     if data is None:
@@ -166,17 +168,22 @@ def test_max_val_leaves_out_validation_rows_and_says_so():
     assert prepare('--source=own', '--max_val=9')[1]['splits']['val']['dropped'] == {}
 
 
-def test_a_directory_that_datasets_reads_has_its_bad_rows_counted():
+@pytest.mark.parametrize('file', ['{}.jsonl.gz', '{}-0.jsonl'])
+def test_the_bad_rows_of_a_directory_stop_the_run_as_those_of_a_file_do(file):
+    """The second is read by `datasets`."""
     for split in ('train', 'validation', 'test'):
         rows = [dict(row, prompt=f'{split} {row["prompt"]}', extra=1) for row in PAIRS[:5]]
-        write_rows(f'columns/{split}.jsonl.gz', [*rows, dict(prompt='p', chosen=' ', rejected='x', extra=2)])
-    texts, meta = prepare('--source=columns')
+        write_rows('columns/' + file.format(split), [*rows, dict(prompt='p', chosen=' ', rejected='x', extra=2)])
+    assert error_of('--source=columns').startswith('error: 2 bad lines, 0 allowed')
+    texts, meta = prepare('--source=columns', '--max_bad_lines=2')
+    assert any(note.startswith('not read of columns: ') and 'test' in note for note in meta['notes'])
+    assert "columns that are not read, with the rows of 10 that fill them: 'extra' (10)" in meta['notes']
     assert texts['val'][0] == ['validation 0, "why"?\n', f'None{EOT}', f'[0, NA]{EOT}']
     assert meta['splits']['train']['dropped'] == {'empty_response': 1} and set(meta['splits']) == {'train', 'val'}
     for row in (dict(prompt='a', chosen='b'), dict(question='?')):
         write_rows('wrong/data.jsonl', [row])
         assert f"it has {', '.join(map(repr, row))}; it needs chosen and rejected" in error_of('--source=wrong')
-    write_rows('wrong/data.jsonl', [dict(row, label=int(row['label'])) for row in UNPAIRED])
+    write_rows('wrong/data.jsonl', [dict(row, label=3) for row in UNPAIRED])
     assert "no row of train can be used; dropped: {'no_label': 12}; " in error_of('--source=wrong')
 
 
@@ -213,10 +220,11 @@ BAD = [(PAIRS, *bad) for bad in [
     (b'[1, 2]', 'not an object: list'),
     (b'"text"', 'not an object: str'),
     (dict(prompt='a', chosen='b'), "missing key: it has 'prompt', 'chosen'; it needs chosen and rejected"),
-    (dict(chosen='b', rejected='c'), "no assistant turn: a side does not end with one, and there is no 'prompt'"),
+    (dict(chosen='b', rejected='c'),
+     "no assistant turn: there is no prompt, and a side is no dialogue that ends with an answer; it has 'chosen', "),
     (dict(PAIR, rejected=3), "not a string: 'rejected' is 3"),
     (dict(PAIR, rejected=['c']), "missing key: 'role'"),
-    (dict(PAIR, prompt=None), "not a string: 'prompt' is None"),
+    (dict(PAIR, prompt=None), 'no assistant turn: there is no prompt'),
     (dict(PAIR, chosen=' \n'), "empty response: 'chosen'"),
     (dict(PAIR, rejected=''), "empty response: 'rejected'"),
     (dict(PAIR, rejected='b'), 'identical: two of chosen, rejected are the same'),
@@ -226,7 +234,7 @@ BAD = [(PAIRS, *bad) for bad in [
     (EXAMPLE, 'another kind: 1 responses, label True')]]
 BAD += [(RANKINGS, *bad) for bad in [
     (dict(prompt='a'), "missing key: it has 'prompt'; it needs"),
-    (dict(responses=['b', 'c', 'd']), "missing key: 'prompt'"),
+    (dict(responses=['b', 'c', 'd']), "no prompt: the assistant speaks first in 'response 1'; the row has 'responses'"),
     (PAIR, 'another kind: 2 responses'),
     (dict(RANKING, responses='bcd'), "no ranking: 'responses' must be a list of two or more, not 'bcd'"),
     (dict(RANKING, responses=['b']), "no ranking: 'responses' must be a list of two or more, not ['b']"),
@@ -242,24 +250,24 @@ BAD += [(UNPAIRED, *bad) for bad in [
     (dict(prompt='a', completion='b'), 'another kind: 1 responses, label False'),
     (dict(prompt='a', label=True), "missing key: it has 'prompt', 'label'; it needs"),
     (PAIR, 'another kind: 2 responses, label False'),
-    (dict(EXAMPLE, label=1), "no label: 'label' is not true or false"),
-    (dict(EXAMPLE, label='true'), "no label: 'label' is not true or false"),
-    (dict(EXAMPLE, completion=None), "not a string: 'completion' is None")]]
+    (dict(EXAMPLE, label=2), "no label: 'label' is not true or false"),
+    (dict(EXAMPLE, label='yes'), "no label: 'label' is not true or false"),
+    (dict(EXAMPLE, completion=None), "missing key: it has 'prompt', 'label'")]]
 BAD += [(TALKS, *bad) for bad in [
-    (dict(chosen=turns('a', 'b'), rejected=turns('c', 'd')), 'prompts differ'),
-    (dict(chosen=turns('a', 'b', system='s'), rejected=turns('a', 'c')), 'prompts differ'),
     (dict(prompt=turns('z'), chosen=turns('a', 'b'), rejected=turns('a', 'c')),
-     "prompts differ: 'chosen' does not begin as 'prompt' does"),
+     "another prompt: 'chosen' does not say what 'prompt' says"),
+    (dict(prompt='z', chosen=turns('a', 'b'), rejected=turns('a', 'c')), "another prompt: 'chosen' does not say what"),
     (dict(chosen=turns('a'), rejected=turns('a')),
      "not in turn: user, then assistant must speak in 'chosen', not user"),
-    (dict(chosen=turns('a', 'b', system='s')[::-1], rejected=turns('a', 'b')), "missing key: 'prompt'"),
+    (dict(chosen=turns('a', 'b', system='s')[::-1], rejected=turns('a', 'b')),
+     "no prompt: the assistant speaks first in 'chosen'; the row has 'chosen', 'rejected'"),
     (dict(chosen=turns('a', 'b') + turns(system='s'), rejected=turns('a', 'b')),
      "not in turn: user, then assistant must speak in 'chosen', not user, assistant, system"),
     (dict(chosen=turns('a') + turns('b', 'c'), rejected=turns('a', 'b')),
      "not in turn: user, then assistant must speak in 'chosen', not user, user, assistant"),
-    (dict(chosen=answer('b'), rejected=answer('c')), "missing key: 'prompt'"),
-    (dict(chosen=[dict(role='tool', content='x')], rejected=turns('a', 'c')),
-     "not in turn: user, then assistant must speak in 'chosen', not tool"),
+    (dict(chosen=answer('b'), rejected=answer('c')), 'no prompt: '),
+    (dict(chosen=[dict(role='critic', content='x')], rejected=turns('a', 'c')),
+     "not in turn: user, then assistant must speak in 'chosen', not critic"),
     (dict(chosen=turns(system='s'), rejected=turns('a', 'c')), 'not in turn: '),
     (dict(chosen=[dict(role='user')], rejected=answer('c')), "missing key: 'content'"),
     (dict(chosen=turns('a') + ['b'], rejected=answer('c')), "missing key: 'role'"),
@@ -268,7 +276,7 @@ BAD += [(TALKS, *bad) for bad in [
     (dict(chosen=turns('a', ' \n'), rejected=turns('a', 'c')), "empty response: 'chosen'"),
     (dict(chosen=turns('a', 'c')), "missing key: it has 'chosen'")]]
 BAD += [(DEMONSTRATIONS, dict(DEMONSTRATIONS[0], label=True), 'another kind: 1 responses, label True'),
-        (DEMONSTRATIONS, dict(messages='a'), "missing key: 'prompt'")]
+        (DEMONSTRATIONS, dict(messages='a'), "no prompt: the assistant speaks first in 'messages'")]
 
 
 @pytest.mark.parametrize('good, line, message', BAD, ids=[f'{i} {bad[-1]}' for i, bad in enumerate(BAD)])
@@ -303,8 +311,8 @@ def test_ten_bad_lines_are_shown_and_all_are_counted(capfd):
     assert [line.split(': ')[0] for line in shown] == [f'own/train.jsonl line {i}' for i in range(13, 23)]
     assert not os.path.exists('data')
     splits = prepare('--source=own', '--max_bad_lines=17')[1]['splits']
-    assert splits['train']['dropped'] == {'empty_response': 2, 'identical': 1, 'missing_key': 2, 'not_a_string': 2,
-                                          'no_assistant_turn': 1, 'another_kind': 2, 'not_an_object': 2,
+    assert splits['train']['dropped'] == {'empty_response': 2, 'identical': 1, 'missing_key': 2, 'not_a_string': 1,
+                                          'no_assistant_turn': 2, 'another_kind': 2, 'not_an_object': 2,
                                           'not_JSON': 3, 'not_UTF-8': 1}
     assert splits['val']['dropped'] == dict(missing_key=1)
 
@@ -352,7 +360,7 @@ def test_messages_have_the_same_ids_in_training_and_in_sampling(template, user, 
     assert groups == sorted([bos + prompt, f'{space}Yes{EOT}', f'{space}No{EOT}']
                             for prompt in (first, user.format('a')))
     tokens = load_tokenizer('data/made', meta['tokenizer'])
-    asked = [prompt_ids(tokens, render(sources.read_prompt(dict(prompt=prompt)), meta['template']), meta['template'])
+    asked = [prompt_ids(tokens, render(read_prompt(dict(prompt=prompt)), meta['template']), meta['template'])
              for prompt in (SYSTEM, turns('a'), 'a')]
     trained = {tuple(group[0]) for split in ('train', 'val') for group in Groups('data/made', split)}
     assert set(map(tuple, asked)) == trained and len(trained) == 2
@@ -377,8 +385,8 @@ def test_the_default_template_writes_conversations_as_hh_does():
     (dict(prompt=turns('a', 'b')), "must speak in 'answer', not user, assistant, assistant"),
     (dict(prompt=answer('a')), "must speak in 'answer', not assistant, assistant")])
 def test_a_bad_prompt_of_messages_is_a_bad_row(row, message):
-    with pytest.raises(sources.BadRow, match=re.escape(message)):
-        sources.read_prompt(row)
+    with pytest.raises(BadRow, match=re.escape(message)):
+        read_prompt(row)
 
 
 ASKED = [HUMAN.format(prompt=i) for i in range(4)]
@@ -528,7 +536,7 @@ def row(raw):
 
 def test_a_row_function_turns_any_object_into_a_pair_and_changing_it_makes_the_set_anew(capfd):
     Path('mine.py').write_text(ROW)
-    write_rows('rows.csv', [dict(q=q, a=q * 2) for q in ('xy', 'yx', '')])
+    write_rows('rows.csv', [*(dict(q=q, a=q * 2) for q in ('xy', 'yx')), dict(q='', a='z')])
     expected = [['xy', f'x{EOT}', f'y{EOT}'], ['yx', f'y{EOT}', f'x{EOT}']]
     groups, meta = prepare_all('mine.py', '--source=rows.csv')
     assert groups == expected and meta['splits']['train']['dropped'] == {'left_out_by_row': 1}

@@ -16,7 +16,8 @@ from config import UserError
 from conftest import ROOT, random_groups, read_log, small_gpt, write_data
 from nanodpo import checkpoint
 from nanodpo.data import Groups, read_meta, replacing, sha256_file
-from nanodpo.text import load_tokenizer, make_tokenizer, text_ids
+from nanodpo.bpe import make_tokenizer
+from nanodpo.text import load_tokenizer, text_ids
 import faults
 
 DPO = ['--name=tiny', '--max_steps=8', '--batch_size=8', '--device=cpu', '--learning_rate=1e-3', '--warmup_steps=2']
@@ -78,7 +79,7 @@ def test_the_campaign_fails_where_a_stage_does_not_check_what_it_reads():
     ('rankings', b'{"prompt": "p", "responses": ["a", "b", "c"], "scores": [1, 3, 2.5]}', (['p', 'b', 'c', 'a'], None)),
     ('rankings', b'{"prompt": "p", "responses": ["a", "b", "c"], "scores": [1, 1.0, 2]}', False),
     ('unpaired', b'{"prompt": "p", "completion": "a", "label": false}', (['p', 'a'], False)),
-    ('unpaired', b'{"prompt": "p", "completion": "a", "label": 1}', False),
+    ('unpaired', b'{"prompt": "p", "completion": "a", "label": 2}', False),
     ('documents', b'{"text": " a"}', (['', ' a'], None)),
     ('demonstrations', b'{"prompt": " ", "completion": "a"}', ([' ', 'a'], None)),
     ('demonstrations', b'{"prompt": "p", "completion": "a", "label": true}', False),

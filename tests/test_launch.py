@@ -68,7 +68,7 @@ def whole(tmp_path_factory):
         for stage in ('dpo', 'sft'):
             assert run_ranks(stage, [ARGS[stage]] * 2) == {0: '', 1: ''}
             os.rename(f'out/tiny/{stage}', f'out/whole/{stage}')
-        os.rename('out/tiny/sft.previous', 'out/tiny/sft')
+        os.rename('out/tiny/sft.1', 'out/tiny/sft')
     return folder
 
 
@@ -134,8 +134,8 @@ def test_killed_ranks_are_restarted_on_two_nodes_and_the_runs_are_bit_identical_
         'resuming from out/tiny/dpo/step-000012.pt', 'resuming from out/tiny/sft/step-000004.pt']
     assert_same_run('out/tiny/dpo', 'out/whole/dpo')
     assert_same_run('out/tiny/sft', 'out/whole/sft')
-    assert equal(dict(last_checkpoint('out/tiny/dpo.previous')['model']), dict(old.state_dict())), 'moved aside once'
-    assert last_checkpoint('out/tiny/sft.previous')['step'] == 1, 'what stood there'
+    assert equal(dict(last_checkpoint('out/tiny/dpo.1')['model']), dict(old.state_dict())), 'moved aside once'
+    assert last_checkpoint('out/tiny/sft.1')['step'] == 1, 'what stood there'
     for cwd in Path('/proc').glob('[0-9]*/cwd'):
         with contextlib.suppress(OSError):
             assert os.readlink(cwd) != os.getcwd() or int(cwd.parent.name) == os.getpid(), 'a worker is left'
@@ -167,7 +167,7 @@ def test_a_restart_goes_on_from_its_own_launch_alone(place, monkeypatch, capsys)
         file.write(b'damage')
     assert attempt(store) == ['resuming from out/tiny/dpo/step-000008.pt']
     assert attempt(old, '--resume') == ['resuming from out/tiny/dpo/step-000012.pt'], 'the user wants it'
-    assert checkpoint.find('out/tiny/dpo.previous')[-1].endswith('step-000008.pt'), 'still there'
+    assert checkpoint.find('out/tiny/dpo.1')[-1].endswith('step-000008.pt'), 'still there'
 
 
 BAD = {     # environment, the line

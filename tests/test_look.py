@@ -53,7 +53,7 @@ def plain(n, seed=0):
     """n pairs in which nothing is odd."""
     rng = np.random.default_rng(seed)
     first = 10_000 * seed
-    return [(f'What is {i + first}?', 'yes ' * rng.integers(1, 9) + str(i), 'no ' * rng.integers(1, 11) + str(i))
+    return [(f'What is {i + first}?', ' ' + 'yes ' * rng.integers(1, 9) + str(i), ' ' + 'no ' * rng.integers(1, 11) + str(i))
             for i in range(n)]
 
 

@@ -65,9 +65,9 @@ def test_what_is_no_checkpoint_of_ours_is_one_line(tmp_path):
     misfit, foreign = 'is no checkpoint', 'cannot be read as a checkpoint: '
     wide = good['model_config'] | {'n_embd': 16}
     for state, match in [
-            (good | {'model_config': wide}, misfit), (good | {'model_config': None}, misfit),
+            (good | {'model_config': wide}, misfit), (good | {'model_config': None}, foreign + 'ValueError: model_config'),
             (good | {'model_config': {'layers': 2}}, misfit), (good | {'model': {}}, misfit),
-            (good | {'model': 3}, misfit), (good['model'], foreign + 'KeyError'), ([good], foreign + 'TypeError'),
+            (good | {'model': 3}, foreign + 'ValueError: model'), (good['model'], foreign + 'KeyError'), ([good], foreign + 'TypeError'),
             ({'format': 1}, foreign + 'KeyError'), (good | {'format': 9}, 'is of another version'),
             (good | {'step': 2}, 'is not what its name says, but step 2')]:
         torch.save(state, path)

@@ -37,9 +37,9 @@ def torture(tokenizer):
             samples[-1][side] = {'text': response, 'tokens': len(ids), 'ended': True, 'implicit_reward': sum(values),
                                  'pieces': pieces, ATTACK: bool(i % 2)}
     means = {name: dict(mean=0.5, error=0.1) for name in ('tokens', 'ended', 'implicit_reward', ATTACK)}
-    knobs = dict(name=f'</title>{ATTACK}', before='out/' + ATTACK, after='out/\udcff', show=len(samples),
-                 prompt=f'</pre>{ATTACK}\udcff')
-    return samples, dict(samples=len(samples), prompts=len(samples), beta=0.1, config=knobs, before=means, after=means)
+    knobs = dict(name=f'</title>{ATTACK}', show=len(samples), prompt=f'</pre>{ATTACK}\udcff')
+    return samples, dict(samples=len(samples), prompts=len(samples), beta=0.1, config=knobs, before=means, after=means,
+                         models=dict(before='out/' + ATTACK, after='out/\udcff'))
 
 
 def write(monkeypatch, lines, path='p.html'):

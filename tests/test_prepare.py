@@ -16,7 +16,8 @@ import prepare_prefs
 from conftest import ROOT, SHARED, error_of, prepare, prepare_all, run_stage, write_rows
 from nanodpo import look
 from nanodpo.data import Groups
-from nanodpo.text import EOT, load_tokenizer, train_bpe
+from nanodpo.bpe import train_bpe
+from nanodpo.text import EOT, load_tokenizer
 from prepare_prefs import truncate
 
 HH = SHARED / 'data' / 'hh-rlhf'
@@ -64,7 +65,7 @@ def test_hh_ids_equal_an_independent_encoding_and_truncation_loses_only_what_its
         assert info['tokens'] == sum(len(part) for group in expected for part in group) == len(groups.tokens)
     assert (meta['vocab_size'], meta['eot_token'], meta['tokenizer']) == (50257, 50256, 'gpt2')
 
-    _, meta = prepare(*source, '--max_length=128', '--max_prompt_length=48', tokenizer='gpt2')
+    _, meta = prepare(*source, '--max_length=128', '--max_prompt_length=48', '--truncation=paper', tokenizer='gpt2')
     prompts = responses = tokens = 0
     pairs_of_groups = zip(Groups('data/whole', 'train'), Groups('data/made', 'train'), strict=True)
     for (prompt, *answers), (cut_prompt, *cut_answers) in pairs_of_groups:
@@ -109,7 +110,7 @@ def test_the_end_token_ends_a_response_unless_truncation_cut_it():
         dict(prompt='ABCDEF', chosen='123456', rejected='1'),               # 6 + 7 > 12
         dict(prompt='xy', chosen='123456789', rejected='1234567890')])      # 2 + 10, 2 + 11 > 12
     write_rows('pairs/val.jsonl', PAIRS[:1])
-    texts, meta = prepare('--source=pairs', '--max_length=12', '--max_prompt_length=4')
+    texts, meta = prepare('--source=pairs', '--max_length=12', '--max_prompt_length=4', '--truncation=paper')
     assert texts['train'] == [['efgh', f'1234{EOT}', f'12345{EOT}'], ['CDEF', f'123456{EOT}', f'1{EOT}'],
                               ['xy', f'123456789{EOT}', '1234567890']]
     assert meta['splits']['train']['truncated'] == {'prompts': 2, 'responses': 1, 'tokens': 4 + 2 + 1}
@@ -192,7 +193,7 @@ def test_a_python_file_gives_pairs_and_documents_by_split_and_seed():
     ('documents=bad.jsonl', '{"text": "a"}\n{"text": 3}\n', "bad.jsonl line 2: not a string: 'text' is 3"),
     ('documents=bad.jsonl', '{"texts": "a"}\n',
      "bad.jsonl: no row of train can be used; dropped: {'missing_key': 1}; "),
-    ('documents=bad.txt', f' \n{EOT}\n\n', 'bad.txt: no row of train can be used; dropped: {}'),
+    ('documents=bad.txt', f' \n{EOT}\n\n', 'bad.txt holds no rows'),
     ('documents=bad.py', 'def documents(split, seed):\n    return [3]',
      "bad.py documents('train') item 1: not a string: 'text' is 3"),
     ('documents=bad.py', 'def documents(split, seed):\n    yield 1 / 0',
@@ -256,7 +257,7 @@ def test_a_user_s_mistake_is_one_line_on_stderr_without_a_traceback():
     (['--tokenizer=gpt3'], "tokenizer 'gpt3' cannot be loaded"),
     (['--source='], 'nothing to prepare'),
     (['--source=absent.jsonl'], 'absent.jsonl does not exist'),
-    (['--source=notes.txt'], 'notes.txt must be a .jsonl, .json, .csv, .parquet or .py file'),
+    (['--source=notes.txt'], 'notes.txt must be a .jsonl, .json, .csv, .tsv, .parquet or .py file'),
     (['--source=empty'], "source 'empty' could not be loaded"),
     (['--documents=absent.txt'], 'absent.txt does not exist'),
     (['--documents=pairs'], "source 'pairs' could not be loaded from here or the hub"),

@@ -250,7 +250,7 @@ def test_a_new_run_keeps_the_one_that_stood_there_and_resume_refuses_other_weigh
     dpo.main([*DPO, '--max_steps=1'])
     dpo.main([*DPO, '--max_steps=2'])
     assert checkpoint.find('out/tiny/dpo')[-1].endswith('step-000002.pt')
-    assert checkpoint.find('out/tiny/dpo.previous')[-1].endswith('step-000001.pt')
+    assert checkpoint.find('out/tiny/dpo.1')[-1].endswith('step-000001.pt')
     for flag, what in (('--batch_size=16', 'batch_size'), ('--seed=1', 'seed'), ('--optimizer=adamw', 'optimizer')):
         with pytest.raises(SystemExit, match=f'cannot resume .*{what} changed'):
             dpo.main([*DPO, '--resume', flag])

@@ -1,0 +1,265 @@
+"""What a row of preferences may be. All rows of a set are of one kind:
+
+    {"prompt", "chosen", "rejected"}                        a pair
+    {"chosen", "rejected"}                                  a pair of dialogues as in HH, or of conversations
+    {"conversations", "chosen", "rejected"}                 a pair as in ShareGPT, messages of "from" and "value"
+    {"context", "chosen", "rejected"}                       a pair
+    {"question", "chosen", "rejected"}                      a pair, or "response_j" and "response_k"
+    {"instruction", "input", "chosen", "rejected"}          a pair as in Alpaca, or "output": [good, bad]
+    {"messages", "rejected_response"}                       a pair, or "rejected_messages"; messages end as chosen
+    {"prompt", "responses": [best, ..., worst]}             a ranking; with "scores", a number each, in any order
+    {"prompt", "completion", "label": true or false}        an unpaired example, for --loss=kto
+    {"messages", "label"}, {"instruction", "output", ...}   an unpaired example; "kto_tag" is a label, too
+    all of these without a label                            a demonstration, for sft.py
+
+A prompt is one of "prompt", "context", "question", "instruction" (with "input") and "conversations".
+"system" and "history" go before it. "question" and "instruction" are turns of the user. "prompt" and "context" are
+text as it stands, unless there are messages or a system turn.
+Any text may be messages, [{"role": "user", "content": "..."}, ...], or one message, or JSON of them. Their content may
+be a list of texts. The user and the assistant speak in turn.
+"""
+import json
+import re
+from dataclasses import dataclass
+
+
+@dataclass(slots=True)
+class Row:
+    prompt: object          # a string, or messages
+    responses: list         # of strings, the best or chosen first
+    label: bool = None      # of an unpaired example
+    dialogue: bool = False  # the prompt has its frame already, as HH's have
+    turns: list = None      # the messages of the prompt, once it is put into a template
+
+
+class BadRow(ValueError):
+    """A row that cannot be used. What stands before the first colon is counted in meta.json."""
+
+
+def expect(condition, message):
+    """As config.need, for a row."""
+    if not condition:
+        raise BadRow(message)
+
+
+# --- a row -------------------------------------------------------------------------------------------
+
+PROMPTS = 'prompt', 'context', 'question', 'instruction', 'conversations'       # the first that is there is read
+SIDES = [('chosen', 'rejected'), ('response_j', 'response_k'), ('messages', 'rejected_response'),
+         ('messages', 'rejected_messages'), ('responses',), ('output',), ('completion',), ('messages',)]
+NEEDED = {*PROMPTS, 'system', 'history', 'input', 'chosen', 'rejected', 'rejected_response', 'rejected_messages',
+          'image', 'images'}            # if such a column is there and not read, the run stops
+LABELS = {'true': True, '1': True, 'false': False, '0': False}
+
+
+def read_row(row):
+    """(Row, shape, columns) of an object: where its parts come from in words, and the columns that were read."""
+    expect(isinstance(row, dict), f'not an object: {type(row).__name__}')
+    row = {key: value for key, value in row.items() if value is not None or key == 'scores'}
+    keys = next((keys for keys in SIDES if all(key in row for key in keys)), ())
+    expect(keys, f'missing key: it has {names_of(row)}; it needs chosen and rejected (and prompt), or prompt and '
+           'responses, or prompt and completion, or messages')
+    asked = next((key for key in PROMPTS if key in row), None)
+    sides = {key: row[key] for key in keys}
+    if keys == ('chosen', 'rejected') and not asked and all(isinstance(parsed(row[key], key), str) for key in keys):
+        return read_dialogues(row), "prompt and responses from the dialogues 'chosen' and 'rejected'", keys
+    if keys == ('responses',):
+        sides = ranked(row)
+    if keys == ('output',) and isinstance(row['output'], list):
+        expect(len(row['output']) == 2, f"no pair: 'output' must be a text or [good, bad], not {row['output']!r:.40}")
+        sides = {'output[0]': row['output'][0], 'output[1]': row['output'][1]}
+    result, shape, columns = read_answers(row, asked, sides)
+    columns += [*keys, 'scores']
+    tag = next((key for key in ('label', 'kto_tag') if key in row), None)
+    if len(sides) == 1 and tag:
+        result.label = LABELS.get(str(row[tag]).strip().lower())
+        expect(result.label is not None, f"no label: '{tag}' is not true or false")
+        columns.append(tag)
+        shape += f", label from '{tag}'"
+    return result, shape, columns
+
+
+def names_of(row):
+    return f'{", ".join(map(ascii, row)) or "none":.200}'
+
+
+def read_dialogues(row):
+    """Two whole dialogues as in Anthropic HH. The prompt ends with their last '\\n\\nAssistant:'."""
+    sides = [string(row, key).rpartition('\n\nAssistant:') for key in ('chosen', 'rejected')]
+    (prompt, turn, chosen), (other_prompt, other_turn, rejected) = sides
+    expect(turn and other_turn and '\n\nHuman:' not in chosen and '\n\nHuman:' not in rejected, 'no assistant turn: '
+           f'there is no prompt, and a side is no dialogue that ends with an answer; it has {names_of(row)}')
+    expect(prompt == other_prompt, 'prompts differ')
+    return Row(prompt + turn, distinct({'chosen': chosen.rstrip(), 'rejected': rejected.rstrip()}), dialogue=True)
+
+
+def dialogue_messages(text):
+    """The prompt of a dialogue as in Anthropic HH as messages."""
+    pieces = re.split('\n\n(Human|Assistant):', text)         # before the first turn; then name and text of each
+    roles = {'Human': 'user', 'Assistant': 'assistant'}
+    turns = zip(pieces[1:-2:2], pieces[2:-2:2])                 # the last turn is still to be said
+    return [dict(role=roles[name], content=content.strip()) for name, content in turns]
+
+
+def ranked(row):
+    """{name: response} of a ranking, the best first."""
+    responses = row['responses']
+    expect(isinstance(responses, list) and len(responses) > 1,
+           f"no ranking: 'responses' must be a list of two or more, not {responses!r:.40}")
+    order = range(len(responses))
+    if 'scores' in row:
+        scores = row['scores'] if isinstance(row['scores'], list) else []
+        finite = {score for score in scores if type(score) in (int, float) and score - score == 0}
+        expect(len(finite) == len(scores) == len(responses),
+               f"no order: 'scores' must be {len(responses)} numbers, all finite and different")
+        order = sorted(order, key=lambda k: scores[k], reverse=True)
+    return {f'response {k + 1}': responses[k] for k in order}
+
+
+def read_document(row):
+    return Row('', [string(row if isinstance(row, dict) else {'text': row}, 'text')]), "text from 'text'", ('text',)
+
+
+def read_prompt(row):
+    """The prompt of an object, or a prompt itself: a string, or messages that the assistant is to answer."""
+    row = {'prompt': None} | row if isinstance(row, dict) else {'prompt': row}
+    asked = next((key for key in PROMPTS if row.get(key) is not None), 'prompt')
+    return read_answers(row, asked, {'answer': '?'})[0].prompt
+
+
+# --- a prompt and its answers ------------------------------------------------------------------------
+
+def read_answers(row, asked, sides):
+    """(Row, shape, columns) of the responses to one prompt; columns are those of the prompt.
+
+    asked: the first column of the prompt, None if the sides hold it. sides: {name: an answer, or a conversation}.
+    """
+    before, columns = earlier_turns(row, asked) if asked else ([], [])
+    plain = columns in (['prompt'], ['context']) and 'system' not in row
+    plain = plain and all(isinstance(parsed(text, key), str) for key, text in {asked: row[asked], **sides}.items())
+    talks = {name: messages_of(sides, name, 'assistant') for name in sides}
+    if 'messages' in sides and not asked and talks['messages'][0]['role'] != 'assistant':
+        before = talks['messages'][:-1]         # what a rejected_response answers
+    first = next(iter(talks.values()))
+    for name, talk in talks.items():
+        if talk[0]['role'] == 'assistant':
+            expect(before, f"no prompt: the assistant speaks first in '{name}'; the row has {names_of(row)}")
+            talk[:0] = before
+        elif asked:
+            said = isinstance(row[asked], str) and any(row[asked].strip() in turn['content'] for turn in talk[:-1])
+            expect(said or talk[:len(before)] == before, f"another prompt: '{name}' does not say what '{asked}' says")
+        if row.get('system'):
+            talk.insert(0, dict(role='system', content=string(row, 'system')))
+        check_turns(talk, name)
+        expect(talk[:-1] == first[:-1], 'prompts differ')
+    responses = distinct({name: talk[-1]['content'] for name, talk in talks.items()})
+    where = [f"'{name}'" for name in columns] or [f"'{next(iter(sides))}' up to its last turn"]
+    if 'system' in row:
+        columns.append('system')
+        where.insert(0, "'system'")
+    return Row(row[asked] if plain else first[:-1], responses), in_words(where, list(sides)), columns
+
+
+def in_words(where, names):
+    """The shape as: prompt from 'instruction' + 'input', chosen from 'output'[0], rejected from 'output'[1]"""
+    parts = {1: ['response'], 2: ['chosen', 'rejected']}.get(len(names), names)
+    sides = [f'{part} from ' + re.sub(r'^\w+', r"'\g<0>'", name) for part, name in zip(parts, names)]
+    if names[0].startswith('response '):
+        sides = ["responses from 'responses'"]
+    return ', '.join(['prompt from ' + ' + '.join(where), *sides])
+
+
+def earlier_turns(row, asked):
+    """The messages that are answered, but for the system turn, and the columns that hold them."""
+    messages, columns = messages_of(row, asked, 'user'), [asked]
+    if asked == 'instruction' and 'input' in row:
+        columns.append('input')
+        if string(row, 'input', blank=True).strip():
+            messages[-1]['content'] += '\n' + row['input']
+    if 'history' in row:                        # messages, or [question, answer] each
+        columns.insert(0, 'history')
+        expect(isinstance(row['history'], list), f"not a list: 'history' is {row['history']!r:.40}")
+        pairs = all(isinstance(turn, list) and len(turn) == 2 for turn in row['history'])
+        texts = sum(row['history'], []) if pairs else []
+        turns = [dict(role=('user', 'assistant')[i % 2], content=text) for i, text in enumerate(texts)]
+        messages[:0] = [message(turn, 'history') for turn in turns or row['history']]
+    return messages, columns
+
+
+def check_turns(talk, name):
+    """The user and the assistant speak in turn, after a system turn or none. Turns of tools may stand between."""
+    roles = [turn['role'] for turn in talk if not of_tools(turn)]
+    turns = ['user', 'assistant'] * (len(roles) // 2)
+    expect(not of_tools(talk[-1]), f"tool turns: '{name}' ends with one, which is no text")
+    expect(turns and roles in (turns, ['system', *turns]),
+           f"not in turn: user, then assistant must speak in '{name}', not {', '.join(roles):.80}")
+
+
+def of_tools(turn):
+    return turn['role'] == 'tool' or 'tool_calls' in turn
+
+
+def distinct(responses):
+    """The texts of {name: response}. None is blank, and no two are the same."""
+    texts = [string(responses, name) for name in responses]
+    expect(len(set(texts)) == len(texts), f'identical: two of {", ".join(sorted(responses))} are the same')
+    return texts
+
+
+# --- messages ----------------------------------------------------------------------------------------
+
+ROLES = {'human': 'user', 'gpt': 'assistant', 'developer': 'system', 'function': 'tool', 'observation': 'tool',
+         'tool_response': 'tool', 'tool_call': 'function_call'}
+MESSAGES = re.compile(r"""\[?\s*\{(?=.*["'](role|from)["']\s*:)(?=.*["'](content|value)["']\s*:)""", re.DOTALL)
+
+
+def messages_of(row, key, role):
+    """row[key] as [{'role', 'content'}, ...]; a string is what `role` says."""
+    value = parsed(row.get(key), key)
+    value = [value] if isinstance(value, dict) else value
+    if not isinstance(value, list) or not value:
+        return [{'role': role, 'content': string(row, key, blank=True)}]
+    return [message(turn, key) for turn in value]
+
+
+def parsed(value, key):
+    """The value itself, or the messages that it is in JSON."""
+    if not isinstance(value, str) or not MESSAGES.match(value.lstrip()):
+        return value
+    try:
+        found = json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise BadRow(f"not JSON: '{key}' begins as messages do: {error}") from None
+    first = found[0] if isinstance(found, list) else found
+    return found if {'role', 'content'} <= {*first} or {'from', 'value'} <= {*first} else value
+
+
+def message(turn, key):
+    """{'role', 'content'} of a message of OpenAI's or of ShareGPT. A tool's keeps what else it has."""
+    names = ('from', 'value') if isinstance(turn, dict) and 'from' in turn else ('role', 'content')
+    role = string(turn, names[0]).lower()
+    role = ROLES.get(role, role)
+    content = turn.get(names[1])
+    if isinstance(content, list):
+        kinds = [part.get('type') if isinstance(part, dict) else part for part in content]
+        expect(set(map(str, kinds)) == {'text'}, f"not text: '{key}' holds {kinds!r:.60}; only text is read")
+        turn = turn | {names[1]: ''.join(string(part, 'text', blank=True) for part in content)}
+    if role == 'function_call':
+        try:
+            call = json.loads(string(turn, names[1]))
+        except ValueError:
+            raise BadRow(f"tool turns: '{key}' holds a call that is not JSON") from None
+        return dict(role='assistant', content='', tool_calls=[dict(type='function', function=call)])
+    if turn.get('tool_calls'):
+        return dict(turn, role=role, content=turn.get('content') or '')
+    text = string(turn, names[1], blank=True)
+    return dict(turn, role=role, content=text) if role == 'tool' else dict(role=role, content=text)
+
+
+def string(row, key, blank=False):
+    """row[key], a string that can be written down. blank: whether it may be."""
+    expect(isinstance(row, dict) and key in row, f"missing key: '{key}'")
+    expect(isinstance(row[key], str), f"not a string: '{key}' is {row[key]!r:.80}")
+    expect(not re.search('[\ud800-\udfff]', row[key]), f"not UTF-8: '{key}' holds half a character")
+    expect(blank or row[key].strip(), f"empty response: '{key}'")
+    return row[key]
