@@ -145,7 +145,9 @@ def load_model(init_from, groups=None, **options):
     with one_line(f'{path} is no checkpoint, and no directory or hub name of weights that can be read'):
         if path.endswith('.pt'):
             record = read(path)
-            model = hf.with_weights(GPTConfig(**record.pop('model_config') | options), record.pop('model'))
+            weights = record.pop('model')
+            model = hf.empty(GPTConfig(**record.pop('model_config') | options), weights)
+            model.load_state_dict({name: weight.float() for name, weight in weights.items()}, assign=True)
             record.pop('optimizer', None)
         else:
             model = hf.from_pretrained(path, **options)

@@ -2,8 +2,7 @@
 
     model = from_pretrained('Qwen/Qwen3-0.6B')      # a hub name, or a directory
 
-`model.config.hf` is the config.json that came in, and checkpoints keep it: so the weights go out under the same names,
-in the same layout, with the same config. What model.py does not compute exactly is refused, by key and value.
+`model.config.hf` is the config.json that came in; checkpoints keep it. Weights go out as they came: names and layout.
 """
 import json
 import os
@@ -87,7 +86,6 @@ def read_config(hf, **options):
     rope = (hf.get('rope_scaling') or {}) | (hf.get('rope_parameters') or {})   # of transformers before 5, and since
     kind = rope.get('rope_type', rope.get('type', 'default'))
     only('rope_type', kind, 'default', 'llama3')
-
     options |= dict(hf=hf, vocab_size=hf['vocab_size'], activation=ACTIVATIONS[hf[act]])
     if family == 'gpt2':
         return GPTConfig(hf.get('n_positions', 1024), n_layer=hf['n_layer'], n_head=hf['n_head'], n_embd=hf['n_embd'],
@@ -109,24 +107,16 @@ def read_config(hf, **options):
 
 
 def empty(config, weights):
-    """A GPT of shapes alone: no memory, and no time for random weights. ValueError if `weights` cannot fill it."""
+    """A GPT of shapes alone, for load_state_dict(..., assign=True). ValueError if `weights` are too few for it."""
     check(config.n_layer <= len(weights), f'n_layer={config.n_layer}, but there are {len(weights)} weights')
     with torch.device('meta'):
         return GPT(config)
 
 
-def with_weights(config, weights):
-    """The GPT of `config` with these weights, {our name: tensor}, in float32. Raises what does not fit."""
-    model = empty(config, weights)
-    model.load_state_dict({name: weight.float() for name, weight in weights.items()}, assign=True)
-    return model
-
-
 def from_pretrained(name_or_dir, **options):
     """The GPT in a directory with config.json and model*.safetensors, or of that name on the hub; float32, on the CPU.
 
-    options: GPTConfig fields that are no part of the weights (dropout, activation_checkpointing).
-    Raises UserError, and what a damaged file causes: checkpoint.load_model makes one line of it.
+    options: dropout, activation_checkpointing. Raises UserError, and what a damaged file causes.
     """
     from safetensors.torch import load_file
     folder, origin = name_or_dir, {}
@@ -141,32 +131,31 @@ def from_pretrained(name_or_dir, **options):
     if index.exists() and not Path(folder, *files).exists():
         files = sorted(set(json.loads(index.read_bytes())['weight_map'].values()))
     for file in files:
-        need(file == os.path.basename(file), f'{index}: {file!r} is no name of a file')
-        need(Path(folder, file).exists(), f'{folder} holds no {file}')
+        need(file in os.listdir(folder), f'{folder} holds no {file!r}')
         tensors = load_file(Path(folder, file))
         theirs |= {name.removeprefix(NAMES[family]['prefix']): tensor for name, tensor in tensors.items()}
     head, embedding = (f'{NAMES[family][key]}.weight' for key in ('lm_head', 'wte'))
     need(not config.tied or head not in theirs or torch.equal(theirs.pop(head), theirs[embedding]),
          f'{folder}: {head} is not {embedding}, but tie_word_embeddings=True in config.json')
+    model = empty(config, theirs)
     state = {}
-    for name, p in empty(config, theirs).state_dict().items():
+    for name, p in model.state_dict().items():
         parts = names_of(name, family)
-        missing = [part for part in parts if part not in theirs]
-        need(not missing, f'{folder} holds no {missing}, which its config.json asks for')
+        need(theirs.keys() >= set(parts), f'{folder} holds no {", ".join(parts)}, which its config.json asks for')
         tensor = unpack(name, [theirs.pop(part) for part in parts], family, config)
         need(tensor.shape == p.shape, f'{folder}: {parts[0]} makes {tuple(tensor.shape)}, config.json {tuple(p.shape)}')
         need(tensor.is_floating_point(), f'{folder}: {parts[0]} holds {tensor.dtype}, no real numbers')
         state[name] = torch.empty(p.shape).copy_(tensor)        # float32, and no view of the file
     left = [name for name in theirs if not re.search(OLD_BUFFERS, name)]
     need(not left, f'{folder} holds {left[:3]}, for which its config.json has no place')
-    return with_weights(config, state)
+    model.load_state_dict(state, assign=True)
+    return model
 
 
 # --- out ------------------------------------------------------------------------------------------
 
-def config_of(config, **changes):
-    """The content of config.json: that of the base, or of a GPT-2 that was trained from scratch; float32."""
-    c = config
+def config_of(c, **changes):
+    """The content of config.json of a GPTConfig: its base's, or that of a GPT-2 from scratch; float32."""
     hf = c.hf or SCRATCH | dict(n_positions=c.block_size, n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd,
                                 layer_norm_epsilon=c.layer_norm_epsilon, embd_pdrop=c.dropout, resid_pdrop=c.dropout)
     return {key: value for key, value in hf.items() if key != 'torch_dtype'} | dict(dtype='float32') | changes

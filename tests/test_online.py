@@ -173,7 +173,7 @@ def test_a_reward_models_rewards_equal_one_response_at_a_time(experiment):
     ('--reward=short.py', 'true_reward must be 144 finite numbers'), ('--reward=nan.py', 'must be 1 finite numbers'),
     ('--reward=flat.py', 'no pairs for train: all 3 samples of each of its 48 prompts have equal rewards'),
     ('--reward=out/foreign', 'was trained with another tokenizer'), ('--policy=nowhere.pt', 'nowhere.json'),
-    ('--policy=out/foreign', 'is no checkpoint, and no directory or hub name of GPT-2 weights'),
+    ('--policy=out/foreign', 'is no checkpoint, and no directory or hub name of weights'),
     ('--policy=out/other', 'was trained with another tokenizer'), ('--source=out', 'out/meta.json does not exist'),
     ('--source=nowhere', "source='nowhere' must be a prepared set"), ('--name=tiny', 'data/tiny would be replaced'),
     ('--num_samples=1', 'is out of range'), ('--temperature=0', 'is out of range'), ('--pairing=some', 'one of')])
