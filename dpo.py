@@ -251,7 +251,7 @@ def main(argv=None):
         if save_now:
             with torch.no_grad(), run.autocast:
                 run.save(step, response_logps(policy, batch))
-        if last:
+        if signalled:
             break
     del ddp
     run.close()

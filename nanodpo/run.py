@@ -20,6 +20,7 @@ from config import UserError, need
 from nanodpo import checkpoint
 from nanodpo.folder import hold, release
 from nanodpo.launch import join, ranks
+from nanodpo.terminal import folded
 
 COLUMNS = {'loss': 'loss {:.4f}', 'rewards/accuracies': 'acc {:.3f}', 'rewards/margins': 'margin {:+.4f}',
            'rewards/chosen': 'chosen {:+.4f}', 'rewards/rejected': 'rejected {:+.4f}', 'kl': 'kl {:.2f}',
@@ -98,9 +99,9 @@ class Run(Worker):
 
     # --- all ranks together -----------------------------------------------------------------------
 
-    def say(self, text):
+    def say(self, text, hang=2):
         if self.rank == 0:
-            tqdm.write(text)
+            tqdm.write(folded(text, hang))
 
     def gather(self, value):
         """The value that each rank has, a list."""
@@ -271,8 +272,9 @@ class Run(Worker):
     def log(self, step, record, prefix=''):
         """One aligned line to the terminal, one JSON line to log.jsonl."""
         label = f'{prefix.strip("/") or "step":5}{step:>7,}/{self.total_steps:,}'
-        columns = [text.format(record[key]) for key, text in COLUMNS.items() if key in record]
-        self.say(' | '.join([label, *columns]))
+        columns = [label, *(text.format(record[key]) for key, text in COLUMNS.items() if key in record)]
+        columns = [column.replace(' ', '\xa0') for column in columns]      # the line breaks between them alone
+        self.say('\xa0| '.join(columns), hang=len(label) + 3)
         self.measured = record if prefix else self.measured
         record = {prefix + key: value for key, value in record.items()}
 

@@ -3,6 +3,7 @@ import itertools
 import os
 import shutil
 import sys
+import textwrap
 import unicodedata
 
 from nanodpo.text import printable
@@ -14,6 +15,15 @@ BLUE, ORANGE = ('', '117', '75', '33'), ('', '222', '215', '208')       # of the
 def colours():
     """Whether stdout is a terminal that wants them."""
     return sys.stdout.isatty() and not os.environ.get('NO_COLOR') and os.environ.get('TERM') != 'dumb'
+
+
+def folded(text, hang=2):
+    """A text whose lines fit a terminal, broken at white space. What goes on is indented. '\xa0' is a space that stays."""
+    if sys.stdout.isatty():
+        wrapper = textwrap.TextWrapper(shutil.get_terminal_size().columns, subsequent_indent=' ' * hang,
+                                       break_on_hyphens=False)
+        text = '\n'.join(wrapper.fill(line) for line in text.split('\n'))
+    return text.replace('\xa0', ' ')
 
 
 def styled(text, style=''):

@@ -2,13 +2,16 @@
 import collections
 import itertools
 import re
+import sys
 import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import dpo
 import prepare_prefs
+import sft
 from conftest import SHARED, error_of, write_rows
 from nanodpo.data import Groups, read_meta
 
@@ -264,3 +267,35 @@ def test_nothing_is_said_of_data_in_which_nothing_is_odd(source, capfd):
     seen = collections.Counter(tuple(piece.tobytes() for piece in group)
                                for split in ('train', 'val') for group in Groups('data/made', split))
     assert max(seen.values()) == 1 and len(seen) > 250
+
+
+# --- a terminal of 80 columns ---------------------------------------------------------------------
+
+def in_80_columns(monkeypatch):
+    monkeypatch.setenv('COLUMNS', '80')
+    for stream in (sys.stdout, sys.stderr):
+        monkeypatch.setattr(stream, 'isatty', lambda: True, raising=False)
+
+
+def test_the_sentence_comes_first_and_no_line_is_wider_than_the_terminal(capfd, monkeypatch):
+    in_80_columns(monkeypatch)
+    write_pairs([(f'{i}? ' + 'word ' * 60, f'yes {i}' * 20, 'I cannot help with that, nor can anybody else.')
+                 for i in range(40)])
+    printed = run(capfd, '--source=rows', '--dry_run')
+    assert printed.startswith("prompt from 'prompt', chosen from 'chosen', rejected from 'rejected'\n")
+    assert 'note: ' in printed and max(map(len, printed.splitlines())) <= 80
+
+
+@pytest.mark.parametrize('script', [sft, dpo], ids=['sft', 'dpo'])
+def test_a_log_line_breaks_between_its_columns_and_the_bar_ends_at_its_end(script, experiment, capfd, monkeypatch):
+    in_80_columns(monkeypatch)
+    flags = ['--init_from=out/tiny/sft', '--max_steps=3', '--batch_size=8', '--device=cpu', '--kl_prompts=4']
+    script.main(['--name=tiny', *flags[:5 if script is dpo else 4]])
+    out, bar = capfd.readouterr()
+    assert '| 3/3 [' in bar.split('\r')[-1] + bar.split('\r')[-2]
+    assert max(map(len, out.splitlines())) <= 80
+    lines = re.findall(r'^(?:step|eval) .*(?:\n {15,}.*)*', out, re.M)
+    assert len(lines) == 4 and (script is sft or any('\n' in line for line in lines))
+    for line in lines:
+        label, *columns = re.split(r' \|\s+', line)
+        assert label.endswith('/3') and all(re.fullmatch(r'[a-z]+ \S+|[\d,]+ tok/s', text) for text in columns), line
