@@ -70,7 +70,6 @@ def draw_pairs(task, cfg, seed):
 def learn(task, reference, groups, method, cfg, seed):
     """The SFT model after one pass over the groups, with DPO or with SFT on the chosen side."""
     policy = task.load('').train()
-    better = np.tile(np.array([[False, True], [False, False]]), (len(groups), 1, 1))
 
     def losses_of(batch):
         logps = response_logps(policy, batch)
@@ -80,10 +79,16 @@ def learn(task, reference, groups, method, cfg, seed):
             ref_logps = response_logps(reference, batch)
         return dpo_losses(logps, ref_logps, cfg.beta)
 
+    return one_pass(policy, losses_of, groups, cfg, seed)
+
+
+def one_pass(model, losses_of, groups, cfg, seed):
+    """A model after one pass over groups [prompt, chosen, rejected], in eval mode."""
+    better = np.tile(np.array([[False, True], [False, False]]), (len(groups), 1, 1))
     steps = math.ceil(len(groups) / cfg.batch_size)
-    for _ in train(policy, losses_of, Sampled(groups), better, steps, cfg.batch_size, cfg.learning_rate, 5, seed):
+    for _ in train(model, losses_of, Sampled(groups), better, steps, cfg.batch_size, cfg.learning_rate, 5, seed):
         pass
-    return policy
+    return model.eval()
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -155,7 +160,7 @@ def main(argv=None):
     for seed in range(1, cfg.seeds + 1):
         for band, (groups, chosen, rejected) in draw_pairs(task, cfg, seed).items():
             for method in ('DPO', 'SFT'):
-                policy = learn(task, reference, groups, method, cfg, seed).eval()
+                policy = learn(task, reference, groups, method, cfg, seed)
                 after = task.evaluate(policy, reference, held_out, 2, seed)
                 row = dict(method=method, band=list(band), seed=seed, pairs=len(groups), chosen=float(chosen),
                            rejected=float(rejected), gain=after['true_reward'] - before['true_reward'], **after)
