@@ -23,8 +23,8 @@ from nanodpo.data import Groups, distinct_prompts
 from nanodpo.rollout import draw_responses, mean_and_error, read_reward, token_logps_of
 from nanodpo.run import Worker
 from nanodpo.rows import read_prompt
-from nanodpo.terminal import BOLD, DIM, colours, say, styled, tinted
-from nanodpo.text import load_tokenizer, printable, prompt_ids, render, text_of, token_pieces
+from nanodpo.terminal import BOLD, DIM, colours, printable, say, styled, tinted
+from nanodpo.text import load_tokenizer, prompt_ids, render, text_of, token_pieces
 
 SIDES = 'before', 'after'
 

@@ -6,10 +6,16 @@ import sys
 import textwrap
 import unicodedata
 
-from nanodpo.text import printable
-
 BOLD, DIM = '1', '2'
 BLUE, ORANGE = ('', '117', '75', '33'), ('', '222', '215', '208')       # of the 256 colours, the strongest last
+HIDDEN = 'Cc', 'Cf', 'Cs', 'Co', 'Zl', 'Zp'     # Unicode's categories of control characters and their like
+SHAPING = '\n\u200c\u200d\u200e\u200f\u061c'    # joiners and marks of direction, which real writing needs
+
+
+def printable(text):
+    """Text that cannot move the cursor or reverse the line: control characters as escapes, line breaks kept."""
+    return ''.join(c if c in SHAPING or unicodedata.category(c) not in HIDDEN else c.encode('unicode_escape').decode()
+                   for c in text.replace('\t', '    '))
 
 
 def colours():

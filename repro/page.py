@@ -16,7 +16,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import config                                                   # noqa: E402
 from config import UserError, need                              # noqa: E402
 from nanodpo.folder import written_aside                        # noqa: E402
-from nanodpo.text import printable                              # noqa: E402
+from nanodpo.terminal import printable                          # noqa: E402
 from sample import SIDES, numbers_of, scale, table_rows         # noqa: E402
 
 STYLE = """

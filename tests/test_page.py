@@ -17,7 +17,8 @@ import pytest
 
 import config
 import sample
-from nanodpo.text import printable, text_of, token_pieces
+from nanodpo.terminal import printable
+from nanodpo.text import text_of, token_pieces
 from test_sample import (ATTACK, TEXTS, as_seen_by_the_colour_blind, assert_readable, contrast,      # noqa: F401
                          pieces_of, run, tokenizers, trained)
 import page

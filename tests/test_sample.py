@@ -17,8 +17,8 @@ from model import draw
 from nanodpo import checkpoint, losses, terminal
 from nanodpo.data import Groups, distinct_prompts, read_meta, write_meta
 from nanodpo.rollout import mean_and_error
-from nanodpo.terminal import BOLD, DIM, say, tinted
-from nanodpo.text import load_tokenizer, printable, token_pieces
+from nanodpo.terminal import BOLD, DIM, printable, say, tinted
+from nanodpo.text import load_tokenizer, token_pieces
 
 END = VOCAB - 1
 
