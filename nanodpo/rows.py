@@ -44,22 +44,26 @@ def expect(condition, message):
 
 # --- a row -------------------------------------------------------------------------------------------
 
-PROMPTS = 'prompt', 'context', 'question', 'instruction', 'conversations'       # the first that is there is read
+PROMPTS = 'prompt', 'context', 'question', 'instruction', 'conversations', 'messages'   # the first there is read
 SIDES = [('chosen', 'rejected'), ('response_j', 'response_k'), ('messages', 'rejected_response'),
-         ('messages', 'rejected_messages'), ('responses',), ('output',), ('completion',), ('messages',)]
-NEEDED = {*PROMPTS, 'system', 'history', 'input', 'chosen', 'rejected', 'rejected_response', 'rejected_messages',
-          'image', 'images'}            # if such a column is there and not read, the run stops
-LABELS = {'true': True, '1': True, 'false': False, '0': False}
+         ('messages', 'rejected_messages'), ('responses',), ('output',), ('completion',), ('messages',),
+         ('conversations',)]
+NEEDED = {*PROMPTS[:-1], 'system', 'system_prompt', 'history', 'input', 'query', 'chosen', 'rejected',
+          'rejected_response', 'rejected_messages', 'image', 'images'}      # not read, such a column stops the run
+LABELS = {'true': True, '1': True, '1.0': True, 'false': False, '0': False, '0.0': False}
 
 
 def read_row(row):
     """(Row, shape, columns) of an object: where its parts come from in words, and the columns that were read."""
     expect(isinstance(row, dict), f'not an object: {type(row).__name__}')
     row = {key: value for key, value in row.items() if value is not None or key == 'scores'}
+    for key in ('system', 'history'):           # they may be empty in some rows
+        if empty(row.get(key)):
+            row.pop(key, None)
     keys = next((keys for keys in SIDES if all(key in row for key in keys)), ())
     expect(keys, f'missing key: it has {names_of(row)}; it needs chosen and rejected (and prompt), or prompt and '
            'responses, or prompt and completion, or messages')
-    asked = next((key for key in PROMPTS if key in row), None)
+    asked = next((key for key in PROMPTS if key in row and key not in keys), None)
     sides = {key: row[key] for key in keys}
     if keys == ('chosen', 'rejected') and not asked and all(isinstance(parsed(row[key], key), str) for key in keys):
         return read_dialogues(row), "prompt and responses from the dialogues 'chosen' and 'rejected'", keys
@@ -77,6 +81,10 @@ def read_row(row):
         columns.append(tag)
         shape += f", label from '{tag}'"
     return result, shape, columns
+
+
+def empty(value):
+    return value in (None, [], {}) or isinstance(value, str) and not value.strip()
 
 
 def names_of(row):
@@ -132,31 +140,32 @@ def read_prompt(row):
 def read_answers(row, asked, sides):
     """(Row, shape, columns) of the responses to one prompt; columns are those of the prompt.
 
-    asked: the first column of the prompt, None if the sides hold it. sides: {name: an answer, or a conversation}.
+    asked: the first column of the prompt, None if the first side holds it.
+    sides: {name: an answer, or a whole conversation that ends with one}, best or chosen first.
     """
-    before, columns = earlier_turns(row, asked) if asked else ([], [])
+    talks = {name: messages_of(sides, name, 'assistant') for name in sides}
+    first = next(iter(talks.values()))
+    before, columns = earlier_turns(row, asked) if asked else (first[:-1], [])
     plain = columns in (['prompt'], ['context']) and 'system' not in row
     plain = plain and all(isinstance(parsed(text, key), str) for key, text in {asked: row[asked], **sides}.items())
-    talks = {name: messages_of(sides, name, 'assistant') for name in sides}
-    if 'messages' in sides and not asked and talks['messages'][0]['role'] != 'assistant':
-        before = talks['messages'][:-1]         # what a rejected_response answers
-    first = next(iter(talks.values()))
+    where = ' + '.join(f"'{name}'" for name in columns)
+    if first[0]['role'] != 'assistant':         # it says again what is asked
+        where = f"'{next(iter(sides))}' up to its last turn"
     for name, talk in talks.items():
-        if talk[0]['role'] == 'assistant':
-            expect(before, f"no prompt: the assistant speaks first in '{name}'; the row has {names_of(row)}")
+        if talk[0]['role'] != 'assistant':
+            said = '\n'.join(turn['content'] for turn in talk[:-1])
+            expect(not asked or all(turn['content'].strip() in said for turn in before),
+                   f"another prompt: '{name}' does not say what '{asked}' says")
+        elif asked or talk is not first:
             talk[:0] = before
-        elif asked:
-            said = isinstance(row[asked], str) and any(row[asked].strip() in turn['content'] for turn in talk[:-1])
-            expect(said or talk[:len(before)] == before, f"another prompt: '{name}' does not say what '{asked}' says")
-        if row.get('system'):
+        if 'system' in row:
             talk.insert(0, dict(role='system', content=string(row, 'system')))
-        check_turns(talk, name)
+        check_turns(talk, f"'{asked}' and '{name}'" if asked else f"'{name}'", row)
         expect(talk[:-1] == first[:-1], 'prompts differ')
     responses = distinct({name: talk[-1]['content'] for name, talk in talks.items()})
-    where = [f"'{name}'" for name in columns] or [f"'{next(iter(sides))}' up to its last turn"]
     if 'system' in row:
         columns.append('system')
-        where.insert(0, "'system'")
+        where = f"'system' + {where}"
     return Row(row[asked] if plain else first[:-1], responses), in_words(where, list(sides)), columns
 
 
@@ -166,7 +175,7 @@ def in_words(where, names):
     sides = [f'{part} from ' + re.sub(r'^\w+', r"'\g<0>'", name) for part, name in zip(parts, names)]
     if names[0].startswith('response '):
         sides = ["responses from 'responses'"]
-    return ', '.join(['prompt from ' + ' + '.join(where), *sides])
+    return ', '.join([f'prompt from {where}', *sides])
 
 
 def earlier_turns(row, asked):
@@ -186,13 +195,14 @@ def earlier_turns(row, asked):
     return messages, columns
 
 
-def check_turns(talk, name):
+def check_turns(talk, where, row):
     """The user and the assistant speak in turn, after a system turn or none. Turns of tools may stand between."""
     roles = [turn['role'] for turn in talk if not of_tools(turn)]
     turns = ['user', 'assistant'] * (len(roles) // 2)
-    expect(not of_tools(talk[-1]), f"tool turns: '{name}' ends with one, which is no text")
+    expect(not of_tools(talk[-1]), f'tool turns: {where} ends with one, which is no text')
+    expect(roles[0] != 'assistant', f'no prompt: the assistant speaks first in {where}; the row has {names_of(row)}')
     expect(turns and roles in (turns, ['system', *turns]),
-           f"not in turn: user, then assistant must speak in '{name}', not {', '.join(roles):.80}")
+           f'not in turn: user, then assistant must speak in {where}, not {", ".join(roles):.80}')
 
 
 def of_tools(turn):
@@ -208,8 +218,9 @@ def distinct(responses):
 
 # --- messages ----------------------------------------------------------------------------------------
 
-ROLES = {'human': 'user', 'gpt': 'assistant', 'developer': 'system', 'function': 'tool', 'observation': 'tool',
-         'tool_response': 'tool', 'tool_call': 'function_call'}
+ROLES = {'system': 'system', 'developer': 'system', 'user': 'user', 'human': 'user', 'assistant': 'assistant',
+         'gpt': 'assistant', 'model': 'assistant', 'function_call': 'call', 'tool_call': 'call', 'tool': 'tool',
+         'function': 'tool', 'observation': 'tool', 'tool_response': 'tool', 'ipython': 'tool'}
 MESSAGES = re.compile(r"""\[?\s*\{(?=.*["'](role|from)["']\s*:)(?=.*["'](content|value)["']\s*:)""", re.DOTALL)
 
 
@@ -235,25 +246,33 @@ def parsed(value, key):
 
 
 def message(turn, key):
-    """{'role', 'content'} of a message of OpenAI's or of ShareGPT. A tool's keeps what else it has."""
-    names = ('from', 'value') if isinstance(turn, dict) and 'from' in turn else ('role', 'content')
-    role = string(turn, names[0]).lower()
-    role = ROLES.get(role, role)
-    content = turn.get(names[1])
-    if isinstance(content, list):
-        kinds = [part.get('type') if isinstance(part, dict) else part for part in content]
+    """{'role', 'content'} of a message of OpenAI's or of ShareGPT. A turn of tools keeps what else it has."""
+    expect(isinstance(turn, dict), f"no message: '{key}' holds {turn!r:.40}")
+    name, what = ('from', 'value') if 'from' in turn else ('role', 'content')
+    role = ROLES.get(string(turn, name).strip().lower())
+    expect(role, f"unknown role: '{key}' has a turn of {turn[name]!r:.40}; known: {', '.join(ROLES)}")
+    if isinstance(turn.get(what), list):
+        kinds = [part.get('type') if isinstance(part, dict) else part for part in turn[what]]
         expect(set(map(str, kinds)) == {'text'}, f"not text: '{key}' holds {kinds!r:.60}; only text is read")
-        turn = turn | {names[1]: ''.join(string(part, 'text', blank=True) for part in content)}
-    if role == 'function_call':
-        try:
-            call = json.loads(string(turn, names[1]))
-        except ValueError:
-            raise BadRow(f"tool turns: '{key}' holds a call that is not JSON") from None
-        return dict(role='assistant', content='', tool_calls=[dict(type='function', function=call)])
-    if turn.get('tool_calls'):
-        return dict(turn, role=role, content=turn.get('content') or '')
-    text = string(turn, names[1], blank=True)
-    return dict(turn, role=role, content=text) if role == 'tool' else dict(role=role, content=text)
+        turn = turn | {what: ''.join(string(part, 'text', blank=True) for part in turn[what])}
+    if calls := calls_of(turn, role, what, key):
+        return dict(role='assistant', content='' if role == 'call' else turn.get(what) or '', tool_calls=calls)
+    extra = {name: value for name, value in turn.items() if value is not None} if role == 'tool' else {}
+    return dict(extra, role=role, content=string(turn, what, blank=True))
+
+
+def calls_of(turn, role, what, key):
+    """The calls of tools in a turn, as OpenAI writes them, [] for none. ShareGPT's are the turn's text, in JSON."""
+    calls = turn.get('tool_calls') or turn.get('function_call') or []
+    try:
+        calls = json.loads(string(turn, what)) if role == 'call' else calls
+        calls = calls if isinstance(calls, list) else [calls]
+        calls = [call if 'function' in call else dict(type='function', function=call) for call in calls]
+        string({key: json.dumps(calls, ensure_ascii=False)}, key)
+    except (ValueError, TypeError):
+        raise BadRow(f"tool turns: '{key}' holds a call that is no object, or not JSON") from None
+    expect(calls or role != 'call', f"tool turns: '{key}' holds a turn of calls without one")
+    return calls
 
 
 def string(row, key, blank=False):

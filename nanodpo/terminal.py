@@ -24,7 +24,7 @@ def colours():
 
 
 def folded(text, hang=2):
-    """A text whose lines fit a terminal, broken at white space. What goes on is indented. '\xa0' is a space that stays."""
+    """A text whose lines fit the terminal: broken at white space but '\xa0', and indented where one goes on."""
     if sys.stdout.isatty():
         wrapper = textwrap.TextWrapper(shutil.get_terminal_size().columns, subsequent_indent=' ' * hang,
                                        break_on_hyphens=False)

@@ -110,7 +110,7 @@ HEADER = b'prompt,chosen,rejected\n'
     ('x.json', b'[{"prompt": "a", "chosen": "b", "rejected": "c"}\n', 'x.json cannot be read: JSONDecodeError'),
     ('x.json', b'{"prompt": "a",\n "chosen": "b",\n "rejected": "c"}\n', 'x.json line 1: not JSON'),
     ('x.json', b'[1]', 'x.json item 1: not an object: int'),
-    ('x.json', b'["\xff"]', 'x.json cannot be read: UnicodeDecodeError'),
+    ('x.json', b'["\xff"]', 'x.json cannot be read: ValueError: it is not utf-8 but likely cp1252'),
     ('x.json', b'[' * 100_000, 'x.json cannot be read: RecursionError'),
     ('x.csv', b'', 'x.csv holds no rows'),
     ('x.csv', 'prompt,chosen\na,b'.encode('utf-16'), 'not utf-8 but likely utf-16: read it with --encoding=utf-16'),
@@ -125,7 +125,7 @@ HEADER = b'prompt,chosen,rejected\n'
      'x.csv row 4: cell count: 2 cells, and the first row names 3 columns'),
     ('x.csv', HEADER + b'a,b,c\nd,e,f,g\n', 'x.csv row 3: cell count: 4 cells, and the first row names 3 columns'),
     ('x.csv', HEADER + b'a,b,c\nd,\xff,f\n', 'it is not utf-8 but likely cp1252: read it with --encoding=cp1252, or'),
-    ('x.csv', HEADER + b'a,b,c\n"open,b,c\nd,e,f\n', 'x.csv cannot be read: Error: unexpected end of data'),
+    ('x.csv', HEADER + b'a,b,c\n"open,b,c\nd,e,f\n', 'x.csv cannot be read: ValueError: row 3: unexpected end of data'),
     ('x.csv', HEADER + b'a,"[{\'role\': \'user\', \'content\': \'a\'}]",b\n',
      "x.csv row 2: not JSON: 'chosen' begins as messages do: Expecting property name"),
     ('x.csv.gz', b'prompt', 'x.csv.gz cannot be read'),
@@ -223,15 +223,15 @@ BAD = [(PAIRS, *bad) for bad in [
     (dict(chosen='b', rejected='c'),
      "no assistant turn: there is no prompt, and a side is no dialogue that ends with an answer; it has 'chosen', "),
     (dict(PAIR, rejected=3), "not a string: 'rejected' is 3"),
-    (dict(PAIR, rejected=['c']), "missing key: 'role'"),
+    (dict(PAIR, rejected=['c']), "no message: 'rejected' holds 'c'"),
     (dict(PAIR, prompt=None), 'no assistant turn: there is no prompt'),
     (dict(PAIR, chosen=' \n'), "empty response: 'chosen'"),
     (dict(PAIR, rejected=''), "empty response: 'rejected'"),
     (dict(PAIR, rejected='b'), 'identical: two of chosen, rejected are the same'),
-    (b'{"prompt": "a", "chosen": "\xff", "rejected": "c"}', "not JSON: 'utf-8' codec can't decode byte 0xff"),
+    (b'{"prompt": "a", "chosen": "\xff", "rejected": "c"}', "not JSON: it is not utf-8 but likely cp1252: read it"),
     (b'{"prompt": "a", "chosen": "\\ud800", "rejected": "c"}', "not UTF-8: 'chosen' holds half a character"),
     (RANKING, 'another kind: 3 responses'),
-    (EXAMPLE, 'another kind: 1 responses, label True')]]
+    (EXAMPLE, 'another kind: 1 responses, labelled: True')]]
 BAD += [(RANKINGS, *bad) for bad in [
     (dict(prompt='a'), "missing key: it has 'prompt'; it needs"),
     (dict(responses=['b', 'c', 'd']), "no prompt: the assistant speaks first in 'response 1'; the row has 'responses'"),
@@ -247,9 +247,9 @@ BAD += [(RANKINGS, dict(RANKING, scores=scores), "no order: 'scores' must be 3 n
         for scores in (None, dict(b=1), [1, True, 3], [1, '2', 3], [1, 2, float('nan')], [1, 2, float('inf')], [1, 2],
                        [1, 2, 1.0])]
 BAD += [(UNPAIRED, *bad) for bad in [
-    (dict(prompt='a', completion='b'), 'another kind: 1 responses, label False'),
+    (dict(prompt='a', completion='b'), 'another kind: 1 responses, labelled: False'),
     (dict(prompt='a', label=True), "missing key: it has 'prompt', 'label'; it needs"),
-    (PAIR, 'another kind: 2 responses, label False'),
+    (PAIR, 'another kind: 2 responses, labelled: False'),
     (dict(EXAMPLE, label=2), "no label: 'label' is not true or false"),
     (dict(EXAMPLE, label='yes'), "no label: 'label' is not true or false"),
     (dict(EXAMPLE, completion=None), "missing key: it has 'prompt', 'label'")]]
@@ -267,15 +267,15 @@ BAD += [(TALKS, *bad) for bad in [
      "not in turn: user, then assistant must speak in 'chosen', not user, user, assistant"),
     (dict(chosen=answer('b'), rejected=answer('c')), 'no prompt: '),
     (dict(chosen=[dict(role='critic', content='x')], rejected=turns('a', 'c')),
-     "not in turn: user, then assistant must speak in 'chosen', not critic"),
+     "unknown role: 'chosen' has a turn of 'critic'; known: system, developer, user, "),
     (dict(chosen=turns(system='s'), rejected=turns('a', 'c')), 'not in turn: '),
     (dict(chosen=[dict(role='user')], rejected=answer('c')), "missing key: 'content'"),
-    (dict(chosen=turns('a') + ['b'], rejected=answer('c')), "missing key: 'role'"),
+    (dict(chosen=turns('a') + ['b'], rejected=answer('c')), "no message: 'chosen' holds 'b'"),
     (dict(chosen=turns('a', None), rejected=turns('a', 'c')), "not a string: 'content' is None"),
     (dict(chosen=turns('a', '\ud800'), rejected=turns('a', 'c')), "not UTF-8: 'content' holds half a character"),
     (dict(chosen=turns('a', ' \n'), rejected=turns('a', 'c')), "empty response: 'chosen'"),
     (dict(chosen=turns('a', 'c')), "missing key: it has 'chosen'")]]
-BAD += [(DEMONSTRATIONS, dict(DEMONSTRATIONS[0], label=True), 'another kind: 1 responses, label True'),
+BAD += [(DEMONSTRATIONS, dict(DEMONSTRATIONS[0], label=True), 'another kind: 1 responses, labelled: True'),
         (DEMONSTRATIONS, dict(messages='a'), "no prompt: the assistant speaks first in 'messages'")]
 
 
@@ -311,7 +311,7 @@ def test_ten_bad_lines_are_shown_and_all_are_counted(capfd):
     assert [line.split(': ')[0] for line in shown] == [f'own/train.jsonl line {i}' for i in range(13, 23)]
     assert not os.path.exists('data')
     splits = prepare('--source=own', '--max_bad_lines=17')[1]['splits']
-    assert splits['train']['dropped'] == {'empty_response': 2, 'identical': 1, 'missing_key': 2, 'not_a_string': 1,
+    assert splits['train']['dropped'] == {'empty_response': 2, 'identical': 1, 'missing_key': 1, 'no_message': 1, 'not_a_string': 1,
                                           'no_assistant_turn': 2, 'another_kind': 2, 'not_an_object': 2,
                                           'not_JSON': 3, 'not_UTF-8': 1}
     assert splits['val']['dropped'] == dict(missing_key=1)
@@ -321,7 +321,7 @@ def test_ten_bad_lines_are_shown_and_all_are_counted(capfd):
     (PAIRS, UNPAIRED,
      "no row of val can be used; dropped: {'another_kind': 12}; own/val.jsonl line 1: another kind: 1 responses"),
     (PAIRS, RANKINGS, 'own/val.jsonl line 1: another kind: 3 responses, '),
-    (RANKINGS, [dict(prompt='a', responses=['b', 'c'])], 'but the first row 3 responses')])
+    (RANKINGS, [dict(prompt='a', responses=['b', 'c'])], 'the first row has 3 responses')])
 def test_train_and_val_of_two_kinds_are_refused_in_one_line(train, val, expected):
     write_rows('own/train.jsonl', train)
     write_rows('own/val.jsonl', val)
@@ -380,10 +380,11 @@ def test_the_default_template_writes_conversations_as_hh_does():
 
 
 @pytest.mark.parametrize('row, message', [
-    ([], "not a string: 'prompt' is []"), (dict(messages=[]), "not a string: 'prompt' is None"),
+    ([], "not a string: 'prompt' is []"), (dict(messages=[]), "not a string: 'messages' is []"),
+    (dict(prompt=None), "not a string: 'prompt' is None"),
     (3, "not a string: 'prompt' is 3"), (dict(prompt=[dict(role='user')]), "missing key: 'content'"),
-    (dict(prompt=turns('a', 'b')), "must speak in 'answer', not user, assistant, assistant"),
-    (dict(prompt=answer('a')), "must speak in 'answer', not assistant, assistant")])
+    (dict(prompt=turns('a', 'b')), "must speak in 'prompt' and 'answer', not user, assistant, assistant"),
+    (dict(prompt=answer('a')), "no prompt: the assistant speaks first in 'prompt' and 'answer'")])
 def test_a_bad_prompt_of_messages_is_a_bad_row(row, message):
     with pytest.raises(BadRow, match=re.escape(message)):
         read_prompt(row)
@@ -419,13 +420,14 @@ def test_these_rows_become_these_groups(rows, expected):
         assert Groups('data/made', 'train').labels is None and Groups('data/made', 'train', k=1).K == 1
 
 
-def test_strings_before_messages_need_a_template():
-    write_rows('rows.jsonl', [PAIRS[0], TALKS[0]])
-    assert 'rows hold messages, but not the first: set --template' in error_of('--source=rows.jsonl')
-    assert len(prepare_all('--source=rows.jsonl', '--template=Q {prompt}')[0]) == 2
-    write_rows('rows.jsonl', [TALKS[0], PAIRS[1]])
+def test_strings_beside_messages_become_the_user_s_in_any_order_and_a_note_says_so():
     expected = [HUMAN.format(prompt=PAIRS[1]['prompt']), f' naïve 👍{EOT}', f' [1, NA]{EOT}']
-    assert expected in prepare_all('--source=rows.jsonl')[0]
+    for rows in ([TALKS[0], PAIRS[1], TALKS[1]], [PAIRS[1], TALKS[0], TALKS[1]]):
+        write_rows('rows/train.jsonl', rows)
+        write_rows('rows/val.jsonl', TALKS[2:3])
+        texts, meta = prepare('--source=rows')
+        assert expected in texts['train'] and len(texts['train']) == 3
+        assert any('prompts of one text, 1 of 4: ' in note for note in meta['notes'])
 
 
 # --- Anthropic HH, and the other sources in the hub's layout, by row(raw) of their config files ---
@@ -452,7 +454,7 @@ def test_whole_dialogues_are_split_at_their_last_turn_and_each_kind_of_dirt_has_
         assert [ask, f' Because.{EOT}', f' No.\n\n Really.{EOT}'] in texts['train'] + texts['val']
         assert 'bad' not in capfd.readouterr().err and meta['template'] == HUMAN
     for line, message in ((dict(chosen='a'), "line 18: missing key: it has 'chosen'"),
-                          (PAIR, 'another kind: 2 responses, label False, prompt True')):
+                          (PAIR, 'another kind: 2 responses, labelled: False, dialogues: False')):
         write_rows('dialogues.jsonl', [*rows, line])
         assert message in error_of('--source=dialogues.jsonl')
 

@@ -1,4 +1,5 @@
 """The shapes of data that people have: the exact ids that come out of each, and what must never pass in silence."""
+import gzip
 import json
 import random
 import re
@@ -133,6 +134,23 @@ SHAPES = {      # name: (row, prompt, chosen, rejected or label, the sentence)
     'a demonstration': (
         dict(instruction='c?', input='', output='yes'),
         human('c?'), ' yes', None, "prompt from 'instruction' + 'input', response from 'output'"),
+    'messages that are asked': (
+        dict(messages=TALK, chosen=assistant('yes'), rejected='no'),
+        THREE, ' yes', ' no', f"prompt from 'messages', {SIDES}"),
+    'KTO of ShareGPT': (
+        dict(conversations=[shared('human', 'c?'), shared('gpt', 'yes')], label='1.0'),
+        human('c?'), ' yes', True,
+        "prompt from 'conversations' up to its last turn, response from 'conversations', label from 'label'"),
+    'a prompt that both sides say again': (
+        dict(prompt='c?', chosen=[said('system', 's'), *YES], rejected=[said('system', 's'), *NO]),
+        's' + THREE, ' yes', ' no', f"prompt from 'chosen' up to its last turn, {SIDES}"),
+    'a ranking with scores': (
+        dict(question='c?', responses=['no', 'yes'], scores=[-1, 0.5]),
+        human('c?'), ' yes', ' no', "prompt from 'question', responses from 'responses'"),
+    'messages with more keys': (
+        dict(chosen=[user('c?') | dict(name='Bo', weight=0, tool_calls=None), assistant('yes') | dict(weight=1)],
+             rejected=[user('c?') | dict(weight=2), assistant('no') | dict(tool_calls=[], tool_call_id=None)]),
+        human('c?'), ' yes', ' no', f"prompt from 'chosen' up to its last turn, {SIDES}"),
     'JSON that is an answer': (
         dict(prompt='c? ', chosen='{"role": "king"}', rejected='[{"from": 3}]'),
         'c? ', '{"role": "king"}', '[{"from": 3}]', f"prompt from 'prompt', {SIDES}"),
@@ -143,7 +161,7 @@ SHAPES = {      # name: (row, prompt, chosen, rejected or label, the sentence)
 @pytest.mark.parametrize('name', SHAPES)
 def test_a_shape_gives_these_ids(name, sort, capfd):
     row, prompt, chosen, other, sentence = SHAPES[name]
-    if sort == 'parquet' and name == 'a list of texts as content':
+    if sort == 'parquet' and name in ('a list of texts as content', 'messages with more keys'):
         pytest.skip('a column of Parquet has one type')
 
     def numbered(text, i):
@@ -185,6 +203,48 @@ def test_turns_of_tools_are_written_by_the_template_or_the_row_is_dropped_and_co
         assert 'dropped: tool_turns' in capfd.readouterr().out
 
 
+@pytest.mark.parametrize('call', [
+    dict(role='assistant', content=None, function_call=CALL['function']), dict(role='assistant', tool_calls=CALL),
+    dict(role='assistant', tool_calls='look_up()'), dict(role='assistant', tool_calls=[dict(id='1')]),
+    dict(role='assistant', tool_calls=[7]), shared('function_call', 'look_up()'), shared('function_call', '[]'),
+    shared('tool_call', json.dumps([CALL['function']])), dict(role='assistant', tool_calls=['\ud800'])])
+def test_a_call_in_any_form_is_a_turn_of_tools_and_never_a_traceback(call):
+    rows = [dict(prompt=f'{i}?', chosen=assistant('So.'), rejected=assistant('No.')) for i in range(4)]
+    rows.append(dict(prompt=[user('Warm?'), call, said('tool', '31')], chosen=assistant('So.'), rejected='No.'))
+    write_rows('rows.jsonl', rows)
+    names = ['<|endoftext|>', '<|im_start|>', '<|im_end|>']
+    chat = make(Path('chat').absolute(), names, dict(eos_token='<|endoftext|>'), CHATML)
+    for tokenizer in ('bytes', chat):
+        _, meta = prepare('--source=rows.jsonl', '--max_bad_lines=1', tokenizer=tokenizer)
+        assert meta['splits']['train']['dropped'] in ({'tool_turns': 1}, {'not_UTF-8': 1})
+
+
+def test_in_parquet_a_message_has_the_keys_of_all_as_nulls():
+    ask = [dict(message, tool_calls=None) for message in (user('Hi?'), assistant('So.'))]
+    talk = [dict(role=None, content=None, tool_calls=None) | turn for turn in TOOLS]
+    rows = [dict(messages=[ask[0] | dict(content=f'{i}?'), ask[1]], rejected_response='No.') for i in range(4)]
+    write_rows('rows.parquet', [*rows, dict(messages=talk, rejected_response='No.')])
+    groups, meta = made('--source=rows.parquet')
+    assert len(groups) == 4 and meta['splits']['train']['dropped'] == {'tool_turns': 1}
+
+
+@pytest.mark.parametrize('nothing', [None, '', [], 'no key'], ids=str)
+@pytest.mark.parametrize('full', [dict(system='s'), dict(history=[['a', 'b']])], ids=['system', 'history'])
+@pytest.mark.parametrize('asked', ['prompt', 'question'])
+def test_an_optional_column_may_be_empty_in_some_rows_in_any_order(asked, full, nothing):
+    name, = full
+    bare = {} if nothing == 'no key' else {name: nothing}
+    before = 's' if name == 'system' else human('a', 'b')
+    rows = [dict(PAIR, **{asked: f'{i}?'}, **(full if i % 2 else bare)) for i in range(4)]
+    expected = sorted((before if i % 2 else '') + human(f'{i}?') for i in range(4))
+    for several in (rows, rows[::-1]):
+        write_rows('rows.jsonl', several)
+        texts, meta = prepare_all('--source=rows.jsonl')
+        assert sorted(group[0] for group in texts) == expected
+        assert not any('not read' in note for note in meta['notes'])
+        assert any('prompts of one text, 2 of 4' in note for note in meta['notes']) == (asked == 'prompt')
+
+
 def test_a_side_that_ends_with_a_call_is_dropped_and_counted():
     rows = [dict(prompt=f'{i}?', chosen=assistant('So.'), rejected=assistant('No.')) for i in range(4)]
     write_rows('rows.jsonl', [*rows, dict(prompt='Warm?', chosen=TOOLS[1], rejected=assistant('No.'))])
@@ -213,6 +273,18 @@ REFUSED = [
      "'input' is not read, and holds something in 4 of 4 rows, such as 'freind'; read is: "
      f"prompt from 'prompt', {SIDES}; rename"),
     (dict(PAIR, question='c?', context='Lima'), "'question' is not read"),
+    (dict(PAIR, question='c?', system_prompt='Be brief.'), "'system_prompt' is not read"),
+    (dict(PAIR, prompt='c?', Query='Where?'), "'Query' is not read"),
+    (dict(messages=[user('c'), assistant('d')], rejected_responses=['bad']), "'rejected_responses' is not read"),
+    (dict(prompt='c', completion='d', Label=False), "'Label' is not read"),
+    (dict(prompt='c', completion='d', label=True, kto_tag=False), "'kto_tag' is not read"),
+    (dict(conversations=[shared('human', 'c'), shared('gpt', 'd')], rejected='bad'), "'rejected' is not read"),
+    (dict(PAIR, conversations=[shared('gpt', 'Hi.'), shared('human', 'c')]),
+     "no prompt: the assistant speaks first in 'conversations' and 'chosen'; the row has 'chosen', "),
+    (dict(PAIR, prompt=[said('narrator', 'c')]), "unknown role: 'prompt' has a turn of 'narrator'; known: system, "),
+    (dict(PAIR, prompt=['c']), "no message: 'prompt' holds 'c'"),
+    (dict(PAIR, messages=[user('c'), assistant('d')]),
+     "not in turn: user, then assistant must speak in 'messages' and 'chosen', not user, assistant, assistant"),
     (dict(PAIR, prompt='c?', Instruction='Be brief.'), "'Instruction' is not read"),
     (dict(messages=[user('c'), assistant('d')], history=[['a', 'b']]), "'history' is not read"),
     (dict(messages=[user('c'), assistant('d')], rejected='bad'), "'rejected' is not read"),
@@ -273,9 +345,31 @@ def test_a_second_validation_file_is_named_two_train_files_and_capitals_that_hid
     assert texts['val'][0][0] == 'val.json 0 ' and 'not read of rows: test.jsonl' in meta['notes']
     write_rows('rows/Train.csv', [dict(prompt='x', chosen='a', rejected='b')])
     assert 'rows holds Train.csv and train.jsonl: keep one of them' in error_of('--source=rows')
-    for name in ('My_Train.jsonl', 'My_Val.jsonl'):
+    for name in ('My_Train-1.jsonl', 'My_Train-2.jsonl', 'My_Val.jsonl'):
         write_rows(f'mine/{name}', [dict(prompt=name, chosen='a', rejected='b')])
-    assert 'mine/My_Train.jsonl: `datasets` would take it for training data' in error_of('--source=mine')
+    assert 'mine/My_Val.jsonl: `datasets` would take it for training data' in error_of('--source=mine')
+    Path('mine/My_Train-2.jsonl').unlink()
+    texts, meta = prepare('--source=mine')
+    assert [texts[split][0][0] for split in ('train', 'val')] == ['My_Train-1.jsonl', 'My_Val.jsonl']
+
+
+@pytest.mark.parametrize('files, expected', [
+    (['pairs.jsonl', 'val.jsonl'], "rows has no split 'train', only ['validation']: call its file train.*"),
+    (['test.jsonl'], "rows has no split 'train', only ['test']: call its file train.*"),
+    (['pairs.jsonl', 'holdout_pairs.jsonl'], 'rows/holdout_pairs.jsonl: `datasets` would take it for training data'),
+    (['Train/a.jsonl', 'Val/b.jsonl'], 'rows/Val/b.jsonl: `datasets` would take it for training data')])
+def test_a_folder_in_which_validation_would_be_trained_on_is_refused(files, expected):
+    for file in files:
+        write_rows(f'rows/{file}', [dict(prompt=f'{file} {i} ', chosen='a', rejected='b') for i in range(4)])
+    assert expected in error_of('--source=rows')
+
+
+def test_files_that_datasets_leaves_out_of_a_folder_are_named():
+    for file in ('train-0.jsonl', 'train-1.jsonl', 'train-2.csv', 'sub/test.jsonl', 'valid.jsonl'):
+        write_rows(f'rows/{file}', [dict(prompt=f'{file} ', chosen='a', rejected='b')])
+    texts, meta = prepare('--source=rows')
+    assert sorted(group[0] for group in texts['train']) == ['train-0.jsonl ', 'train-1.jsonl ']
+    assert 'not read of rows: sub/test.jsonl, train-2.csv' in meta['notes']
 
 
 def test_a_knob_names_the_validation_file(capfd):
@@ -515,6 +609,43 @@ def test_rows_of_a_csv_are_counted_as_a_spreadsheet_counts_them():
     assert 'LookupError: unknown encoding: klingon' in error_of('--source=rows.csv', '--encoding=klingon')
 
 
+CSV = 'prompt,chosen,rejected\n' + ''.join(f'{i}? ,ü{i},n\n' for i in range(4))
+TABLES = {      # name: (file, bytes, flags, what an error says, or the chosen side of the row 0)
+    'unnamed columns': ('a.csv', CSV.replace('\n', ',,\n').encode(), [], 'ü0'),
+    'spaces in the first line': ('a.csv', CSV.replace('n,r', 'n, r').encode(), [], 'ü0'),
+    'line ends of old': ('a.csv', CSV.replace('\n', '\r').encode(), [], 'ü0'),
+    'a quote': ('a.csv', CSV.replace('0? ', '"0"?').encode(), [], "a.csv cannot be read: ValueError: row 2: ',' exp"),
+    'an open quote': ('a.csv', CSV.replace('2? ', '"2?').encode(), [], 'ValueError: row 4: unexpected end of data'),
+    'a list that is none': ('a.csv', b'prompt,responses\na,yes\nb,no\n', [],
+                            "'responses' must be a list of two or more"),
+    'packed': ('a.csv', gzip.compress(CSV.encode()), [], 'it is packed, as .gz, .zip and .xlsx are'),
+    'Excel itself': ('a.csv', b'PK\x03\x04' + bytes(99), [], 'it is packed, as .gz, .zip and .xlsx are'),
+    'nothing': ('a.csv', b'', [], 'a.csv holds no rows'),
+    'JSON of Windows': ('a.jsonl', '{"prompt": "ü"}'.encode('cp1252'), [],
+                        'it is not utf-8 but likely cp1252: read it with --encoding=cp1252'),
+    'JSON of Windows, read': (
+        'a.jsonl', ''.join(f'{{"prompt": "{i}? ", "chosen": "ü0", "rejected": "n"}}\n' for i in range(4)).encode('cp1252'),
+        ['--encoding=cp1252'], 'ü0'),
+    'JSON in UTF-16': ('a.jsonl', '{"prompt": "ü"}'.encode('utf-16'), [], 'it is UTF-16: save it as UTF-8'),
+}
+
+
+@pytest.mark.parametrize('name', TABLES)
+def test_a_table_is_read_as_it_stands_or_refused_with_what_is_wrong(name):
+    file, data, flags, expected = TABLES[name]
+    Path(file).write_bytes(data)
+    if expected != 'ü0':
+        assert expected in error_of(f'--source={file}', *flags)
+    else:
+        groups = prepare_all(f'--source={file}', *flags)[0]
+        assert groups[0][:2] == ['0? ', f'ü0{EOT}'] and len(groups) == 4
+
+
+def test_a_pair_in_a_cell_of_csv_is_a_pair():
+    Path('a.csv').write_text('instruction,output\n' + ''.join(f'{i}?,"[""yes"", ""no""]"\n' for i in range(4)))
+    assert prepare_all('--source=a.csv')[0][0] == [human('0?'), f' yes{EOT}', f' no{EOT}']
+
+
 def test_a_file_of_data_as_the_only_argument_is_the_source_and_is_never_run(capfd):
     import config
     import prepare_prefs
@@ -566,7 +697,7 @@ def row_of(names, number):
 def test_every_row_of_the_readme_s_table_is_read():
     section = (ROOT / 'README.md').read_text(encoding='utf-8').split('## Your own data')[1].split('\n## ')[0]
     shapes = re.findall(r'^\| (`.*?) \|', section, re.M)
-    assert len(shapes) > 8
+    assert len(shapes) > 4
     for shape in re.findall(r'\{(.*?)\}', ' '.join(shapes)):
         names = re.findall(r'"(\w+)"', shape)
         write_rows('rows.jsonl', [row_of(names, number) for number in range(4)])
