@@ -269,9 +269,10 @@ def calls_of(turn, role, what, key):
         calls = calls if isinstance(calls, list) else [calls]
         calls = [call if 'function' in call else dict(type='function', function=call) for call in calls]
         string({key: json.dumps(calls, ensure_ascii=False)}, key)
+        named = all(string(call['function'], 'name') for call in calls) and (calls or role != 'call')
     except (ValueError, TypeError):
-        raise BadRow(f"tool turns: '{key}' holds a call that is no object, or not JSON") from None
-    expect(calls or role != 'call', f"tool turns: '{key}' holds a turn of calls without one")
+        named = False
+    expect(named, f"tool turns: '{key}' holds a call without a name, or in no JSON")
     return calls
 
 
