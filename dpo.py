@@ -74,9 +74,10 @@ class Config:
     beta: In[float, 'x > 0'] = None                 # leash to the reference; paper: 0.1, TL;DR 0.5; None = by the loss
     label_smoothing: In[float, '0 <= x < 0.5'] = None   # cdpo, robust: the share of labels taken to be wrong
     gamma: In[float, 'x >= 0'] = None               # simpo: the margin asked for
+    alpha: In[float, '0 < x <= 1'] = None           # alpha_divergence: towards 0 it is dpo, at 1 forward_kl
     desirable_weight: In[float, 'x >= 0'] = None    # kto: of desirable examples, and
     undesirable_weight: In[float, 'x >= 0'] = None  # of undesirable ones
-    nll_coef: In[float, 'x >= 0'] = 0.0             # adds so much of the chosen responses' NLL per token; unpaired: over all
+    nll_coef: In[float, 'x >= 0'] = 0.0             # adds so much of the chosen responses' NLL per token; unpaired: mean of all
     # the optimizer
     batch_size: In[int, 'x >= 1'] = 64              # pairs a step, over all ranks and micro-steps
     epochs: In[int, 'x >= 1'] = 1                   # passes over the pairs; more than 1 to 3 over-fits
@@ -111,23 +112,29 @@ class Config:
 
 # --- what the log shows ---------------------------------------------------------------------------
 
-STATS = ('loss', 'rewards/chosen', 'rewards/rejected', 'rewards/accuracies', 'logps/chosen', 'logps/rejected')
+STATS = ('loss', 'rewards/chosen', 'rewards/rejected', 'rewards/accuracies',
+         'logps/chosen', 'logps/rejected', 'logps/accuracies')
+
+
+def accuracy(margins):
+    """The share of positive ones in each group, (G, pairs) -> (G,). A tie counts one half."""
+    return (margins.sign() / 2 + 0.5).mean(1)
 
 
 def batch_stats(losses_, rewards, logps, labels=None, z=None):
-    """Sums of what STATS names over the groups of a micro-step, and the number of groups in each sum: (2, 6)."""
-    is_chosen = is_rejected = ones = torch.ones_like(losses_)
+    """Sums of what STATS names over the groups of a micro-step, and the number of groups in each sum: (2, 7)."""
+    is_chosen = is_rejected = is_pair = ones = torch.ones_like(losses_)
     if labels is None:
         i, j = torch.triu_indices(logps.shape[1], logps.shape[1], 1, device=logps.device)
         margins = rewards[:, i] - rewards[:, j]                                             # (G, pairs)
+        gaps = logps[:, i] - logps[:, j]                                                    # (G, pairs)
     else:
-        margins = torch.where(labels[:, None], rewards - z, z - rewards)                    # (G, 1)
-        is_chosen, is_rejected = labels.float(), 1 - labels.float()
-    accuracies = (margins.sign() / 2 + 0.5).mean(1)                                         # a tie counts one half
+        margins = gaps = torch.where(labels[:, None], rewards - z, z - rewards)             # (G, 1)
+        is_chosen, is_rejected, is_pair = labels.float(), 1 - labels.float(), 0 * ones
     rejected = slice(1 if labels is None else 0, None)                                      # all but the first
-    values = torch.stack([losses_, rewards[:, 0], rewards[:, rejected].mean(1), accuracies,
-                          logps[:, 0], logps[:, rejected].mean(1)]).detach()
-    counts = torch.stack([ones, is_chosen, is_rejected] * 2)                                # (6, G)
+    values = torch.stack([losses_, rewards[:, 0], rewards[:, rejected].mean(1), accuracy(margins),
+                          logps[:, 0], logps[:, rejected].mean(1), accuracy(gaps)]).detach()
+    counts = torch.stack([ones, is_chosen, is_rejected, ones, is_chosen, is_rejected, is_pair])     # (7, G)
     return torch.stack([(values * counts).sum(1), counts.sum(1)])
 
 

@@ -4,13 +4,14 @@ To add one, write a function and a line in LOSSES; a new knob is a line in dpo.p
 loss by its name. A function names what it needs as its arguments, of G groups with K responses each:
 
     a reward    logps, ref_logps        log p of each response, the policy's and the reference's, (G, K)
-                tokens, means           the number of its tokens, and logps / tokens, (G, K)
     a link      chosen, rejected, nll   the rewards of a pair's two responses, and -log p of the chosen, a token, (G,)
                 ranking                 the rewards of a ranking, best response first, (G, K)
                 responses, desirable, z the rewards of single responses, which are desirable, (G, K), and KTO's z
+    both        tokens, means           the number of a response's tokens, and logps / tokens, (G, K)
                 beta, gamma, ...        knobs
 """
 import inspect
+import math
 
 import numpy as np
 import torch
@@ -43,6 +44,28 @@ def odds(means):                # log p / (1 - p), p the geometric mean over tok
     return means - torch.log(-torch.expm1(means.clamp(max=-torch.finfo(means.dtype).eps)))
 
 
+def power(logps, ref_logps, exponent):      # (pi / ref) ** exponent - 1, at most e ** 20: its square is a float32, too
+    return torch.expm1((exponent * (logps - ref_logps)).clamp(max=20))
+
+
+# of an f-divergence the reward is f' of pi / ref; less a constant, which no link sees, it is 0 where they are equal
+
+def forward_kl(logps, ref_logps):
+    return -power(logps, ref_logps, -1)
+
+
+def jensen_shannon(logps, ref_logps):
+    return F.logsigmoid(logps - ref_logps) + math.log(2)
+
+
+def alpha_divergence(logps, ref_logps, alpha):
+    return -power(logps, ref_logps, -alpha) / alpha
+
+
+def chi_squared(logps, ref_logps):          # and reverse KL, whose f' is the log
+    return power(logps, ref_logps, 1) + logps - ref_logps
+
+
 # --- links: losses (G,). A link with `ranking` or `desirable` takes such data beside pairs --------
 
 def logistic(chosen, rejected, beta):
@@ -69,6 +92,10 @@ def hinged(chosen, rejected, beta):
 
 def shifted(chosen, rejected, beta, gamma):                     # asks for a margin of gamma
     return -F.logsigmoid(beta * chosen - beta * rejected - gamma)
+
+
+def weighted(chosen, rejected, means, beta):    # pairs that the policy itself would write count more
+    return means.detach().sum(1).exp() * logistic(chosen, rejected, beta)
 
 
 def odds_ratio(chosen, rejected, nll, beta):                    # SFT on the chosen response, and beta times the odds
@@ -107,6 +134,11 @@ LOSSES = {      # the reward, the link, what the link's knobs usually are       
     'orpo': (odds, odds_ratio, dict(beta=0.1)),                         # arXiv 2403.07691; beta is lambda
     'apo_zero': (ratio, apo_zero, dict(beta=0.05)),                     # arXiv 2408.06266, eq. 7
     'apo_down': (ratio, apo_down, dict(beta=0.1)),                      # arXiv 2408.06266, eq. 8
+    'forward_kl': (forward_kl, logistic, dict(beta=0.1)),               # arXiv 2309.16240, whose reverse KL is dpo
+    'js_divergence': (jensen_shannon, logistic, dict(beta=0.1)),        # arXiv 2309.16240
+    'alpha_divergence': (alpha_divergence, logistic, dict(beta=0.1, alpha=0.5)),    # arXiv 2309.16240
+    'chi_po': (chi_squared, logistic, dict(beta=0.1)),                  # arXiv 2407.13399
+    'wpo': (ratio, weighted, dict(beta=0.1)),                           # arXiv 2406.11827, eq. 2, without alignment
     'kto': (ratio, each_alone, dict(beta=0.1, desirable_weight=1.0, undesirable_weight=1.0)),   # arXiv 2402.01306
     'plackett_luce': (ratio, best_first, dict(beta=0.1)),               # arXiv 2305.18290, appendix A.3
 }
@@ -124,10 +156,11 @@ def relative_loss(cfg, logps, ref_logps, tokens, labels=None, z=None):
     reward, link, _ = LOSSES[cfg.loss]
     logps = wide(logps)
     means = logps / tokens
-    rewards = call(reward, logps=logps, ref_logps=wide(ref_logps), tokens=tokens, means=means)
+    rewards = call(reward, logps=logps, ref_logps=wide(ref_logps), tokens=tokens, means=means,
+                   **vars(cfg))
     desirable = torch.arange(logps.shape[1], device=logps.device) == 0 if labels is None else labels[:, None]
     losses = call(link, chosen=rewards[:, 0], rejected=rewards[:, -1], ranking=rewards, responses=rewards,
-                  desirable=desirable, z=z, nll=-means[:, 0], **vars(cfg))
+                  desirable=desirable, z=z, nll=-means[:, 0], tokens=tokens, means=means, **vars(cfg))
     return losses, cfg.beta * rewards.detach()
 
 

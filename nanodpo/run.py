@@ -22,10 +22,11 @@ from nanodpo.folder import hold, release
 from nanodpo.launch import join, ranks
 from nanodpo.terminal import folded
 
-COLUMNS = {'loss': 'loss {:.4f}', 'rewards/accuracies': 'acc {:.3f}', 'rewards/margins': 'margin {:+.4f}',
-           'rewards/chosen': 'chosen {:+.4f}', 'rewards/rejected': 'rejected {:+.4f}', 'kl': 'kl {:.2f}',
-           'perplexity': 'ppl {:.2f}', 'grad_norm': 'grad {:.2f}', 'lr': 'lr {:.2e}',
-           'tokens_per_second': '{:,.0f} tok/s', 'mfu': 'mfu {:.1%}', 'memory_gb': '{:.1f} GB'}
+COLUMNS = {'loss': 'loss {:.4f}', 'rewards/accuracies': 'acc {:.3f}', 'logps/accuracies': 'raw acc {:.3f}',
+           'rewards/margins': 'margin {:+.4f}', 'rewards/chosen': 'chosen {:+.4f}',
+           'rewards/rejected': 'rejected {:+.4f}', 'kl': 'kl {:.2f}', 'perplexity': 'ppl {:.2f}',
+           'grad_norm': 'grad {:.2f}', 'lr': 'lr {:.2e}', 'tokens_per_second': '{:,.0f} tok/s',
+           'mfu': 'mfu {:.1%}', 'memory_gb': '{:.1f} GB'}
 PEAKS = {'H200': 989e12, 'H100': 989e12, 'B200': 2250e12, 'A100': 312e12, 'L40S': 362e12, 'RTX 4090': 165e12}
 
 

@@ -42,12 +42,17 @@ def log_odds(p):
     return p - (1 - p.exp()).ln()
 
 
+def power(p, ref, exponent):
+    return min(Number(20).exp(), (exponent * (p - ref)).exp())
+
+
 def kto(r, desirable, z, desirable_weight, undesirable_weight):
     terms = [desirable_weight * (1 - sigmoid(x - z)) if good else undesirable_weight * (1 - sigmoid(z - x))
              for x, good in zip(r, desirable)]
     return sum(terms) / len(terms)
 
 
+RATIOS = 'forward_kl', 'js_divergence', 'alpha_divergence', 'chi_po'      # their reward is of pi / ref, not of its log
 FORMULAS = {
     'dpo': lambda x: minus_log_sigmoid(x),
     'cdpo': lambda x, eps: (1 - eps) * minus_log_sigmoid(x) + eps * minus_log_sigmoid(-x),
@@ -60,31 +65,40 @@ FORMULAS = {
     'orpo': lambda w, l, m, n, beta: -w / m + beta * minus_log_sigmoid(log_odds(w / m) - log_odds(l / n)),
     'apo_zero': lambda w, l, u, v, beta: (1 - sigmoid(beta * (w - u))) + sigmoid(beta * (l - v)),
     'apo_down': lambda w, u, x, beta: sigmoid(beta * (w - u)) + (1 - sigmoid(x)),
+    **dict.fromkeys(RATIOS, lambda r: minus_log_sigmoid(r[0] - r[1])),
+    'wpo': lambda x, weight: weight * minus_log_sigmoid(x),
     'kto': kto,
     'plackett_luce': lambda r: -sum((x.exp() / sum(y.exp() for y in r[k:])).ln() for k, x in enumerate(r))}
 REWARDS = {         # of a response, before beta; of all others p - ref
     'ipo_mean': lambda p, ref, m: (p - ref) / m, 'dpo_norm': lambda p, ref, m: (p - ref) / m,
-    'simpo': lambda p, ref, m: p / m, 'orpo': lambda p, ref, m: log_odds(p / m)}
+    'simpo': lambda p, m: p / m, 'orpo': lambda p, m: log_odds(p / m),
+    'forward_kl': lambda p, ref: 1 - power(p, ref, -1),
+    'js_divergence': lambda p, ref: (2 * (p - ref).exp() / (1 + (p - ref).exp())).ln(),
+    'alpha_divergence': lambda p, ref, alpha: (1 - power(p, ref, -alpha)) / alpha,
+    'chi_po': lambda p, ref: power(p, ref, 1) - 1 + p - ref}
 OTHER_KNOBS = {         # beside the usual ones; of all others EXTREME
     'cdpo': [dict(beta=0.5, label_smoothing=0.0), dict(beta=0.03, label_smoothing=0.499)],
     'robust': [dict(beta=0.5, label_smoothing=0.0), dict(beta=0.03, label_smoothing=0.45)],
     'dpo_norm': [dict(beta=0.5), dict(beta=10.0)], 'simpo': [dict(beta=10.0, gamma=3.0), dict(beta=2.5, gamma=0.0)],
+    'alpha_divergence': [dict(beta=0.5, alpha=1.0), dict(beta=0.03, alpha=0.1)],
     'kto': [dict(beta=0.5, desirable_weight=1.33, undesirable_weight=0.7),
             dict(beta=0.01, desirable_weight=0.0, undesirable_weight=2.0)]}
 EXTREME = [dict(beta=0.01), dict(beta=2.0)]
+EXACT = decimal.Context(prec=100, Emax=decimal.MAX_EMAX, Emin=decimal.MIN_EMIN)
 
 
 def usual(name):
     return LOSSES[name][2]
 
 
-def formula(name, policy, reference, tokens, desirable, z, **knobs):
-    """The loss and the rewards of one example: [loss, reward, ...], Numbers."""
-    reward = REWARDS.get(name, lambda p, ref, m: p - ref)
-    rewards = [knobs['beta'] * reward(*response) for response in zip(policy, reference, tokens)]
+def formula(name, policy, reference, tokens, desirable, z, weight, **knobs):
+    """The loss and the rewards of one example: [loss, reward, ...], Numbers. weight: wpo's, a constant."""
+    reward = REWARDS.get(name, lambda p, ref: p - ref)
+    rewards = [knobs['beta'] * call(reward, p=p, ref=ref, m=m, **knobs)
+               for p, ref, m in zip(policy, reference, tokens)]
     w, l, u, v = policy[0], policy[-1], reference[0], reference[-1]
     known = dict(w=w, l=l, u=u, v=v, m=tokens[0], n=tokens[-1], r=rewards, x=knobs['beta'] * ((w - l) - (u - v)),
-                 eps=knobs.get('label_smoothing'), desirable=desirable, z=z, **knobs)
+                 eps=knobs.get('label_smoothing'), desirable=desirable, z=z, weight=weight, **knobs)
     return [call(FORMULAS[name], **known), *rewards]
 
 
@@ -99,12 +113,13 @@ def examples(logps, ref_logps=None, tokens=None, labels=None, z=0.0):
 def by_formula(name, given, knobs):
     """Losses (N,), rewards (N, K) and gradients (N, K), float64, an example at a time."""
     rows, slopes = [], []
-    with decimal.localcontext(decimal.Context(prec=100)):
+    with decimal.localcontext(EXACT):
         knobs = {key: Number(value) for key, value in knobs.items()}
         for i, example in enumerate(zip(given.logps.tolist(), given.ref_logps.tolist(), given.tokens.tolist())):
             policy, reference, tokens = ([Number(x) for x in side] for side in example)
             desirable = [j == 0 for j in range(len(policy))] if given.labels is None else [bool(given.labels[i])]
-            rest = reference, tokens, desirable, Number(given.z.item())
+            weight = (policy[0] / tokens[0]).exp() * (policy[-1] / tokens[-1]).exp()
+            rest = reference, tokens, desirable, Number(given.z.item()), weight
             rows.append([float(x) for x in formula(name, policy, *rest, **knobs)])
             slopes.append([])
             for k in range(len(policy)):
@@ -151,16 +166,19 @@ LOSS_AND_KIND = [(name, kind) for name in LOSSES for kind in kinds_of_data(name)
 @pytest.mark.parametrize('name, kind', [pair for pair in LOSS_AND_KIND if pair[0] in FORMULAS])
 def test_values_rewards_and_gradients_equal_the_formula_in_100_digits(name, kind):
     """float64 rounds a difference of log-probs of 300 nats to 1e-13, times beta or the slope of orpo's odds, up to
-    300: 1e-10 leaves room for both. ipo's squares reach 1e6 and are held to 1e-10 of their size."""
+    300: 1e-10 leaves room for both. ipo's squares reach 1e6 and are held to 1e-10 of their size. A ratio of e^20
+    magnifies the rounding as much, so those losses get ratios of up to e^10 here, and larger ones below."""
     for knobs in (usual(name), *OTHER_KNOBS.get(name, EXTREME)):
         given = random_examples(kind)
+        if name in RATIOS:
+            given.logps = given.ref_logps + 3 * torch.randn_like(given.logps)
         ours, exact = by_autograd(name, given, knobs), by_formula(name, given, knobs)
         assert all(x.dtype == torch.float64 for x in ours)
         assert_equal(ours, exact, 1e-10, 1e-10)
         assert exact[2].abs().sum() > 0.01, 'not all of them saturated'
 
 
-@pytest.mark.parametrize('name, kind', LOSS_AND_KIND)
+@pytest.mark.parametrize('name, kind', [pair for pair in LOSS_AND_KIND if pair[0] != 'wpo'])     # its weight is fixed
 def test_gradients_equal_differences_of_the_loss_itself(name, kind):
     given = random_examples(kind, 6)
     given.logps = given.ref_logps * (1 + 0.1 * torch.rand_like(given.logps))     # near the reference nothing is flat
@@ -254,11 +272,84 @@ def test_apo_is_1_at_the_reference_and_what_each_side_is_pushed_to():
         assert values.tolist() == [1.0] and slopes[0].tolist() == pytest.approx([0.1 * s for s in up])
 
 
+DIVERGENCES = {       # f(u) of u = pi / ref, as the papers print it: the divergence is the reference's mean of f
+    'dpo': lambda u: u * u.log(),
+    'forward_kl': lambda u: -u.log(),
+    'js_divergence': lambda u: u * u.log() - (u + 1) * ((u + 1) / 2).log(),
+    'alpha_divergence': lambda u: (u ** (1 - 0.3) - (1 - 0.3) * u - 0.3) / (0.3 * (0.3 - 1)),
+    'chi_po': lambda u: (u - 1) ** 2 / 2 + u * u.log()}
+
+
+def best_policy(loss):
+    """log p (M,) of the policy whose loss(logps) is least: Newton steps on its logits, in float64."""
+    logits = torch.zeros(len(REWARD), dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([logits], 1, 500, tolerance_grad=1e-12, tolerance_change=0,
+                                  line_search_fn='strong_wolfe')
+
+    def closure():
+        optimizer.zero_grad()
+        value = loss(logits.log_softmax(0))
+        value.backward()
+        return value
+    optimizer.step(closure)
+    assert logits.grad.abs().max() < 1e-8
+    return logits.detach().log_softmax(0)
+
+
+REWARD = torch.tensor([1.0, -0.5, 0.3, 0.0, -1.2], dtype=torch.float64)
+RHO = torch.tensor([0.05, 0.4, 0.25, 0.2, 0.1], dtype=torch.float64).log()
+
+
+@pytest.mark.parametrize('beta', [0.3, 1.0])
+@pytest.mark.parametrize('name', DIVERGENCES)
+def test_the_best_policy_of_a_loss_is_that_of_the_reward_less_beta_times_its_divergence(name, beta):
+    """All pairs of five responses with Bradley-Terry labels, against E[reward] - beta E_ref[f(pi / ref)]."""
+    cfg = SimpleNamespace(loss=name, beta=beta, alpha=0.3)
+    i, j = torch.cartesian_prod(torch.arange(5), torch.arange(5)).t()
+    share = RHO[i].exp() * RHO[j].exp() * torch.sigmoid(REWARD[i] - REWARD[j])
+
+    def expected_loss(logps):
+        pairs = torch.stack([i, j], 1)
+        return (share * relative_loss(cfg, logps[pairs], RHO[pairs], torch.ones_like(pairs))[0]).sum()
+
+    def best_of(f):
+        return best_policy(lambda logps: beta * RHO.exp() @ f((logps - RHO).exp()) - logps.exp() @ REWARD)
+    found = best_policy(expected_loss)
+    for other, f in DIVERGENCES.items():        # each divergence has a best policy of its own
+        assert ((found - best_of(f)).abs().max() < 1e-5) == (other == name), other
+
+
+def test_alpha_divergence_goes_from_dpo_to_forward_kl():
+    given = random_examples(size=200)
+    given.logps = given.ref_logps + 3 * torch.randn_like(given.ref_logps)
+    for alpha, twin, tolerance in ((1e-7, 'dpo', 1e-5), (1.0, 'forward_kl', 0)):
+        assert_equal(by_autograd('alpha_divergence', given, dict(beta=0.1, alpha=alpha)),
+                     by_autograd(twin, given, dict(beta=0.1)), tolerance, tolerance)
+
+
+def test_wpo_is_dpo_times_how_likely_the_policy_finds_both_responses_a_token():
+    given = random_examples(size=200)
+    given.logps = given.tokens * torch.empty_like(given.logps).uniform_(-3, -0.01)
+    weight = torch.exp(given.logps[:, 0] / given.tokens[:, 0]) * torch.exp(given.logps[:, 1] / given.tokens[:, 1])
+    values, rewards, gradients = by_autograd('dpo', given, dict(beta=0.1))
+    expected = weight * values, rewards, weight[:, None] * gradients
+    assert_equal(by_autograd('wpo', given, dict(beta=0.1)), expected, 1e-12)
+    assert weight.min() < 0.1 and 0.5 < weight.max() < 1
+
+
+@pytest.mark.parametrize('name', RATIOS)
+def test_rewards_of_ratios_are_0_at_the_reference_and_stop_at_e_to_the_20(name):
+    given = examples(torch.tensor([[0.0], [-1e4], [-300.0], [300.0], [1e4]]).expand(-1, 2))
+    for value, reward in zip([0, -1e4, -300, 300, 1e4], by_autograd(name, given, usual(name))[1][:, 0].tolist()):
+        assert reward == 0 if value == 0 else reward * value > 0 and abs(reward) <= 0.1 * (2 * math.exp(20) + 1e4)
+
+
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
 @pytest.mark.parametrize('name', LOSSES)
 def test_losses_are_finite_and_right_for_log_probs_down_to_minus_ten_thousand(name, dtype):
     """Every sign and size of both differences. What is subtracted reaches 1e4, so the argument of the loss is off by
-    eps times beta times 1e4, a few times over; ipo squares it, where the size of the result allows for as much."""
+    eps times beta times 1e4, a few times over; ipo squares it, where the size of the result allows for as much. Of
+    chi_po it reaches e^20 where a ratio is beyond that, and 1e4 elsewhere."""
     values = torch.cartesian_prod(*[torch.tensor([-1e4, -1e2, -1.0, -0.5])] * 4).to(dtype)           # (256, 4)
     w, l, u, v = values.unbind(1)
     pairs = torch.stack([w, l], 1), torch.stack([u, v], 1)
@@ -273,7 +364,11 @@ def test_losses_are_finite_and_right_for_log_probs_down_to_minus_ten_thousand(na
         ours = by_autograd(name, given, knobs)
         assert all(x.isfinite().all() for x in ours)
         if name in FORMULAS:
-            assert_equal(ours, by_formula(name, given, knobs), 1e3 * eps, 8 * eps * max(1, knobs['beta']) * 1e4)
+            exact = by_formula(name, given, knobs)
+            far = (name == 'chi_po') & (given.logps - given.ref_logps > 20).any(1)
+            for part, reach in ((~far, 1e4), (far, math.exp(20))):
+                assert_equal([x[part] for x in ours], [x[part] for x in exact], 1e3 * eps,
+                             8 * eps * max(1, knobs['beta']) * reach)
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
@@ -412,6 +507,36 @@ def test_the_logged_loss_is_the_formula_of_one_at_a_time_log_probs(workplace, na
     logged = [first[f'eval/rewards/{key}'] for key in ('chosen', 'rejected', 'margins', 'accuracies')]
     chosen, rejected = rewards[:, 0].mean().item(), rewards[:, 1:].mean().item()
     assert logged == pytest.approx([chosen, rejected, chosen - rejected, np.mean(ordered)], rel=1e-4, abs=1e-4)
+    ranked = [row[i] > row[j] for row in logps.tolist() for j in range(len(row)) for i in range(j)]
+    assert first['eval/logps/accuracies'] == pytest.approx(np.mean(ranked), abs=1e-6)
+
+
+@pytest.mark.parametrize('K', [2, 4])
+def test_raw_accuracy_counts_pairs_whose_better_response_is_likelier_and_a_tie_one_half(K):
+    torch.manual_seed(0)
+    rewards, logps = torch.randint(0, 4, (2, 30, K)).float()
+    logged = dpo.means(dpo.batch_stats(torch.zeros(30), rewards, logps))
+    for values, name in ((rewards, 'rewards'), (logps, 'logps')):
+        points = [1.0 if row[i] > row[j] else 0.5 if row[i] == row[j] else 0.0
+                  for row in values.tolist() for j in range(K) for i in range(j)]
+        assert logged[f'{name}/accuracies'] == pytest.approx(np.mean(points)) and 0.5 in points
+    assert logged['logps/accuracies'] != pytest.approx(logged['rewards/accuracies'])
+
+
+def test_the_log_has_raw_accuracy_beside_acc_of_pairs_and_rankings_and_none_of_unpaired_examples(workplace, capsys):
+    for kind, loss in (('pairs', 'dpo'), ('pairs', 'kto'), ('rankings', 'plackett_luce'), ('unpaired', 'kto')):
+        dpo.main([*RUN, f'--name={kind}', f'--loss={loss}', '--max_steps=2'])
+        lines = [line for line in capsys.readouterr().out.splitlines() if ' | acc ' in line]
+        log = read_log(f'out/{kind}/dpo')
+        assert len(lines) == len(log) == 4
+        for line, record in zip(lines, log):
+            shown = re.search(r' acc ([\d.]+) \| raw acc ([\d.]+) \|', line)
+            keys = [key for key in record if key.endswith('accuracies')]
+            prefix = 'eval/' if line.startswith('eval') else ''
+            names = ['rewards/accuracies'] if kind == 'unpaired' else ['rewards/accuracies', 'logps/accuracies']
+            assert keys == [prefix + name for name in names]
+            assert (shown is None) == (kind == 'unpaired')
+            assert shown is None or [*shown.groups()] == [f'{record[key]:.3f}' for key in keys]
 
 
 def z_by_hand(policy, reference, data, beta, max_length):
@@ -538,7 +663,7 @@ def test_the_usual_knobs_are_those_of_the_papers():
     noisy = dict(beta=0.1, label_smoothing=0.1)
     assert {name: usual(name) for name in FORMULAS if usual(name) != dict(beta=0.1)} == dict(
         dpo_norm=dict(beta=5), simpo=dict(beta=2, gamma=1), apo_zero=dict(beta=0.05), cdpo=noisy, robust=noisy,
-        kto=dict(beta=0.1, desirable_weight=1, undesirable_weight=1))
+        alpha_divergence=dict(beta=0.1, alpha=0.5), kto=dict(beta=0.1, desirable_weight=1, undesirable_weight=1))
 
 
 @pytest.mark.parametrize('name, kind, takers', [
