@@ -44,14 +44,14 @@ def odds(means):                # log p / (1 - p), p the geometric mean over tok
     return means - torch.log(-torch.expm1(means.clamp(max=-torch.finfo(means.dtype).eps)))
 
 
-def power(logps, ref_logps, exponent):      # (pi / ref) ** exponent - 1, at most e ** 20: its square is a float32, too
-    return torch.expm1((exponent * (logps - ref_logps)).clamp(max=20))
+def power(ratio, exponent):     # (pi / ref) ** exponent - 1 of log pi / ref, at most e ** 20: then its square is finite
+    return torch.expm1((exponent * ratio).clamp(max=20))
 
 
 # of an f-divergence the reward is f' of pi / ref; less a constant, which no link sees, it is 0 where they are equal
 
 def forward_kl(logps, ref_logps):
-    return -power(logps, ref_logps, -1)
+    return -power(logps - ref_logps, -1)
 
 
 def jensen_shannon(logps, ref_logps):
@@ -59,11 +59,7 @@ def jensen_shannon(logps, ref_logps):
 
 
 def alpha_divergence(logps, ref_logps, alpha):
-    return -power(logps, ref_logps, -alpha) / alpha
-
-
-def chi_squared(logps, ref_logps):          # and reverse KL, whose f' is the log
-    return power(logps, ref_logps, 1) + logps - ref_logps
+    return -power(logps - ref_logps, -alpha) / alpha
 
 
 # --- links: losses (G,). A link with `ranking` or `desirable` takes such data beside pairs --------
@@ -92,6 +88,10 @@ def hinged(chosen, rejected, beta):
 
 def shifted(chosen, rejected, beta, gamma):                     # asks for a margin of gamma
     return -F.logsigmoid(beta * chosen - beta * rejected - gamma)
+
+
+def chi_squared(chosen, rejected, beta):        # and reverse KL: f' is pi / ref + its log
+    return -F.logsigmoid(beta * (chosen - rejected + (power(chosen, 1) - power(rejected, 1))))
 
 
 def weighted(chosen, rejected, means, beta):    # pairs that the policy itself would write count more
@@ -137,7 +137,7 @@ LOSSES = {      # the reward, the link, what the link's knobs usually are       
     'forward_kl': (forward_kl, logistic, dict(beta=0.1)),               # arXiv 2309.16240, whose reverse KL is dpo
     'js_divergence': (jensen_shannon, logistic, dict(beta=0.1)),        # arXiv 2309.16240
     'alpha_divergence': (alpha_divergence, logistic, dict(beta=0.1, alpha=0.5)),    # arXiv 2309.16240
-    'chi_po': (chi_squared, logistic, dict(beta=0.1)),                  # arXiv 2407.13399
+    'chi_po': (ratio, chi_squared, dict(beta=0.1)),                     # arXiv 2407.13399
     'wpo': (ratio, weighted, dict(beta=0.1)),                           # arXiv 2406.11827, eq. 2, without alignment
     'kto': (ratio, each_alone, dict(beta=0.1, desirable_weight=1.0, undesirable_weight=1.0)),   # arXiv 2402.01306
     'plackett_luce': (ratio, best_first, dict(beta=0.1)),               # arXiv 2305.18290, appendix A.3

@@ -52,7 +52,7 @@ def kto(r, desirable, z, desirable_weight, undesirable_weight):
     return sum(terms) / len(terms)
 
 
-RATIOS = 'forward_kl', 'js_divergence', 'alpha_divergence', 'chi_po'      # their reward is of pi / ref, not of its log
+RATIOS = 'forward_kl', 'js_divergence', 'alpha_divergence', 'chi_po'      # they take pi / ref, not its log alone
 FORMULAS = {
     'dpo': lambda x: minus_log_sigmoid(x),
     'cdpo': lambda x, eps: (1 - eps) * minus_log_sigmoid(x) + eps * minus_log_sigmoid(-x),
@@ -65,7 +65,8 @@ FORMULAS = {
     'orpo': lambda w, l, m, n, beta: -w / m + beta * minus_log_sigmoid(log_odds(w / m) - log_odds(l / n)),
     'apo_zero': lambda w, l, u, v, beta: (1 - sigmoid(beta * (w - u))) + sigmoid(beta * (l - v)),
     'apo_down': lambda w, u, x, beta: sigmoid(beta * (w - u)) + (1 - sigmoid(x)),
-    **dict.fromkeys(RATIOS, lambda r: minus_log_sigmoid(r[0] - r[1])),
+    **dict.fromkeys(['forward_kl', 'js_divergence', 'alpha_divergence'], lambda r: minus_log_sigmoid(r[0] - r[1])),
+    'chi_po': lambda w, l, u, v, x, beta: minus_log_sigmoid(x + beta * (power(w, u, 1) - power(l, v, 1))),
     'wpo': lambda x, weight: weight * minus_log_sigmoid(x),
     'kto': kto,
     'plackett_luce': lambda r: -sum((x.exp() / sum(y.exp() for y in r[k:])).ln() for k, x in enumerate(r))}
@@ -74,8 +75,7 @@ REWARDS = {         # of a response, before beta; of all others p - ref
     'simpo': lambda p, m: p / m, 'orpo': lambda p, m: log_odds(p / m),
     'forward_kl': lambda p, ref: 1 - power(p, ref, -1),
     'js_divergence': lambda p, ref: (2 * (p - ref).exp() / (1 + (p - ref).exp())).ln(),
-    'alpha_divergence': lambda p, ref, alpha: (1 - power(p, ref, -alpha)) / alpha,
-    'chi_po': lambda p, ref: power(p, ref, 1) - 1 + p - ref}
+    'alpha_divergence': lambda p, ref, alpha: (1 - power(p, ref, -alpha)) / alpha}
 OTHER_KNOBS = {         # beside the usual ones; of all others EXTREME
     'cdpo': [dict(beta=0.5, label_smoothing=0.0), dict(beta=0.03, label_smoothing=0.499)],
     'robust': [dict(beta=0.5, label_smoothing=0.0), dict(beta=0.03, label_smoothing=0.45)],
@@ -338,18 +338,20 @@ def test_wpo_is_dpo_times_how_likely_the_policy_finds_both_responses_a_token():
 
 
 @pytest.mark.parametrize('name', RATIOS)
-def test_rewards_of_ratios_are_0_at_the_reference_and_stop_at_e_to_the_20(name):
-    given = examples(torch.tensor([[0.0], [-1e4], [-300.0], [300.0], [1e4]]).expand(-1, 2))
-    for value, reward in zip([0, -1e4, -300, 300, 1e4], by_autograd(name, given, usual(name))[1][:, 0].tolist()):
-        assert reward == 0 if value == 0 else reward * value > 0 and abs(reward) <= 0.1 * (2 * math.exp(20) + 1e4)
+def test_step_0_of_another_divergence_is_ln_2_with_rewards_0_and_powers_of_ratios_stop_at_e_to_the_20(name):
+    ratios = torch.tensor([[0, 0], [-300, 0], [-1e4, 0], [0, 300], [0, 1e4]])
+    values, rewards, slopes = by_autograd(name, examples(ratios), usual(name))
+    assert values[0] == pytest.approx(math.log(2)) and rewards[0].tolist() == [0, 0]
+    slope = usual(name)['beta'] / 2 * {'js_divergence': 0.5, 'chi_po': 2}.get(name, 1)         # by f'' at 1
+    assert slopes[0].tolist() == pytest.approx([-slope, slope])
+    assert all(values[1:] > math.log(2)) and values.max() <= 0.1 * (2 * math.exp(20) + 1e4)
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
 @pytest.mark.parametrize('name', LOSSES)
 def test_losses_are_finite_and_right_for_log_probs_down_to_minus_ten_thousand(name, dtype):
     """Every sign and size of both differences. What is subtracted reaches 1e4, so the argument of the loss is off by
-    eps times beta times 1e4, a few times over; ipo squares it, where the size of the result allows for as much. Of
-    chi_po it reaches e^20 where a ratio is beyond that, and 1e4 elsewhere."""
+    eps times beta times 1e4, a few times over; ipo squares it, where the size of the result allows for as much."""
     values = torch.cartesian_prod(*[torch.tensor([-1e4, -1e2, -1.0, -0.5])] * 4).to(dtype)           # (256, 4)
     w, l, u, v = values.unbind(1)
     pairs = torch.stack([w, l], 1), torch.stack([u, v], 1)
@@ -364,11 +366,7 @@ def test_losses_are_finite_and_right_for_log_probs_down_to_minus_ten_thousand(na
         ours = by_autograd(name, given, knobs)
         assert all(x.isfinite().all() for x in ours)
         if name in FORMULAS:
-            exact = by_formula(name, given, knobs)
-            far = (name == 'chi_po') & (given.logps - given.ref_logps > 20).any(1)
-            for part, reach in ((~far, 1e4), (far, math.exp(20))):
-                assert_equal([x[part] for x in ours], [x[part] for x in exact], 1e3 * eps,
-                             8 * eps * max(1, knobs['beta']) * reach)
+            assert_equal(ours, by_formula(name, given, knobs), 1e3 * eps, 8 * eps * max(1, knobs['beta']) * 1e4)
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
