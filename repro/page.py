@@ -4,7 +4,7 @@
     python repro/page.py compare.html samples.jsonl         # the same from a file
 
 Before and after stand side by side, each token tinted by its implicit reward. The page holds as many samples as
-sample.py's `show` says; its table sums up all of them.
+sample.py's `show` says, and tells how many those are; its table sums up all.
 """
 import contextlib
 import html
@@ -84,7 +84,7 @@ PAGE = """<!DOCTYPE html>
 <h1>{title}</h1>
 <p>Responses of two models to the same prompts: BEFORE is {before}, AFTER is {after}. Each token is tinted by its
 implicit reward, β log(after / before) with β = {beta:g}: <b>blue</b> where AFTER finds it likelier than BEFORE does,
-<b>orange</b> where less likely. Hover over a token, or tap it, for its value; the sum stands under each response.</p>
+<b>orange</b> where less likely. Hover over a token, or tap it, for its value; the sum stands under each response. {extent}</p>
 <div class="legend" role="group" aria-label="scale of the tints">
 <ol class="scale" aria-hidden="true">{swatches}</ol>
 <div class="values"><span>{least:g} or less</span><span>{most:+g} or more</span></div>
@@ -173,12 +173,15 @@ def page_html(samples, summary):
     rows = [f'<tr><th scope="row">{html.escape(label)}</th><td>{before}</td><td>{after}</td></tr>'
             for label, before, after in table_rows(summary, samples)]
     counted = f'samples: {summary["samples"]:,}, prompts: {summary["prompts"]:,}, ± a standard error'
+    extent = f'All {len(samples):,} samples are here.'
+    if len(shown) < len(samples):
+        extent = f'{len(shown):,} of {len(samples):,} samples are here (--show of sample.py); the table sums up all.'
     models = {side: safe(summary['models'][side]) for side in SIDES}
     return PAGE.format(
         title=safe(f'{knobs["name"]}: before and after'), STYLE=STYLE, SCRIPT=SCRIPT, beta=summary['beta'], **models,
         least=-limit, most=limit, swatches=''.join(swatches), rows='\n'.join(rows),
         sections='\n'.join(section_html(number, group, limit) for number, group in enumerate(by_prompt, 1)),
-        note=counted,
+        note=counted, extent=extent,
         settings=safe('\n'.join(f'{name} = {value!r}' for name, value in knobs.items())))
 
 

@@ -4,9 +4,10 @@
     python repro/plot.py out/reviews/dpo --out=tests/assets/reviews.png    # the README's figure
     python repro/plot.py out/a/dpo out/b/dpo --out=compare.png             # a colour a run
 
-Of dpo.py it draws loss, accuracy, margins, chosen and rejected rewards, KL; of sft.py loss, perplexity, learning
-rate. Thin lines are training batches (means over log_interval steps), markers the whole validation split. The band
-around the KL is its standard error. The torn last line of a run that is still writing is skipped. Needs matplotlib.
+Of dpo.py it draws loss, accuracy, margins, chosen and rejected rewards, KL; of sft.py, in panels of their own, loss,
+perplexity, learning rate. Thin lines are training batches (means over log_interval steps), markers the whole validation
+split. The band around the KL is its standard error. The torn last line of a run that is still writing is skipped. Needs
+matplotlib.
 """
 import json
 import math
@@ -19,8 +20,9 @@ from config import UserError, need      # noqa: E402
 from nanodpo.folder import written_aside        # noqa: E402
 
 PANELS = [      # title, keys (the second one dashed), a level to compare with
-    ('loss', ['loss'], (math.log(2), 'ln 2: policy = reference')),
+    ('loss of sft.py, nats a token', ['sft_loss'], None),
     ('perplexity', ['perplexity'], None),
+    ('loss', ['loss'], (math.log(2), 'ln 2: policy = reference')),
     ('accuracy: chosen reward above rejected', ['rewards/accuracies'], (0.5, 'chance')),
     ('reward margin, chosen − rejected', ['rewards/margins'], None),
     ('implicit rewards, β log(policy / reference)', ['rewards/chosen', 'rewards/rejected'], (0, '')),
@@ -50,6 +52,8 @@ def read_run(folder):
         if record:
             records.append(record)
     need(records, f'{path} holds no record yet')
+    if any(key.endswith('perplexity') for record in records for key in record):     # of sft.py, on another scale
+        records = [{key.replace('loss', 'sft_loss'): value for key, value in record.items()} for record in records]
     return records
 
 
@@ -120,7 +124,7 @@ def draw(ax, title, keys, level, runs, styles):
         if measured:
             low, high = ([r['eval/kl'] + sign * r['eval/kl_error'] for r in measured] for sign in (-1, 1))
             ax.fill_between([r['step'] for r in measured], low, high, color=style['color'], alpha=0.15, lw=0)
-    starts = [records[0].get('eval/loss', math.nan) for records in runs]
+    starts = [records[0].get('eval/loss', math.nan) for records in runs if 'eval/sft_loss' not in records[0]]
     if title == 'loss' and not all(math.isclose(start, math.log(2), abs_tol=1e-3) for start in starts):
         level = None                    # ln 2 is DPO's alone
     if level:

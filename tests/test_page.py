@@ -181,9 +181,12 @@ def test_the_page_of_a_run_holds_its_samples_its_table_and_its_settings(trained,
     for name, side in itertools.product(('implicit_reward', 'true_reward', 'tokens'), ('before', 'after')):
         assert f'{summary[side][name]["mean"]:,.3f} ±{summary[side][name]["error"]:.3f}' in cells
     assert "max_new_tokens = 30" in seen.of('pre')[0][2] and 'out/tiny/dpo' in seen.of('p')[0][2]
+    assert '7 of 10 samples are here' in seen.of('p')[0][2] and len(seen.of('response')) == 14
     assert sorted(p.name for p in trained.iterdir()) == ['a&b.html', 'data', 'out', 'r.py']
     assert not write(monkeypatch, run(capsys, '--json', '--show=0')).of('t')
-    spans = write(monkeypatch, run(capsys, '--json', '--after=out/tiny/sft')).of('t')      # equal models
+    seen = write(monkeypatch, run(capsys, '--json', '--after=out/tiny/sft'))      # equal models
+    spans = seen.of('t')
+    assert 'All 8 samples are here' in seen.of('p')[0][2]
     assert spans and all(e[1]['class'] in ('t', 't end') and float(e[1]['title'].split()[0]) == 0 for e in spans)
 
 

@@ -193,9 +193,12 @@ def test_the_curves_of_several_runs_are_the_numbers_of_their_logs_each_in_its_pa
     log = [{'step': s, 'loss': 3 - s, 'perplexity': 2.0 ** s, 'lr': s * 1e-3} for s in range(3)]
     write_rows('out/a/sft/log.jsonl', log)
     titles = [ax.get_title() for ax in figure_of(monkeypatch, 'out/a/sft').axes]
-    assert titles == ['loss', 'perplexity', 'learning rate', ''] and os.path.exists('out/a/sft/curves.png')
+    assert titles == ['loss of sft.py, nats a token', 'perplexity', 'learning rate', ''] and os.path.exists('out/a/sft/curves.png')
     titles = [ax.get_title().split(',')[0].split(':')[0] for ax in figure_of(monkeypatch, 'out/a/dpo').axes]
     assert titles == ['loss', 'accuracy', 'reward margin', 'implicit rewards', 'KL(policy || reference)', '']
+    both = figure_of(monkeypatch, 'out/a/sft', 'out/a/dpo')     # neither squashes the other
+    curves = {ax.get_title(): ax.lines for ax in both.axes}
+    assert [len(curves[title]) for title in ('loss of sft.py, nats a token', 'perplexity', 'loss')] == [1, 1, 2]
 
 
 @pytest.mark.parametrize('content, message', [
