@@ -201,7 +201,7 @@ def test_mistakes_end_in_one_line(tokenizers, tmp_path, monkeypatch):
     for text, error in [('{% if %}', 'TemplateSyntaxError'), ('{{ open("x") }}', "'open' is undefined")]:
         with open('mine/chat_template.jinja', 'w') as f:
             f.write(text)
-        with pytest.raises(UserError, match=error):
+        with pytest.raises(UserError, match=f"tokenizer 'mine' .*{error}"):
             prepare(PAIRS, 'mine')
     os.remove('mine/chat_template.jinja')
     for settings, error in [('{', 'JSONDecodeError'), ('{"eos_token": "<|no|>"}', r"end token '<\|no\|>'")]:
@@ -216,3 +216,16 @@ def test_mistakes_end_in_one_line(tokenizers, tmp_path, monkeypatch):
         f.write(' ')
     with pytest.raises(UserError, match='chat_template.jinja is missing or damaged'):
         read_meta('data/chat')
+
+
+def test_a_changed_template_makes_the_set_anew(tokenizers, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tokenizers['chatml'][0], 'mine')
+    prepare(PAIRS, 'mine')
+    before = read_meta('data/chat')
+    with open('mine/chat_template.jinja', 'w') as f:
+        f.write('{% for m in messages %}Q: {{ m.content }}{% endfor %}')
+    prepare(PAIRS, 'mine')
+    assert read_meta('data/chat')['splits']['train']['bin_sha256'] != before['splits']['train']['bin_sha256']
+    prepare(PAIRS, 'mine')
+    assert 'data/chat is reused' in capsys.readouterr().out
