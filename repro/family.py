@@ -3,6 +3,7 @@
     python repro/family.py                  # makes the reviews and their SFT model if they are missing, then compares
     python repro/family.py --quick          # one seed, four losses, fewer pairs
     python repro/family.py --search         # how FOUND was chosen
+    python repro/family.py --only=dpo,wpo --out=repro/results/two       # these losses alone, in a table of their own
 
 Four completions of each prefix are drawn from the SFT model and labelled by the true reward. They make two disjoint
 pairs a prefix (ties left out) for most losses, and one ranking for those that take rankings. So every loss learns from
@@ -52,7 +53,9 @@ FEW, OVER_EPOCHS = 250, (1, 2, 6, 16)   # over-training: on so many pairs, judge
 METHODS = [*LOSSES, 'dpo_nll']          # the last is dpo with nll_coef
 NAMES = {'dpo': 'DPO', 'cdpo': 'cDPO', 'robust': 'robust DPO', 'ipo': 'IPO', 'ipo_mean': 'IPO, token means',
          'dpo_norm': 'DPO, token means', 'simpo': 'SimPO', 'orpo': 'ORPO', 'apo_zero': 'APO-zero',
-         'apo_down': 'APO-down', 'kto': 'KTO', 'plackett_luce': 'Plackett-Luce', 'dpo_nll': 'DPO + NLL'}
+         'apo_down': 'APO-down', 'forward_kl': 'forward KL', 'js_divergence': 'Jensen-Shannon',
+         'alpha_divergence': 'alpha-divergence', 'chi_po': 'chi-PO', 'wpo': 'WPO', 'kto': 'KTO',
+         'plackett_luce': 'Plackett-Luce', 'dpo_nll': 'DPO + NLL'}
 TRIED = {       # (beta, learning rate); where those ended too far out or nowhere, more
     'dpo': ((0.5, 6e-4), (0.5, 1.2e-3), (1.0, 1.2e-3)),
     'cdpo': ((0.25, 6e-4), (0.25, 1.2e-3), (0.5, 1.2e-3)),
@@ -555,12 +558,16 @@ class Config:
     workers: In[int, 'x >= 1'] = os.cpu_count() or 1    # runs at a time, one thread each
     quick: bool = False                             # one seed, 200 prefixes, four losses, fewer epochs of over-training
     search: bool = False                            # the search for FOUND instead: seed 0, other prefixes of val
+    only: str = ''                                  # these losses alone, by commas, and no over-training; needs out
     out: str = ''                                   # '' = repro/results/family, with -quick or -search
 
 
 def jobs_of(cfg, common):
     """The data of each seed, and the runs: each loss on clean and on flipped labels, and the over-trained ones."""
     seeds = [0] if cfg.search else [1] if cfg.quick else range(1, cfg.seeds + 1)
+    methods = cfg.only.split(',') if cfg.only else QUICK if cfg.quick else METHODS
+    for method in methods:
+        need(method in METHODS, f'only={method}: no such loss; there are {", ".join(METHODS)}')
     jobs = []
     for seed in seeds:
         def job(method, labels, knobs, epochs=1):
@@ -569,11 +576,11 @@ def jobs_of(cfg, common):
         jobs.append({'method': 'data', 'seed': seed, 'common': common})
         if cfg.search:
             jobs += [job(method, 'clean', {'learning_rate': rate, 'beta': beta})
-                     for method in METHODS for beta, rate in tried(method)]
+                     for method in methods for beta, rate in tried(method)]
             continue
-        for method in QUICK if cfg.quick else METHODS:
+        for method in methods:
             jobs += [job(method, labels, found(method), 4 if cfg.quick else 1) for labels in ('clean', 'flipped')]
-        for method in OVER_QUICK if cfg.quick else OVER:
+        for method in [] if cfg.only else OVER_QUICK if cfg.quick else OVER:
             jobs.append(job(method, 'few', found(method), common['over_epochs'][-1]))
     return jobs
 
@@ -581,6 +588,7 @@ def jobs_of(cfg, common):
 def main(argv=None):
     cfg = config.load(Config, 'family', argv)
     need(not (cfg.quick and cfg.search), 'quick and search are both set: keep one')
+    need(cfg.out or not cfg.only, f'only={cfg.only}: set --out, too, so that the table of all losses stays')
     prepare(cfg.name)
     task = Task(cfg.name, cfg.reward)
     wanted = 2 * cfg.held_out if cfg.search else cfg.held_out
@@ -608,9 +616,12 @@ def main(argv=None):
         text = search_table(results)
     else:
         stopped = [f"- {path_of(r['job'])}: {r['stopped']}" for r in results if r.get('stopped')]
-        text = '\n'.join([comparison(results), costs(results), over_training(results), *stopped])
-        figure(results, out + '.png')
-        endings += ', .png'
+        parts = [comparison(results), costs(results)]
+        if not cfg.only:
+            parts.append(over_training(results))
+            figure(results, out + '.png')
+            endings += ', .png'
+        text = '\n'.join(parts + stopped)
     write_results(out, text, results)
     print(f'\n{text}\nwritten: {out}{endings}')
 

@@ -161,6 +161,12 @@ def test_the_comparison_of_two_losses_from_the_draws_to_the_figure(task, experim
     rewards = [run['points'][-1]['true_reward'] for run in family.runs_of(results, 'ipo', 'flipped')]
     assert f'{np.mean(rewards):+.2f} ± {abs(rewards[0] - rewards[1]) / 2:.2f} |' in text and '| 2 ± 0 |' in text
     assert os.path.getsize('compared.png') > 30_000
+    family.main([*args[:-1], '--only=ipo', '--out=one'])
+    row = next(line for line in text.splitlines() if line.startswith('| IPO |'))
+    assert row in open('one.md').read() and 'Plackett' not in open('one.md').read() and not os.path.exists('one.png')
+    for flags, message in ((['--only=ipo,no', '--out=one'], 'only=no: no such loss'), (['--only=ipo'], 'set --out')):
+        with pytest.raises(UserError, match=message):
+            family.main([*args[:-1], *flags])
     monkeypatch.setattr(family, 'TRIED', dict.fromkeys(family.METHODS, ((0.2, 1e-3), (0.5, 1e-3))))
     family.main(['--search', *args[:-1], '--out=searched'])
     text = open('searched.md').read()
