@@ -2,7 +2,7 @@
 
     python repro/draw_prefs.py --name=online --source=data/reviews --policy=out/reviews/sft --reward=config/reviews.py
     torchrun --standalone --nproc_per_node=8 repro/draw_prefs.py ...        # the same bytes, sooner
-    python dpo.py --name=online --init_from=out/reviews/sft
+    python dpo.py config/reviews.py --name=online --init_from=out/reviews/sft     # with the knobs of a small model
 
 `source` is a prepared set. The policy continues each distinct prompt of its train and of its val, num_samples times.
 The reward ranks the responses. The best and the worst become a pair, or all that differ. Equal responses have equal

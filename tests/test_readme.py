@@ -46,6 +46,30 @@ def test_the_readme_has_commands_of_every_stage_and_all_scripts_are_there():
             assert (ROOT / script).is_file(), f'{page} names {script}'
 
 
+def test_a_loss_begins_where_the_readme_says():
+    import torch
+    import dpo
+    from nanodpo.losses import LOSSES, relative_loss
+
+    def start(loss, logps, labels=None):
+        tokens = torch.full(logps.shape, 4)
+        return relative_loss(dpo.Config(loss=loss), logps, logps.clone(), tokens, labels, torch.zeros(()))[0].tolist()
+
+    sentence = README.split('- `loss` begins')[1].split('\n- ')[0]
+    starts = {'hinge': 1, 'apo_zero': 1, 'apo_down': 1, 'kto': 0.5, 'ipo': 25, 'ipo_mean': 25}
+    for part in ('at ln 2 = 0.6931,', '`hinge` and `apo_*` begin at 1, `kto` at 0.5', '= 25, `plackett_luce`', 'ln K!'):
+        assert part in sentence
+    own = ('simpo', 'orpo', 'wpo')
+    pairs = torch.tensor([[-10.0, -20.0], [-3.0, -3.5]])
+    for loss in LOSSES:
+        if loss in own:
+            assert f'`{loss}`' in sentence and start(loss, pairs)[0] != start(loss, pairs)[1]
+        else:
+            assert start(loss, pairs) == pytest.approx([starts.get(loss, 0.693147)] * 2, abs=1e-5), loss
+    assert start('kto', pairs[:, :1], torch.tensor([True, False])) == [0.5, 0.5]
+    assert start('plackett_luce', torch.tensor([[-1.0, -2.0, -3.0]])) == pytest.approx([1.791759])      # ln 6
+
+
 def test_what_the_script_shortens_is_in_the_readme():
     for start in LONG:
         assert any(command.startswith(start) for command in commands(README)), start
