@@ -3,20 +3,22 @@
     {"prompt", "chosen", "rejected"}                        a pair
     {"chosen", "rejected"}                                  a pair of dialogues as in HH, or of conversations
     {"conversations", "chosen", "rejected"}                 a pair as in ShareGPT, messages of "from" and "value"
+    {"messages", "chosen", "rejected"}                      a pair
     {"context", "chosen", "rejected"}                       a pair
     {"question", "chosen", "rejected"}                      a pair, or "response_j" and "response_k"
     {"instruction", "input", "chosen", "rejected"}          a pair as in Alpaca, or "output": [good, bad]
     {"messages", "rejected_response"}                       a pair, or "rejected_messages"; messages end as chosen
     {"prompt", "responses": [best, ..., worst]}             a ranking; with "scores", a number each, in any order
     {"prompt", "completion", "label": true or false}        an unpaired example, for --loss=kto
-    {"messages", "label"}, {"instruction", "output", ...}   an unpaired example; "kto_tag" is a label, too
-    all of these without a label                            a demonstration, for sft.py
+    {"messages", "label"}, {"conversations", "label"}       an unpaired example; "kto_tag" is a label, too
+    {"instruction", "input", "output", "label"}             an unpaired example
+    the last three without a label                          a demonstration, for sft.py
 
-A prompt is one of "prompt", "context", "question", "instruction" (with "input") and "conversations".
+A prompt is one of "prompt", "context", "question", "instruction" (with "input"), "conversations" and "messages".
 "system" and "history" go before it. "question" and "instruction" are turns of the user. "prompt" and "context" are
-text as it stands, unless there are messages or a system turn.
+text as it stands, unless some rows have messages or a system turn.
 Any text may be messages, [{"role": "user", "content": "..."}, ...], or one message, or JSON of them. Their content may
-be a list of texts. The user and the assistant speak in turn.
+be a list of texts. The user and the assistant speak in turn. Turns of tools need a chat template that writes them.
 """
 import json
 import re
@@ -56,10 +58,7 @@ LABELS = {'true': True, '1': True, '1.0': True, 'false': False, '0': False, '0.0
 def read_row(row):
     """(Row, shape, columns) of an object: where its parts come from in words, and the columns that were read."""
     expect(isinstance(row, dict), f'not an object: {type(row).__name__}')
-    row = {key: value for key, value in row.items() if value is not None or key == 'scores'}
-    for key in ('system', 'history'):           # they may be empty in some rows
-        if empty(row.get(key)):
-            row.pop(key, None)
+    row = filled(row)
     keys = next((keys for keys in SIDES if all(key in row for key in keys)), ())
     expect(keys, f'missing key: it has {names_of(row)}; it needs chosen and rejected (and prompt), or prompt and '
            'responses, or prompt and completion, or messages')
@@ -81,6 +80,13 @@ def read_row(row):
         columns.append(tag)
         shape += f", label from '{tag}'"
     return result, shape, columns
+
+
+def filled(row):
+    """A row without what is null, but for scores, and without a system turn or a history that is empty."""
+    def left_out(key, value):
+        return empty(value) if key in ('system', 'history') else value is None and key != 'scores'
+    return {key: value for key, value in row.items() if not left_out(key, value)}
 
 
 def empty(value):
@@ -130,7 +136,7 @@ def read_document(row):
 
 def read_prompt(row):
     """The prompt of an object, or a prompt itself: a string, or messages that the assistant is to answer."""
-    row = {'prompt': None} | row if isinstance(row, dict) else {'prompt': row}
+    row = {'prompt': None} | filled(row) if isinstance(row, dict) else {'prompt': row}
     asked = next((key for key in PROMPTS if row.get(key) is not None), 'prompt')
     return read_answers(row, asked, {'answer': '?'})[0].prompt
 

@@ -298,4 +298,4 @@ def test_a_log_line_breaks_between_its_columns_and_the_bar_ends_at_its_end(scrip
     assert len(lines) == 4 and (script is sft or any('\n' in line for line in lines))
     for line in lines:
         label, *columns = re.split(r' \|\s+', line)
-        assert label.endswith('/3') and all(re.fullmatch(r'[a-z]+ \S+|[\d,]+ tok/s', text) for text in columns), line
+        assert label.endswith('/3') and all(re.fullmatch(r'[a-z ]+ \S+|[\d,]+ tok/s', text) for text in columns), line
