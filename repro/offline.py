@@ -7,7 +7,7 @@
   preferred_ft    -log pi(w): supervised fine-tuning on the chosen responses
   unlikelihood    -log pi(w) + alpha log pi(l)
   unweighted      -beta [log pi(w) - log pi(l)]: the gradient of DPO without its weight sigmoid(-beta h)
-(arXiv 2305.18290, section 6 and appendix D.3). None of them knows a reference; the only leash is to stop in time.
+(arXiv 2305.18290, section 6 and appendix C.3). None of them knows a reference; the only leash is to stop in time.
 
 Here a group may hold K responses with any pairs among them, so that frontier.py trains on all 6 pairs of 4 responses at
 the cost of 4; the loop serves DPO there and the reward model too. One process; dpo.py is the fast path.

@@ -11,7 +11,8 @@ from conftest import ROOT
 
 PAGE = (ROOT / 'repro/README.md').read_text(encoding='utf-8')
 OPENING = PAGE[:PAGE.index('\n![')]                 # up to the first figure
-ROWS = [[cell.strip() for cell in line.strip('|').split('|')] for line in OPENING.splitlines() if line.startswith('| [')]
+LINES = [line for line in OPENING.splitlines() if line.startswith('| [')]
+ROWS = [[cell.strip() for cell in line.strip('|').split('|')] for line in LINES]
 STUDENT = {3: 4.30, 5: 2.78}                        # 97.5%, by seeds
 
 
@@ -156,6 +157,15 @@ def delta():
             for part in interval([row['gain'] for row in of(rows, method=method)], '+.2f')]
 
 
+def offpolicy():
+    rows = results('offpolicy')['runs']
+
+    def lead(name):
+        sides = [[row['accuracy'] for row in of(rows, judged=name, judge=judge)] for judge in ('implicit', 'explicit')]
+        return interval([100 * (a - b) for a, b in zip(*sides)], '+.1f')
+    return [*lead('more sentences'), *lead('new sentences'), *lead('as trained')]
+
+
 def hh():
     table = (ROOT / 'repro/results/hh_cpu.md').read_text()
     rows = [re.split(r' \| | to ', line) for line in table.splitlines() if 'reward' in line]
@@ -183,7 +193,7 @@ MEASURED = {            # the beginning of a claim -> the numbers of its cell, i
     'DPO over-fits': over_training, 'Losses for flipped': flipped, 'Online': online,
     'DPO ends below': misspecification, 'Without noise': labels, 'Pushing a token': squeezing,
     'The CHES': ches, 'The true reward': over_optimisation, 'Labels\' bias': length, 'Most pairs': hidden,
-    'A token\'s log-ratio': credit, 'Pairs worse': delta, 'On real text': hh,
+    'A token\'s log-ratio': credit, 'Pairs worse': delta, 'The implicit reward': offpolicy, 'On real text': hh,
     'Shared prompts': speed, 'Four nodes': nothing, 'An LLM': nothing, 'What breaks': faults}
 
 
