@@ -45,6 +45,8 @@ def response_logps(model, batch):
     """log p(response | prompt) of every response of a packed batch, nats: (G, K) float32."""
     logps = model(batch.tokens, batch.positions, batch.mask, batch.predictor, batch.target)     # (S,)
     logps = logps[:len(batch.response)]             # what is beyond is padding
+    if logps.is_cuda:                               # index_add's order, and so its sum, changes there
+        return torch.segment_reduce(logps, 'sum', lengths=batch.lengths.flatten(), unsafe=True).view(batch.G, batch.K)
     return logps.new_zeros(batch.G * batch.K).index_add(0, batch.response, logps).view(batch.G, batch.K)
 
 

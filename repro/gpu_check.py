@@ -5,12 +5,15 @@
     python repro/gpu_check.py bench gpt2-xl block 8192 8 profile        # steps of dpo.py's loop, part by part
     python repro/gpu_check.py generate gpt2             # against transformers' generate
 """
+import contextlib
 import copy
 import functools
 import gc
+import importlib.metadata
 import json
 import math
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -61,11 +64,9 @@ def machine():
     found = dict(triton=triton.__version__, cuda=torch.version.cuda, cudnn=torch.backends.cudnn.version(),
                  memory_gb=properties.total_memory / 1e9, cores=os.cpu_count(),
                  bf16=torch.cuda.is_bf16_supported(including_emulation=False))
-    for name in ('numpy', 'tiktoken', 'transformers', 'safetensors', 'pytest', 'datasets', 'trl'):
-        try:
-            found[name] = getattr(__import__(name), '__version__', 'there')
-        except Exception as error:
-            found[name] = repr(error)
+    for name in ('numpy', 'tiktoken', 'transformers', 'safetensors', 'datasets', 'trl'):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
     big = 1024 if DRY else 8192
     for M, K, N in ((big, big, big), (8192, 768, 3072), (8192, 1600, 6400), (8192, 6400, 1600), (4096, 1600, 4096)):
         a = torch.randn(M, K, device='cuda', dtype=torch.bfloat16)
@@ -200,15 +201,29 @@ def build(name, how):
     worker.compile = 'block' in how
     run_file.Run.freeze(worker, reference)
     run_file.Run.wrap(worker, policy)
-    if 'divisible' in how:              # what FlexAttention is not told: every row is a multiple of 128
-        def divisible(q, k, v, block_mask, scale):
-            told = dict(IS_DIVISIBLE=True, ROWS_GUARANTEED_SAFE=True)
-            return model_file.flex_attention(q, k, v, block_mask=block_mask, scale=scale, kernel_options=told)
-        model_file.flex = torch.compile(divisible, dynamic=True)
+    if 'chunk' in how:                  # so many blocks in one compiled piece
+        size = int(re.search(r'chunk(\d+)', how)[1])
+        for model in (policy, reference):
+            model.h = torch.nn.ModuleList(Chunk(model.h[i:i + size]) for i in range(0, len(model.h), size))
+            run_file.compile_blocks(model)
+    if 'cpp' in how:                    # Inductor's launching code in C++
+        torch._inductor.config.cpp_wrapper = True
     calls = policy, reference
     if 'whole' in how:
         calls = torch.compile(policy, dynamic=True), torch.compile(reference, dynamic=True)
     return worker, policy, *calls
+
+
+class Chunk(torch.nn.Module):
+    """Consecutive blocks as one; of `at`, see Block."""
+    def __init__(self, blocks):
+        super().__init__()
+        self.blocks = torch.nn.ModuleList(blocks)
+
+    def forward(self, x, mask, rotation=None, at=None, cache=None, positions=None):
+        for block in self.blocks[:-1]:
+            x = block(x, mask, rotation)
+        return self.blocks[-1](x, mask, rotation, at)
 
 
 def event():
@@ -219,12 +234,13 @@ def event():
 
 def bench(name, how, row_tokens, steps, *more):
     """Steps of dpo.py's loop. how: block (the product), whole or eager, and +divisible. more: profile, and wait, for
-    the file `go`, before anything is timed."""
+    a file of that name, before anything is timed."""
     row_tokens, steps = int(row_tokens), int(steps)
     began = time.perf_counter()
     torch.manual_seed(0)
     worker, policy, net, reference_net = build(name, how)
     optimizer = policy.configure_optimizer('rmsprop', 1e-6, 0.0)
+    update = torch.compile(optimizer.step) if 'opt' in how else optimizer.step
     groups = hh_like(BATCH_SIZE * (steps + 2))
     lengths = []
 
@@ -248,7 +264,7 @@ def bench(name, how, row_tokens, steps, *more):
             marks += zip(('mask', 'reference', 'forward', 'backward'), events, events[1:])
         before = event()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 10.0)
-        optimizer.step()
+        update()
         optimizer.zero_grad(set_to_none=True)
         marks.append(('optimizer', before, event()))
 
@@ -257,8 +273,11 @@ def bench(name, how, row_tokens, steps, *more):
     first = [seconds_of(lambda: step(number, [])) for number in (0, 1)]
     graphs = counters['stats']['unique_graphs']
     record('compile', model=name, how=how, build_seconds=built, first_steps=first, graphs=graphs)
-    while 'wait' in more and not os.path.exists('go'):
-        time.sleep(0.2)
+    if 'skip' in how:                   # guards that tell no compiled piece from another are not evaluated
+        torch.compiler.set_stance(skip_guard_eval_unsafe=True)
+    for word in more:
+        while word.startswith('wait') and not os.path.exists(word):
+            time.sleep(0.1)
 
     marks, seconds = [], []
     lengths.clear()
@@ -277,6 +296,64 @@ def bench(name, how, row_tokens, steps, *more):
            memory_gb=torch.cuda.max_memory_allocated() / 1e9, reserved_gb=torch.cuda.max_memory_reserved() / 1e9)
     if 'profile' in more:
         profile(f'{name} {how}, one step', lambda: step(2, []))
+
+
+def flex(name='gpt2-xl', limit='60'):
+    """Forward and backward pass of FlexAttention over rows with HH's lengths, told this and that."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    torch._functorch.config.donated_buffer = False      # the backward pass is timed many times
+    layers, H, width = throughput.MODELS[name]
+    D, until = width // H, time.perf_counter() + float(limit)
+    groups = hh_like(32)
+    batch = pack(groups, list(range(32)), 128).to(torch.device('cuda', 0))
+    T = batch.tokens.numel()
+    masks = {}
+    for dtype in (torch.int64, torch.int32):
+        rule = model_file.visible(batch.group.to(dtype), batch.part.to(dtype))
+        for size in (128, 64):
+            make = torch.compile(create_block_mask, dynamic=True)
+            masks[dtype, size] = make(rule, 1, None, T, T, device='cuda', BLOCK_SIZE=size)
+    told = dict(IS_DIVISIBLE=True, ROWS_GUARANTEED_SAFE=True)
+    variants = {'as it is': (torch.int64, 128, {}), 'divisible': (torch.int64, 128, told), 'int32': (torch.int32, 128, {})}
+    for M, N, warps, stages in ((64, 64, 4, 3), (64, 32, 4, 3), (128, 64, 8, 3), (128, 64, 4, 3), (128, 32, 4, 3), (64, 128, 4, 2)):
+        options = told | dict(fwd_BLOCK_M=M, fwd_BLOCK_N=N, fwd_num_warps=warps, fwd_num_stages=stages)
+        variants[f'forward {M} x {N}, {warps} warps, {stages} stages'] = torch.int32, 128, options
+    variants['blocks of 64'] = torch.int32, 64, told
+    variants['TMA'] = torch.int32, 128, told | dict(USE_TMA=True)
+    for M, N, warps, stages in ((64, 64, 4, 2), (32, 64, 4, 3), (64, 128, 8, 2)):
+        options = told | dict(bwd_BLOCK_M1=M, bwd_BLOCK_N1=N, bwd_BLOCK_M2=N, bwd_BLOCK_N2=M, bwd_num_warps=warps,
+                              bwd_num_stages=stages)
+        variants[f'backward {M} x {N}, {warps} warps, {stages} stages'] = torch.int32, 128, options
+    q, k, v = (torch.randn(1, H, T, D, device='cuda', dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    first = None
+    for variant, (dtype, size, options) in variants.items():
+        if time.perf_counter() > until:
+            break
+        torch.compiler.reset()
+        attend = torch.compile(flex_attention, dynamic=True)
+        call = functools.partial(attend, q, k, v, block_mask=masks[dtype, size], scale=D ** -0.5, enable_gqa=True,
+                                 kernel_options=options)
+        try:
+            began = time.perf_counter()
+            y = call()
+            y.sum().backward()
+            compiled = time.perf_counter() - began
+            with torch.no_grad():
+                call()
+            first = y.detach() if first is None else first
+
+            def forward():
+                with torch.no_grad():
+                    for _ in range(20):
+                        call()
+            forward()
+            ahead = min(seconds_of(forward) for _ in range(5)) / 20
+            back = min(seconds_of(functools.partial(y.backward, torch.ones_like(y), retain_graph=True))
+                       for _ in range(20))
+            record('flex', variant=variant, T=T, H=H, D=D, forward_ms=ahead * 1e3, backward_ms=back * 1e3,
+                   compile_seconds=compiled, difference=(y.detach() - first).abs().max().item())
+        except Exception as error:
+            record('flex', variant=variant, error=repr(error)[:300])
 
 
 def milliseconds(marks, steps):
@@ -335,7 +412,7 @@ def generate(name):
 
 
 PIECES = dict(machine=machine, numerics=numerics, losses=losses, resumed=resumed, two_ranks=two_ranks, pairs=pairs,
-              weights=weights, bench=bench, generate=generate)
+              weights=weights, bench=bench, flex=flex, generate=generate)
 
 if __name__ == '__main__':
     if sys.argv[1] == 'losses':
