@@ -296,6 +296,7 @@ class GPT(nn.Module):
             hidden = self(tokens, positions, mask, cache=cache)
             hidden = hidden[rows, last] if step == 0 else hidden[:, 0]              # (B, C)
             logits = F.linear(hidden, self.head).float()[:, :vocab_size]            # (B, V)
+            check(logits.isfinite().all(), 'the model gives logits that are not finite')
             u = torch.rand(B, generator=noise, dtype=torch.float64).to(device, torch.float32)
             new = draw(logits, u, temperature, top_k, top_p)
             drawn = torch.cat([drawn, torch.where(done, -1, new)[:, None]], 1)      # -1: after the end

@@ -20,9 +20,11 @@ import numpy as np
 from config import In, Literal, need, one_line
 from nanodpo import checkpoint, losses
 from nanodpo.data import Groups, distinct_prompts
+from nanodpo.folder import regular
 from nanodpo.rollout import draw_responses, mean_and_error, read_reward, token_logps_of
 from nanodpo.run import Worker
 from nanodpo.rows import read_prompt
+from nanodpo.sources import lines_of
 from nanodpo.terminal import BOLD, DIM, colours, printable, say, styled, tinted
 from nanodpo.text import load_tokenizer, prompt_ids, render, text_of, token_pieces
 
@@ -60,8 +62,8 @@ class Config:
 def read_prompts(path):
     """The prompts of a text file, one a line, or of a .jsonl. Blank lines are skipped. UserErrors."""
     prompts = []
-    with one_line(f'prompts_file {path} cannot be read'), open(path, encoding='utf-8-sig') as f:
-        for line in filter(str.strip, f):
+    with one_line(f'prompts_file {path} cannot be read'), open(regular(path), encoding='utf-8-sig') as f:
+        for line in filter(str.strip, lines_of(f)):
             with one_line(f'prompts_file {path}, in {line!r:.60}'):
                 prompts.append(read_prompt(json.loads(line)) if path.endswith('.jsonl') else line.rstrip('\n'))
     return prompts
@@ -182,8 +184,8 @@ def main(argv=None):
         sources['before'] = trained.get('ref_from') or trained.get('init_from') or sources['before']
     before = load(sources['before'], val, worker)
     models = before, after
-    of_mean = losses.needs(trained.get('loss', 'dpo'), 'means')         # its beta is that of a mean over tokens
-    beta = cfg.beta or (0.1 if of_mean else trained.get('beta', 0.1))
+    of_mean = trained.get('loss') in [loss for loss in losses.LOSSES if losses.needs(loss, 'means')]    # so is its beta
+    beta = cfg.beta or (0.1 if of_mean else trained.get('beta') or 0.1)
     room = min(model.config.block_size for model in models)
     longest = room - min(cfg.max_new_tokens, room // 2)     # of a prompt
 

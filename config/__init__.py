@@ -26,17 +26,17 @@ from typing import Annotated as In, Literal
 
 NAMES = ('name', 'prepare', 'sft', 'dpo', 'sample')     # what a config file sets: the experiment's name, and stages
 NAME = r'[A-Za-z0-9][A-Za-z0-9._-]{0,99}'
-STOPS = [signal.SIGINT, signal.SIGTERM]                 # the signals that end a stage
-if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-    STOPS.append(signal.SIGHUP)                         # a lost terminal; not under nohup
-AT_END = []                                             # what is called when a stage ends, also by an error
+STOPS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]  # the signals that end a stage
+if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:   # under nohup
+    STOPS.remove(signal.SIGHUP)
+AT_END = contextlib.ExitStack()                         # what is called when a stage ends, also by an error
 EMBEDDED = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'reviews.py')
 
 
 class UserError(SystemExit):
     """A user's mistake. `run` prints it as one line, without a traceback, and the exit status is 1."""
     def __init__(self, message):
-        printable = (c if c.isprintable() else ascii(c)[1:-1] for c in ' '.join(str(message).split()))
+        printable = (c if c.isprintable() else ascii(c)[1:-1] for c in ' '.join(str(message)[:2000].split()))
         self.message = ''.join(printable)               # no control characters of somebody's data
         super().__init__(f'error: {self.message}')
 
@@ -65,14 +65,9 @@ def stopped(number, frame):
     """A signal that comes before there is anything to save: one line, then what the signal does."""
     if os.environ.get('RANK', '0') == '0':
         os.write(2, f'error: stopped by {signal.Signals(number).name}, nothing new was saved\n'.encode())
-    leave()
+    AT_END.close()
     signal.signal(number, signal.SIG_DFL)
     os.kill(os.getpid(), number)
-
-
-def leave():
-    for function in AT_END:
-        function()
 
 
 def run(main):
@@ -85,13 +80,15 @@ def run(main):
         signal.signal(number, stopped)
     try:
         main()
-        leave()
+        AT_END.close()
         return sys.stdout.flush()                       # now, to see a full disk or a closed pipe
     except UserError as error:
         message = error.message
+    except KeyboardInterrupt:
+        message = 'stopped'
     except OSError as error:
         message = UserError(f'{error.strerror or error}: {error.filename or "standard output, or a file"}').message
-    leave()
+    AT_END.close()
     rank = os.environ.get('RANK', '0')
     if rank != '0':     # most errors meet all ranks: rank 0 speaks, and torchrun ends the others while they wait
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -114,8 +111,6 @@ def nearest(key, known):
 def check_value(key, value, annotation, where):
     """`value`, or the text of a flag, as the annotated type. A UserError names the key and where it came from."""
     choices = typing.get_args(annotation)
-    if annotation is typing.Any:
-        return value
     if typing.get_origin(annotation) is Literal:
         need(value in choices, f"{where}: {key}={value!r:.80} must be one of {', '.join(map(repr, choices))}")
         return value
@@ -132,39 +127,32 @@ def check_value(key, value, annotation, where):
     return value
 
 
-def read_flags(argv, hints):
-    """The flags as settings: [('flag', key, text)]"""
-    settings = []
+def check_settings(settings, argv, hints, stage):
+    """{key: value}, {key: where it came from} of settings, [(where, key, value)], and then of the flags in argv."""
+    values, origin = {}, {}
     for flag in [a for a in argv if a.startswith('-')]:
         key, equals, text = flag.removeprefix('--').partition('=')
         need(equals or hints.get(key, bool) is bool, f'flag {flag} needs a value: --{key}=...')
-        settings.append(('flag', key, text if equals else 'True'))
-    return settings
-
-
-def check_settings(settings, hints, stage):
-    """{key: value} of (where it came from, key, value). UserErrors."""
-    values = {}
+        settings = [*settings, ('flag', key, text if equals else 'True')]
     for where, key, value in settings:
         need(key in hints, f"{where}: unknown key '{key}' for {stage}{nearest(key, hints)}")
         values[key] = check_value(key, value, hints[key], where)
-    for key in ('name', 'run_name'):         # they name folders
+        origin[key] = where
+    for key in ('name', 'run_name'):        # they name folders
         need(re.fullmatch(NAME, values.get(key, key)),
              f"{key}={values.get(key)!r:.80} must be at most 100 letters, digits, '.', '_' or '-'")
-    return values
+    return values, origin
 
 
 def check_flags(script, stage):
-    """Check the flags of a stage before it imports torch, which takes seconds: by the source of its Config."""
+    """Check the flags of a stage before it imports torch, which takes seconds: by the lines of its Config."""
     hints = {}
-    for node in ast.parse(pathlib.Path(script).read_bytes()).body:
-        for field in node.body if getattr(node, 'name', '') == 'Config' else []:
-            if isinstance(field, ast.AnnAssign):
-                hints[field.target.id] = typing.Any
-                with contextlib.suppress(NameError):            # it needs an import: `load` checks this one
-                    hints[field.target.id] = eval(ast.unparse(field.annotation))
+    for knob, annotation in re.findall(r'(?m)^    (\w+): (.+?) = ', pathlib.Path(script).read_text(encoding='utf-8')):
+        hints[knob] = str
+        with contextlib.suppress(NameError):            # it needs an import: `load` checks this one
+            hints[knob] = eval(annotation)
     if not {'-h', '--help'} & set(sys.argv):
-        run(lambda: check_settings(read_flags(sys.argv[1:], hints), hints, stage))
+        run(lambda: check_settings([], sys.argv[1:], hints, stage))
 
 
 def load(Config, stage, argv=None):
@@ -196,9 +184,9 @@ def load(Config, stage, argv=None):
                 settings += [(path, *item) for item in value.items()]
             elif not key.startswith('_') and not key.isupper() and not inspect.ismodule(value):
                 need(key in NAMES, f"config file {path}: unknown name '{key}'{nearest(key, NAMES)}")
-    values = check_settings(settings + read_flags(argv, hints), hints, stage)
+    values, origin = check_settings(settings, argv, hints, stage)
     config = Config(**values)
-    config.origin = {key: where for where, key, _ in settings + read_flags(argv, hints)}
+    config.origin = origin
     config.functions = functions
     return config
 

@@ -14,7 +14,7 @@ from config import UserError, need, one_line
 from model import GPTConfig, check
 from nanodpo import hf
 from nanodpo.data import sha256_file
-from nanodpo.folder import written_aside
+from nanodpo.folder import regular, written_aside
 
 
 def save(folder, step, model, state, keep=2):
@@ -32,7 +32,10 @@ def save(folder, step, model, state, keep=2):
         os.fsync(f.fileno())
         about = dict(step=step, config=state.get('config'), sha256=sha256_file(weights))
         Path(record).write_text(json.dumps(about, indent=2))
-    keep_only(folder, [p for p in find(folder) if step_of(p) <= step][-keep:])
+    last = [path for path in find(folder) if step_of(path) <= step][-keep:]
+    for path in map(Path, set(find(folder)) - set(last)):
+        path.with_suffix('.json').unlink()      # first: without it nobody reads the weights
+        path.unlink(missing_ok=True)
 
 
 def step_of(path):
@@ -47,28 +50,23 @@ def find(folder):
     return sorted([path for path in paths if step_of(path) is not None], key=step_of)
 
 
-def keep_only(folder, kept):
-    """Remove all checkpoints of a folder but `kept`, and what a killed run has left of others."""
-    for path in sorted(Path(folder).glob('step-*')):        # a .json before its .pt
-        if re.search(r'step-\d+\.(json|pt)(\.tmp)?$', path.name) and str(path.with_suffix('.pt')) not in kept:
-            path.unlink()
-
-
-# what a checkpoint may hold, of which kind; `config` holds knobs
+# what a checkpoint may hold, of which kind: first of all, then among the knobs of the run and of its model
 KINDS = dict(step=int, model=dict, model_config=dict, config=dict, optimizer=dict, origin=dict, stage=str, launch=str)
-KNOBS = dict(name=str, loss=str, beta=float) | {field.name: field.type for field in fields(GPTConfig)}
+KNOBS = dict(name=str, init_from=str, ref_from=str, loss=str, beta=float) | {f.name: f.type for f in fields(GPTConfig)}
 
 
 def check_state(state):
-    """ValueError where a checkpoint, which may be a stranger's, is not what `save` writes."""
+    """ValueError or TypeError where a checkpoint, which may be a stranger's, is not what `save` writes."""
     for key, kind in KINDS.items():
         check(isinstance(state.get(key, kind()), kind), f'{key} must be a {kind.__name__}')
     for knob, value in (state.get('config', {}) | state['model_config']).items():
-        kind = KNOBS.get(knob, type(value))
-        good = type(value) in (kind, type(None)) or kind is float and type(value) is int
-        check(good and (kind is not float or math.isfinite(value or 0)), f'{knob}={value!r:.80}')
+        kind = (int, float) if KNOBS.get(knob) is float else KNOBS.get(knob, object)
+        good = isinstance(value, kind) or value is None and knob in ('beta', 'hf')
+        check(good and (not isinstance(value, float) or math.isfinite(value)), f'{knob}={value!r:.80}')
+    json.dumps([state[key] for key in state if key not in ('model', 'optimizer')])      # all others are plain values
     for name, weight in state['model'].items():
         check(torch.is_floating_point(weight), f'{name} holds no real numbers')
+        check(weight.nbytes <= weight.untyped_storage().nbytes(), f'{name} is larger than what the file holds of it')
 
 
 def check_weights(model, what):
@@ -81,7 +79,7 @@ def read(path):
     """The state of a checkpoint, on the CPU. Raises UserError where it is cut short, altered or foreign."""
     with one_line(f'{path} cannot be read as a checkpoint'), warnings.catch_warnings():
         warnings.simplefilter('ignore')         # torch's, of foreign files
-        sha256 = json.loads(Path(path[:-3] + '.json').read_bytes())['sha256']
+        sha256 = json.loads(Path(regular(path[:-3] + '.json')).read_bytes())['sha256']
         need(sha256_file(path) == sha256, f'{path} is damaged (SHA-256): use the checkpoint before it')
         state = torch.load(path, map_location='cpu', weights_only=True)     # never runs code
         need(state['format'] == 1, f'{path} is of another version of this project')
@@ -115,16 +113,15 @@ def open_run(folder, start_step, say=print):
         os.rename(folder, f'{folder}.{number}')
         say(f'the run that was in {folder} is now in {folder}.{number}')
     os.makedirs(folder, exist_ok=True)
-    whole = [step_of(path) for path in find(folder)]
-    for path in sorted(Path(folder).glob('*')):
-        if path.suffix == '.tmp' or path.suffix == '.pt' and step_of(str(path)) not in [None, *whole]:
+    log = os.path.join(folder, 'log.jsonl')
+    for path in sorted(Path(folder).iterdir()):
+        half = re.fullmatch(r'(step-\d+\.(pt|json)|log\.jsonl)\.tmp', path.name)
+        alone = re.fullmatch(r'step-\d+\.pt', path.name) and not path.with_suffix('.json').exists()
+        if half or alone or path.name == 'log.jsonl' and start_step == 0:       # of a run that saved nothing
             path.unlink()
             say(f'note: removed {path}, which was never finished')
-    older = [path for path in find(folder) if step_of(path) <= start_step]
-    keep_only(folder, set(find(folder)) - set(older[:-2]))          # a run killed in `save` may have left three
-    log = os.path.join(folder, 'log.jsonl')
     lines = []
-    if start_step and os.path.exists(log):
+    if os.path.isfile(log):
         complete = re.findall(rb'(?m)^({"step": (\d+).*}\n)', Path(log).read_bytes())    # a kill may tear one
         lines = [line for line, step in complete if int(step) <= start_step]
     with written_aside(log) as aside:
@@ -151,7 +148,7 @@ def load_model(init_from, groups=None, **options):
             record.pop('optimizer', None)
         else:
             model = hf.from_pretrained(path, **options)
-    check_weights(model, path)
+        check_weights(model, path)
     model.record = record
     if groups is not None:
         groups.check_model(model.config, record.get('vocabulary'), init_from)

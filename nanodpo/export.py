@@ -100,10 +100,10 @@ def model_card(model, source, data):
     rows = dict(base=base or 'random weights', data=data or knobs['name'], stage=stage, loss=knobs.get('loss'),
                 beta=knobs.get('beta'), steps=record['step'], command=record.get('command'))
     path = Path(source if os.path.isdir(source) else os.path.dirname(source), 'log.jsonl')
-    for line in path.read_text().splitlines() if path.exists() else []:
-        entry = json.loads(line)
-        if entry['step'] <= record['step']:
-            rows |= {label: f'{entry[key]:.3f}' for key, label in CARD.items() if key in entry}
+    with one_line(f'{path} cannot be read'):
+        for entry in map(json.loads, path.read_text().splitlines() if path.is_file() else []):
+            if entry['step'] <= record['step']:
+                rows |= {label: f'{entry[key]:.3f}' for key, label in CARD.items() if key in entry}
     table = [f'| {label} | {value} |' for label, value in rows.items() if value is not None]
     return '\n'.join(['---', *block, '---', '', f'# {knobs["name"]}', '', '| | |', '|---|---|', *table, ''])
 

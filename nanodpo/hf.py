@@ -13,6 +13,7 @@ import torch
 
 from config import need
 from model import GPT, GPTConfig, check
+from nanodpo.folder import regular
 
 NAMES = '''
 ours         gpt2            gpt_neox                           llama,qwen2,qwen3
@@ -124,15 +125,15 @@ def from_pretrained(name_or_dir, **options):
         from huggingface_hub import snapshot_download
         folder = snapshot_download(name_or_dir, allow_patterns=['config.json', 'model*.safetensors*'])
         origin = dict(_name_or_path=name_or_dir)
-    config = read_config(json.loads(Path(folder, 'config.json').read_bytes()) | origin, **options)
+    config = read_config(json.loads(Path(regular(os.path.join(folder, 'config.json'))).read_bytes()) | origin, **options)
     family = config.hf['model_type']
     files, theirs = ['model.safetensors'], {}
     index = Path(folder, 'model.safetensors.index.json')
-    if index.exists() and not Path(folder, *files).exists():
+    if index.is_file() and not Path(folder, *files).exists():
         files = sorted(set(json.loads(index.read_bytes())['weight_map'].values()))
     for file in files:
         need(file in os.listdir(folder), f'{folder} holds no {file!r}')
-        tensors = load_file(Path(folder, file))
+        tensors = load_file(regular(Path(folder, file)))
         theirs |= {name.removeprefix(NAMES[family]['prefix']): tensor for name, tensor in tensors.items()}
     head, embedding = (f'{NAMES[family][key]}.weight' for key in ('lm_head', 'wte'))
     need(not config.tied or head not in theirs or torch.equal(theirs.pop(head), theirs[embedding]),

@@ -25,7 +25,7 @@ def compute(run, score, reference, groups, ids, row_tokens):
 
 def read(path, key, live):
     """The cached log-probs. A UserError if the key is another, or the first few do not equal `live`, computed now."""
-    need(os.path.exists(path), 'none cached')
+    need(os.path.isfile(path), 'none cached')
     with one_line('the cache is damaged'), np.load(path) as file:
         need(str(file['key']) == key, 'the cache is of other data or weights')
         logps = torch.from_numpy(file['logps'])

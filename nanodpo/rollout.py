@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from config import need, one_line
 from nanodpo.data import Sampled, batches, distinct_prompts, row_limit
+from nanodpo.folder import regular
 
 
 def draw_responses(model, prompts, meta, room, batch_size, seed, max_new_tokens=None, number=0, desc='', **knobs):
@@ -22,7 +23,8 @@ def draw_responses(model, prompts, meta, room, batch_size, seed, max_new_tokens=
         batch = prompts[i:i + batch_size]
         batch_seed = (seed * 1_000_003 + number + i // batch_size) % 2**63
         new_tokens = min(max_new_tokens or room, room - min(map(len, batch)))
-        drawn = model.generate(batch, new_tokens, meta['eot_token'], meta['vocab_size'], seed=batch_seed, **knobs)
+        with one_line('cannot sample'):
+            drawn = model.generate(batch, new_tokens, meta['eot_token'], meta['vocab_size'], seed=batch_seed, **knobs)
         responses += [ids[:room - len(prompt)] for ids, prompt in zip(drawn, batch)]
     return responses
 
@@ -74,7 +76,7 @@ def read_reward(path):
     They are reward(prompts, responses) -> numbers and perhaps metrics(prompts, responses) -> {name: values}.
     """
     with one_line(f'reward file {path}', path), contextlib.redirect_stdout(sys.stderr):
-        functions = runpy.run_path(path)
+        functions = runpy.run_path(regular(path))
     need(callable(functions.get('reward')), f'reward file {path} defines no function reward(prompts, responses)')
 
     def score(prompts, responses):

@@ -96,6 +96,7 @@ class Run(Worker):
         self.own_signal = 0         # the signal of this rank
         self.signalled = 0          # the signal of any rank
         self.measured = {}          # the last evaluation
+        self.broken = f'not saved: lower --learning_rate; the checkpoints of {self.out_dir} before it are untouched'
         self.wandb = self.wandb_id = None
 
     # --- all ranks together -----------------------------------------------------------------------
@@ -201,15 +202,18 @@ class Run(Worker):
                 then = state['origin'][key]
                 need(then == now, f'cannot resume {path}: {key} changed since ({then} then, {now} now)')
             self.policy.load_state_dict(state['model'])
-            self.optimizer.load_state_dict(state['optimizer'])
-            for weight, values in self.optimizer.state.items():
-                shapes = {value.shape for value in values.values() if value.dim()}
-                need(shapes <= {weight.shape}, f'cannot resume {path}: its optimizer is of another model')
-        checkpoint.check_weights(self.policy, path)
+            checkpoint.check_weights(self.policy, path)
+            self.saved_rate = float(state['optimizer']['param_groups'][0]['lr'])
+            knobs = self.optimizer.state_dict()['param_groups']         # this run's, not the saved ones
+            self.optimizer.load_state_dict(state['optimizer'] | dict(param_groups=knobs))
+            kept = dict(adamw=('exp_avg', 'exp_avg_sq'), rmsprop=('square_avg',))[self.cfg.optimizer]
+            for weight in self.policy.parameters():
+                values = self.optimizer.state[weight]
+                need(all(values[key].shape == weight.shape for key in kept) and values['step'].numel() == 1,
+                     f'cannot resume {path}: its optimizer is of another model')
+            changed = [f'{key} {state["config"].get(key)!r:.80} -> {now!r}' for key, now in asdict(self.cfg).items()
+                       if key != 'resume' and state['config'].get(key, now) != now]
         self.wandb_id = state.get('wandb')
-        self.optimizer.param_groups[0]['weight_decay'] = self.cfg.weight_decay      # not the saved one
-        changed = [f'{key} {state["config"].get(key)!r} -> {now!r}' for key, now in asdict(self.cfg).items()
-                   if key != 'resume' and state['config'].get(key, now) != now]
         self.say(f'resuming from {path}, with {", ".join(changed) or "the same knobs"}')
 
     # --- speed, log and checkpoints ---------------------------------------------------------------
@@ -240,19 +244,20 @@ class Run(Worker):
         self.say(f'{self.stage} on {self.device.type}, processes: {self.world}\n{config.show(self.cfg)}')
         if (self.cfg.warmup_steps or 0) >= total_steps:
             self.say(f'note: the run of {total_steps:,} steps ends within its warm-up: set --warmup_steps')
-        rate, following = self.optimizer.param_groups[0]['lr'], learning_rate(self.cfg, start + 1, total_steps)
-        if start and not math.isclose(rate, learning_rate(self.cfg, start, total_steps)):
-            self.say(f'note: other knobs, another schedule: the rate was {rate:.2e} at step {start:,} and is '
-                     f'{following:.2e} at step {start + 1:,}')
+        if start and not math.isclose(self.saved_rate, learning_rate(self.cfg, start, total_steps)):
+            following = learning_rate(self.cfg, start + 1, total_steps)
+            self.say(f'note: other knobs, another schedule: the rate was {self.saved_rate:.2e} at step {start:,} and '
+                     f'is {following:.2e} at step {start + 1:,}')
         self.on_first(self.open_files, f'cannot write to {self.out_dir}')
 
     def open_files(self):
         if self.cfg.track:
             with config.one_line('track=wandb needs `pip install wandb`, and a login or WANDB_MODE=offline'):
                 import wandb
-                os.makedirs(os.path.dirname(self.out_dir), exist_ok=True)
-                self.wandb = wandb.init(project='nanodpo', name=f'{self.cfg.name}-{os.path.basename(self.out_dir)}', id=self.wandb_id,
-                                        resume='allow', config=asdict(self.cfg), dir=os.path.dirname(self.out_dir))
+                folder, run_name = os.path.split(self.out_dir)
+                os.makedirs(folder, exist_ok=True)
+                self.wandb = wandb.init(project='nanodpo', name=f'{self.cfg.name}-{run_name}', id=self.wandb_id,
+                                        resume='allow', config=asdict(self.cfg), dir=folder)
                 self.wandb_id = self.wandb.id
         self.log_file = checkpoint.open_run(self.out_dir, self.start, self.say)
 
@@ -281,8 +286,7 @@ class Run(Worker):
 
         def write():
             for key, value in record.items():
-                need(math.isfinite(value), f'{key} is {value} after step {step:,}, and the model is not saved: lower '
-                     f'--learning_rate; the checkpoints of {self.out_dir} before it are untouched')
+                need(math.isfinite(value), f'{key} is {value} after step {step:,}, which is {self.broken}')
             self.log_file.write(json.dumps({'step': step, **record}) + '\n')
             if self.cfg.track:
                 self.wandb.log(record, step=step)
@@ -291,12 +295,10 @@ class Run(Worker):
     def save(self, step, logps):
         """Write the checkpoint of this step. logps: what the model makes of some data now, which must be finite."""
         state = dict(stage=self.stage, config=asdict(self.cfg), optimizer=self.optimizer.state_dict(),
-                     origin=self.origin, vocabulary=self.train.vocabulary, launch=self.launch,
-                     wandb=self.wandb_id,
+                     origin=self.origin, vocabulary=self.train.vocabulary, launch=self.launch, wandb=self.wandb_id,
                      command=shlex.join(['python', os.path.basename(sys.argv[0]), *sys.argv[1:]]))
         def write():
-            need(logps.isfinite().all(), f'step {step:,} broke the model, and is not saved: lower --learning_rate; '
-                 f'the checkpoints of {self.out_dir} before it are untouched')
+            need(logps.isfinite().all(), f'step {step:,} broke the model, and is {self.broken}')
             checkpoint.save(self.out_dir, step, self.policy, state)
         self.on_first(write, f'cannot save step {step} to {self.out_dir}: those before it are untouched')
         self.saved_step = step

@@ -24,7 +24,8 @@ def colours():
 
 
 def folded(text, hang=2):
-    """A text whose lines fit the terminal: broken at white space but '\xa0', and indented where one goes on."""
+    """A printable text whose lines fit the terminal: broken at white space but '\xa0', indented where one goes on."""
+    text = printable(text)
     if sys.stdout.isatty():
         wrapper = textwrap.TextWrapper(shutil.get_terminal_size().columns, subsequent_indent=' ' * hang,
                                        break_on_hyphens=False)

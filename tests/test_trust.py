@@ -6,7 +6,9 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -16,15 +18,18 @@ import config
 import dpo
 import sample
 import sft
-from conftest import ROOT, by_hand, last_checkpoint, prepare, read_log, run_stage, save_sft, small_gpt
+from conftest import (ROOT, by_hand, last_checkpoint, prepare, read_log, run_stage, save_sft, small_gpt,
+                      write_rows)
 from model import draw
-from nanodpo import checkpoint, export, folder
+from nanodpo import checkpoint, export, folder, sources
 from nanodpo.checkpoint import load_model
 from nanodpo.run import learning_rate
 
 DPO = ['--name=tiny', '--batch_size=8', '--max_steps=2', '--learning_rate=1e-3', '--warmup_steps=0', '--device=cpu',
        '--kl_prompts=8', '--log_interval=1']
 WRONG = [*DPO, '--learning_rate=1e20']
+LONG = 'x' * 1001
+PAIRS = ''.join(json.dumps(dict(prompt=f'{i}', chosen=' y', rejected=' n')) + '\n' for i in range(9))
 
 
 def refused(match, function, *args):
@@ -66,8 +71,7 @@ def test_a_folder_in_use_is_refused_by_name_and_a_kill_frees_it_with_a_note(expe
 
 
 def test_a_data_set_and_an_export_are_held_too(experiment):
-    Path('pairs.jsonl').write_text(''.join(json.dumps(dict(prompt=f'{i}', chosen=' y', rejected=' n')) + '\n'
-                                           for i in range(9)))
+    Path('pairs.jsonl').write_text(PAIRS)
     for path, function, args in (('data/made', prepare, ['--source=pairs.jsonl']),
                                  ('hf', export.main, [['out/tiny/sft', 'hf', '--data=']])):
         other = holder(path)
@@ -113,6 +117,45 @@ def test_what_a_kill_left_half_written_goes_with_a_note(experiment, capsys):
     assert said.count('which was never finished') == 2 and Path('elsewhere').read_text() == 'precious'
     assert {path.name for path in Path('out/tiny/dpo').iterdir()} == {
         'log.jsonl', *(f'step-00000{n}.{end}' for n in (2, 3) for end in ('pt', 'json'))}
+
+
+def test_the_log_of_a_run_that_saved_nothing_goes_with_a_note(experiment, capsys):
+    refused('step 1 broke the model', dpo.main, [*WRONG, '--eval_interval=0', '--save_interval=1'])
+    dpo.main(DPO)
+    assert 'removed out/tiny/dpo/log.jsonl, which was never finished' in capsys.readouterr().out
+
+
+def test_a_set_that_was_never_finished_is_made_anew(experiment, capsys):
+    Path('pairs.jsonl').write_text(PAIRS)
+    prepare('--source=pairs.jsonl')
+    os.mkdir('data/made/.tmp-set')
+    prepare('--source=pairs.jsonl')
+    said = capsys.readouterr().out
+    assert 'removed data/made/.tmp-set, which was never finished' in said and not os.path.exists('data/made/.tmp-set')
+
+
+SCRATCH = f'''if 1:
+    import sys
+    sys.path.insert(0, {str(ROOT)!r})
+    from nanodpo.folder import scratch
+    with scratch() as folder:
+        print(folder, flush=True)
+        input()'''
+
+
+def test_the_temporary_folder_of_a_killed_process_goes_that_of_a_living_one_stays(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path))
+    here = os.environ | dict(TMPDIR=str(tmp_path))
+    others = [subprocess.Popen([sys.executable, '-c', SCRATCH], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=here)
+              for _ in range(2)]
+    killed, alive = (other.stdout.readline().decode().strip() for other in others)
+    others[0].kill()
+    others[0].wait()
+    with folder.scratch() as mine:
+        assert {str(path) for path in tmp_path.iterdir()} == {mine, alive}
+    assert f'removed {killed}' in capsys.readouterr().out
+    others[1].communicate(b'\n')
+    assert not list(tmp_path.iterdir())
 
 
 # --- what is no success ---------------------------------------------------------------------------
@@ -178,6 +221,24 @@ def test_a_temperature_that_float32_cannot_divide_by_is_greedy():
         assert torch.equal(draw(logits, torch.full((5,), 0.7), temperature), logits.argmax(1)), temperature
 
 
+@pytest.mark.parametrize('size, said', [(1, True), (2, False)])
+def test_kto_says_that_a_batch_of_one_has_no_z(experiment, capsys, size, said):
+    dpo.main([*DPO, '--loss=kto', f'--batch_size={size}', '--max_steps=1'])
+    assert ('batch_size=1 has none: z = 0' in capsys.readouterr().out) == said
+
+
+def test_wandb_goes_on_with_the_run_that_it_began(experiment, monkeypatch):
+    begun = []
+
+    def init(id, **options):
+        begun.append(id)
+        return types.SimpleNamespace(id=id or f'run {len(begun)}', log=lambda *args, **options: None, finish=list)
+    monkeypatch.setitem(sys.modules, 'wandb', types.SimpleNamespace(init=init))
+    for flags in ([], ['--resume', '--max_steps=3'], []):
+        dpo.main([*DPO, '--track=wandb', *flags])
+    assert begun == [None, 'run 1', None]
+
+
 # --- hostile input --------------------------------------------------------------------------------
 
 def forged(state, path='out/tiny/sft/step-000001.pt'):
@@ -197,6 +258,10 @@ def forged(state, path='out/tiny/sft/step-000001.pt'):
     (lambda s: s['model_config'].update(n_embd=10**6), 'size mismatch|multiple|Error'),
     (lambda s: s['model'].update({'ln_f.bias': torch.zeros(32, dtype=torch.int64)}), 'ln_f.bias holds no real'),
     (lambda s: s['model'].update({'ln_f.bias': torch.zeros(32, dtype=torch.complex64)}), 'ln_f.bias holds no real'),
+    (lambda s: s['model'].update({'ln_f.bias': torch.zeros(1).expand(32)}), 'ln_f.bias is larger than what the file'),
+    (lambda s: s['model'].update({'ln_f.bias': torch.full((32,), torch.inf)}), 'ln_f.bias holds a weight that is not'),
+    (lambda s: s['model_config'].update(layer_norm_epsilon=None), 'layer_norm_epsilon=None'),
+    (lambda s: s.update(origin=dict(init=torch.zeros(3))), 'TypeError'),
     (lambda s: s['model'].update({'\x1b[31mred': 3}), 'TypeError'),
     (lambda s: s['model'].update({'\x1b[31mred': torch.zeros(3)}), r'\\x1b\[31mred'),
 ])
@@ -205,6 +270,95 @@ def test_a_checkpoint_of_a_stranger_is_refused_in_one_line(experiment, change, w
     change(state)
     forged(state)
     refused(words, load_model, 'out/tiny/sft')
+
+
+@pytest.mark.parametrize('change', [
+    lambda s: s.pop('config'), lambda s: s.pop('origin'), lambda s: s['origin'].pop('init'),
+    lambda s: s['optimizer'].clear(), lambda s: s['optimizer']['state'].clear(),
+    lambda s: s['optimizer']['state'][0].pop('square_avg'), lambda s: s['optimizer']['state'][0].update(step='x'),
+    lambda s: s['optimizer']['state'][0].update(square_avg=torch.zeros(3)),
+    lambda s: s['optimizer']['param_groups'][0].update(lr='fast'), lambda s: s['optimizer'].update(param_groups=[])])
+def test_a_run_of_a_stranger_is_not_resumed(experiment, change):
+    dpo.main(DPO)
+    path = checkpoint.find('out/tiny/dpo')[-1]
+    state = checkpoint.read(path)
+    change(state)
+    forged(state, path)
+    refused(r'cannot resume out/tiny/dpo/step-000002\.pt', dpo.main, [*DPO, '--max_steps=3', '--resume'])
+
+
+def test_weights_that_overflow_are_one_line_in_sample(experiment):
+    model = small_gpt()
+    with torch.no_grad():
+        model.ln_f.weight.fill_(3e38)
+    save_sft(model)
+    refused('cannot sample: .* logits that are not finite', sample.main, ['--name=tiny', '--after=out/tiny/sft'])
+
+
+@pytest.mark.parametrize('name, content', [
+    ('a.jsonl', '{"prompt": "%s"}' % LONG), ('a.jsonl.gz', '{"prompt": "%s"}' % LONG), ('a.csv', LONG),
+    ('a.csv', 'prompt,chosen\n"%s",b' % LONG), ('a.csv', 'prompt,chosen\n"%s",b' % ('x' * 600 + '\n' + 'x' * 600)),
+    ('a.json', '[{"prompt": "%s"}]' % LONG)])
+def test_what_is_longer_than_a_row_may_be_is_one_line(tmp_path, monkeypatch, name, content):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sources, 'ROW', 1000)
+    monkeypatch.setattr(sources, 'ARRAY', 1000)
+    write_rows(name, content.encode())
+    refused('1,?000', prepare, f'--source={name}')
+    assert not os.path.exists('data')
+
+
+def test_a_long_response_in_any_kind_of_file_is_a_bad_row(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sources, 'ROW', 1000)
+    rows = [dict(prompt=f'{i}', chosen=' y' * (500 if i == 2 else 1), rejected=' n') for i in range(9)]
+    for name in ('a.json', 'a.parquet'):
+        write_rows(name, rows)
+        refused('3: too long: 1,001 characters, of 1,000', prepare, f'--source={name}')
+
+
+@pytest.mark.parametrize('flags', [
+    ['--init_from=hf'], ['--init_from=out/tiny/sft'], ['--init_from=pipe.pt'], ['--resume'], ['pipe.py'],
+    ['--prompts_file=pipe'], ['--reward=pipe'], ['--source=pipes'], ['--documents=pipe.txt']])
+def test_a_pipe_in_place_of_a_file_is_one_line(experiment, monkeypatch, flags):
+    os.mkdir('hf')
+    os.mkdir('pipes')
+    dpo.main(DPO)
+    for path in ('hf/config.json', 'pipes/train.jsonl', 'pipe', 'pipe.pt', 'pipe.json', 'pipe.py', 'pipe.txt',
+                 *Path('out/tiny').glob('*/*.json')):
+        Path(path).unlink(missing_ok=True)
+        os.mkfifo(path)
+    stage = sample.main if flags[0] in ('--prompts_file=pipe', '--reward=pipe') else dpo.main
+    asked = ['--name=tiny', *flags, *(['--after=hf'] if stage is sample.main else ['--device=cpu'])]
+    signal.alarm(20)                # it would wait for ever
+    if flags[0].partition('=')[0] in ('--source', '--documents'):
+        refused('no plain file', prepare, *flags)
+    else:
+        refused('no plain file|no checkpoint|does not exist', stage, asked)
+    signal.alarm(0)
+
+
+def test_checks_hold_without_asserts(experiment):
+    meta = json.loads(Path('data/tiny/meta.json').read_text())
+    Path('data/tiny/meta.json').write_text(json.dumps(meta | dict(max_length=8)))
+    done = run_stage('dpo.py', *DPO, check=False, env=dict(PYTHONOPTIMIZE='1'))
+    assert done.returncode == 1 and 'data/tiny/meta.json is damaged' in done.stderr
+
+
+def test_strings_that_are_not_ours_cannot_move_the_cursor(experiment, capsys):
+    """In errors `refused` sees to it."""
+    dpo.main(DPO)
+    with open('out/tiny/.dpo.lock', 'w') as lock:
+        lock.write('\x1b[31m')
+    state = checkpoint.read(checkpoint.find('out/tiny/dpo')[-1])
+    forged(state | dict(config=state['config'] | dict(schedule='\x1b[31m')), checkpoint.find('out/tiny/dpo')[-1])
+    dpo.main([*DPO, '--resume'])
+    rows = [json.loads(line) | {'\x1b[31m': 'x'} for line in PAIRS.splitlines()]
+    write_rows('a.jsonl', [*rows, b'{"prompt": "\x1b[31m'])
+    prepare('--source=a.jsonl', '--max_bad_lines=1')
+    prepare('--source=a.jsonl', '--max_bad_lines=1', '--dry_run')
+    said = ''.join(capsys.readouterr())
+    assert said.count('[31m') >= 4 and '\x1b' not in said
 
 
 def test_half_precision_weights_of_a_checkpoint_become_float32(experiment):
@@ -226,7 +380,7 @@ def test_a_shard_that_is_no_plain_file_name_is_refused(experiment):
     export.main(['out/tiny/sft', 'hf', '--data='])
     os.rename('hf/model.safetensors', 'model.safetensors')
     Path('hf/model.safetensors.index.json').write_text(json.dumps(dict(weight_map=dict(x='../model.safetensors'))))
-    refused(r"'\.\./model\.safetensors' is no name of a file", load_model, 'hf')
+    refused(r"hf holds no '\.\./model\.safetensors'", load_model, 'hf')
 
 
 def test_a_typo_is_told_before_torch_is_imported(tmp_path):
