@@ -7,6 +7,7 @@
 The implicit reward of a response is beta log(after / before). A terminal with colours tints each token by its part.
 Both models draw with the same random numbers, a batch at a time: another batch_size gives other samples.
 """
+import inspect
 import json
 import sys
 from dataclasses import asdict, dataclass
@@ -184,7 +185,8 @@ def main(argv=None):
         sources['before'] = trained.get('ref_from') or trained.get('init_from') or sources['before']
     before = load(sources['before'], val, worker)
     models = before, after
-    of_mean = trained.get('loss') in [loss for loss in losses.LOSSES if losses.needs(loss, 'means')]    # so is its beta
+    reward = losses.LOSSES.get(trained.get('loss'), losses.LOSSES['dpo'])[0]
+    of_mean = 'means' in inspect.signature(reward).parameters           # its beta is that of a mean over tokens
     beta = cfg.beta or (0.1 if of_mean else trained.get('beta') or 0.1)
     room = min(model.config.block_size for model in models)
     longest = room - min(cfg.max_new_tokens, room // 2)     # of a prompt

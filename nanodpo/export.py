@@ -44,7 +44,7 @@ def save_pretrained(model, folder, data_dir='', card=''):
     files['config.json'] = hf.config_of(c, vocab_size=size, **ends)     # the last: without it nobody reads the rest
 
     check_weights(model, f'{folder} is not written')
-    os.makedirs(folder, exist_ok=True)
+    os.makedirs(os.path.realpath(folder), exist_ok=True)
     need(not os.listdir(folder), f'{folder} is not empty: export into a new or an empty directory')
     shards = in_shards(hf.tensors_of(model), size)
     index = {}

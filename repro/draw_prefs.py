@@ -182,7 +182,7 @@ def write_set(folder, source, splits, dropped=None, **facts):
             shutil.copyfile(os.path.join(source, meta['tokenizer']), os.path.join(aside, meta['tokenizer']))
         for split, groups in splits.items():
             longest = max(len(prompt) + max(map(len, responses)) for prompt, *responses in groups)
-            assert longest <= meta['max_length'], f'{split} has {longest} tokens, max_length is {meta["max_length"]}'
+            need(longest <= meta['max_length'], f'{split} has {longest} tokens, max_length is {meta["max_length"]}')
             lost = (dropped or {}).get(split, {})
             info = dict(read=len(groups) + sum(lost.values()), kept=len(groups), dropped=lost)
             info |= look.lost(groups, groups)
@@ -214,7 +214,7 @@ def main(argv=None):
     run.check_alike(knobs | facts)
     inputs = sha256_json(knobs | facts)
     folder = os.path.join('data', cfg.name)
-    why = run.gather(why_remake(folder, inputs))[0]             # rank 0 alone writes
+    why = run.gather(run.on_first(lambda: why_remake(folder, inputs), f'cannot read {folder}'))[0]
     if not why:
         for note in read_meta(folder)['notes']:
             run.say(f'note: {note}')

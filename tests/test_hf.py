@@ -254,10 +254,10 @@ def test_damaged_weights_and_a_missing_file_or_package_end_with_one_line(hub_lay
             refused(weights_of, f'ModuleNotFoundError: .*{package}')
     theirs = transformers.AutoModelForCausalLM.from_pretrained(hub_layout, dtype=torch.float32)
     weights.rename(hub_layout / 'pytorch_model.bin')
-    refused(hub_layout, 'holds no model.safetensors')
+    refused(hub_layout, "holds no 'model.safetensors'")
     theirs.save_pretrained(hub_layout, max_shard_size='10KB')
     sorted(hub_layout.glob('model-*.safetensors'))[1].unlink()
-    refused(hub_layout, 'holds no model-00002-of-')
+    refused(hub_layout, "holds no 'model-00002-of-")
     (hub_layout / 'config.json').unlink()
     refused(hub_layout, 'FileNotFoundError.*config.json')
 
