@@ -101,9 +101,9 @@ two_ranks() {       # on one GPU, so over gloo
 export -f data pipeline two_ranks
 
 # -----------------------------------------------------------------------------
-# the plan. What stands together is not timed: it runs at once, while XL compiles and waits for the file `go`
+# the plan. What stands together is not timed: it runs at once, while XL compiles and waits for the file `wait`
 
-rm -f go
+rm -f wait
 section machine 45 $PY "$ROOT/repro/gpu_check.py" machine
 section data 60 data
 tests() { section tests 170 $PY -m pytest -q -p no:cacheprovider "$ROOT/tests/test_gpu.py"; }
@@ -116,7 +116,7 @@ losses() {
     section losses 150 $PY "$ROOT/repro/gpu_check.py" losses $flags --init_from=init --max_steps=3 --kl_prompts=0
 }
 ranks() { section two_ranks 160 two_ranks; }
-bench_xl() { section bench_xl 330 $PY "$ROOT/repro/gpu_check.py" bench $BIG block 8192 $STEPS profile "$@"; }
+bench_xl() { section bench_xl 330 $PY "$ROOT/repro/gpu_check.py" bench $BIG block 16384 $STEPS profile "$@"; }
 if [ -n "$DRY" ]; then
     bench_xl
     together tests numerics stages losses ranks
@@ -124,18 +124,18 @@ else
     bench_xl wait &
     waiting=$!
     together tests numerics stages losses ranks
-    touch go
+    touch wait
     wait $waiting
 fi
-section bench_gpt2 75 $PY "$ROOT/repro/gpu_check.py" bench $SMALL block 8192 $STEPS profile
+section bench_gpt2 75 $PY "$ROOT/repro/gpu_check.py" bench $SMALL block 16384 $STEPS profile
 section generate 60 $PY "$ROOT/repro/gpu_check.py" generate $SMALL
 throughput="$PY $ROOT/repro/throughput.py --device=cuda --dtype=bfloat16 --sections=train
             --contenders=ours,padded,padded-nocudnn,trl,trl-best"
 section throughput_gpt2 130 $throughput --model=$SMALL $GPT2 --out="$OUT/gpt2"
 section throughput_xl 150 $throughput --model=$BIG $XL --out="$OUT/xl"
 # what might be better
-section bench_whole 90 $PY "$ROOT/repro/gpu_check.py" bench $SMALL whole 8192 $STEPS
-section bench_divisible 60 $PY "$ROOT/repro/gpu_check.py" bench $SMALL block+divisible 8192 $STEPS
-section bench_eager 40 $PY "$ROOT/repro/gpu_check.py" bench $SMALL eager 8192 $STEPS
+section bench_whole 90 $PY "$ROOT/repro/gpu_check.py" bench $SMALL whole 16384 $STEPS
+section flex 100 $PY "$ROOT/repro/gpu_check.py" flex $BIG 95
+section bench_eager 40 $PY "$ROOT/repro/gpu_check.py" bench $SMALL eager 16384 $STEPS
 echo "== $SECONDS s"
 cut -c1-400 "$OUT/bench.jsonl"
