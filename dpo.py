@@ -79,7 +79,7 @@ class Config:
     alpha: In[float, '0 < x <= 1'] = None           # alpha_divergence: towards 0 it is dpo, at 1 forward_kl
     desirable_weight: In[float, 'x >= 0'] = None    # kto: of desirable examples, and
     undesirable_weight: In[float, 'x >= 0'] = None  # of undesirable ones
-    nll_coef: In[float, 'x >= 0'] = 0.0             # adds so much of the chosen NLL per token; unpaired: its mean over all
+    nll_coef: In[float, 'x >= 0'] = 0.0             # adds so much of the chosen NLL per token; unpaired: mean over all
     # the optimizer
     batch_size: In[int, 'x >= 1'] = 64              # pairs a step, over all ranks and micro-steps
     epochs: In[int, 'x >= 1'] = 1                   # passes over the pairs; more than 1 to 3 over-fits
@@ -91,7 +91,7 @@ class Config:
     weight_decay: In[float, 'x >= 0'] = 0.0         # on matrices only
     grad_clip: In[float, 'x >= 0'] = 10.0           # largest global gradient norm; 0 = no clipping
     # memory and speed; results do not depend on them
-    row_tokens: In[int, 'x >= 0'] = 0               # a micro-step's at most; 0 = 16384 on GPUs of 80 GB, 8192 below, 2048 on CPUs
+    row_tokens: In[int, 'x >= 0'] = 0               # in a micro-step; 0 = 16384 on GPUs of 80 GB, 8192 below, 2048 on CPUs
     precompute_ref: bool = False                    # the reference's log-probs once; then its memory is free
     activation_checkpointing: bool = False          # less memory for a fifth more time
     device: Literal['auto', 'cpu', 'cuda', 'mps'] = 'auto'  # auto = cuda where there is one, else cpu
