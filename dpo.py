@@ -91,7 +91,7 @@ class Config:
     weight_decay: In[float, 'x >= 0'] = 0.0         # on matrices only
     grad_clip: In[float, 'x >= 0'] = 10.0           # largest global gradient norm; 0 = no clipping
     # memory and speed; results do not depend on them
-    row_tokens: In[int, 'x >= 0'] = 0               # in a micro-step; 0 = 16384 on GPUs of 80 GB, 8192 below, 2048 on CPUs
+    row_tokens: In[int, 'x >= 0'] = 0               # in a micro-step; 0 = 16384 on 80 GB GPUs, 8192 below, 2048 on CPUs
     precompute_ref: bool = False                    # the reference's log-probs once; then its memory is free
     activation_checkpointing: bool = False          # less memory for a fifth more time
     device: Literal['auto', 'cpu', 'cuda', 'mps'] = 'auto'  # auto = cuda where there is one, else cpu
