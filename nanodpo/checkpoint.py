@@ -1,5 +1,6 @@
 """Checkpoints: <folder>/step-000100.pt, and step-000100.json with its SHA-256, which is written last."""
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -64,6 +65,8 @@ def check_state(state):
         good = isinstance(value, kind) or value is None and knob in ('beta', 'hf')
         check(good and (not isinstance(value, float) or math.isfinite(value)), f'{knob}={value!r:.80}')
     json.dumps([state[key] for key in state if key not in ('model', 'optimizer')])      # all others are plain values
+    sizes = [state['model_config'].get(key, 1) for key in ('block_size', 'vocab_size', 'n_head', 'n_embd')]
+    check(min(sizes) > 0, f'model_config has a size of {min(sizes)}')
     for name, weight in state['model'].items():
         check(torch.is_floating_point(weight), f'{name} holds no real numbers')
         check(weight.nbytes <= weight.untyped_storage().nbytes(), f'{name} is larger than what the file holds of it')
@@ -107,9 +110,7 @@ def open_run(folder, start_step, say=print):
     """
     folder = os.path.realpath(folder) if os.path.islink(folder) else folder     # a link stays, to its disk
     if start_step == 0 and find(folder):
-        number = 1
-        while os.path.lexists(f'{folder}.{number}'):
-            number += 1
+        number = next(n for n in itertools.count(1) if not os.path.lexists(f'{folder}.{n}'))
         os.rename(folder, f'{folder}.{number}')
         say(f'the run that was in {folder} is now in {folder}.{number}')
     os.makedirs(folder, exist_ok=True)

@@ -16,7 +16,7 @@ HELD = {}                       # {path of a lock: its file}, what this process 
 
 
 def hold(folder, say=print):
-    """Keep other processes out of a folder until release(), or until this one ends. UserError if one is in there.
+    """Keep others out of a folder until release(), or until this process ends. UserError where one is in there.
 
     The lock is a file beside the folder that names its holder. A POSIX lock goes with its process, on NFS, too.
     """
@@ -32,8 +32,8 @@ def hold(folder, say=print):
         except BlockingIOError:
             raise UserError(f'{folder} is in use by {holder}: wait for it, or end it; if it is gone, remove {path}')
         except OSError as error:
-            return say(f'note: {folder} cannot be locked ({error.strerror or error}): see that nothing else writes there')
-        if os.path.exists(path) and os.path.samefile(file.fileno(), path):      # else its holder has just removed it
+            return say(f'note: {folder} cannot be locked ({error}): see that nothing else writes there')
+        if os.path.exists(path) and os.path.samefile(file.fileno(), path):  # else its holder has just removed it
             HELD[path] = file
             if holder:
                 say(f'note: {holder} did not come to its end in {folder}')
@@ -55,11 +55,14 @@ def release():
 
 @contextlib.contextmanager
 def held(folder):
+    """Hold a folder. If nothing is in it in the end, it goes, and what above it is empty, too."""
     hold(folder)
     try:
         yield
     finally:
         release()
+        with contextlib.suppress(OSError):
+            os.removedirs(folder)
 
 
 @contextlib.contextmanager
