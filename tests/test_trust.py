@@ -260,6 +260,7 @@ def forged(state, path='out/tiny/sft/step-000001.pt'):
     (lambda s: s['model'].update({'ln_f.bias': torch.zeros(32, dtype=torch.complex64)}), 'ln_f.bias holds no real'),
     (lambda s: s['model'].update({'ln_f.bias': torch.zeros(1).expand(32)}), 'ln_f.bias is larger than what the file'),
     (lambda s: s['model'].update({'ln_f.bias': torch.full((32,), torch.inf)}), 'ln_f.bias holds a weight that is not'),
+    (lambda s: s['model_config'].update(n_head=0), 'model_config has a size of 0'),
     (lambda s: s['model_config'].update(layer_norm_epsilon=None), 'layer_norm_epsilon=None'),
     (lambda s: s.update(origin=dict(init=torch.zeros(3))), 'TypeError'),
     (lambda s: s['model'].update({'\x1b[31mred': 3}), 'TypeError'),
