@@ -71,7 +71,6 @@ def read_config(hf, **options):
     """The content of config.json as a GPTConfig. UserError where model.py would compute something else."""
     def only(key, value, *allowed):
         need(value in allowed, f'{key}={value!r:.80} in config.json: this model has {" or ".join(map(repr, allowed))}')
-
     family = hf.get('model_type')
     only('model_type', family, *NAMES)
     neox = family == 'gpt_neox'             # LayerNorm and biases; the younger ones have RMSNorm and a gated MLP
@@ -125,7 +124,7 @@ def from_pretrained(name_or_dir, **options):
         from huggingface_hub import snapshot_download
         folder = snapshot_download(name_or_dir, allow_patterns=['config.json', 'model*.safetensors*'])
         origin = dict(_name_or_path=name_or_dir)
-    config = read_config(json.loads(Path(regular(os.path.join(folder, 'config.json'))).read_bytes()) | origin, **options)
+    config = read_config(json.loads(regular(Path(folder, 'config.json')).read_bytes()) | origin, **options)
     family = config.hf['model_type']
     files, theirs = ['model.safetensors'], {}
     index = Path(folder, 'model.safetensors.index.json')
