@@ -317,7 +317,7 @@ def test_a_missing_shard_is_named(tmp_path):
     theirs_of('smollm2').save_pretrained(tmp_path, max_shard_size='20KB')
     lost = sorted(tmp_path.glob('model-*.safetensors'))[1]
     lost.unlink()
-    with pytest.raises(UserError, match=f'holds no {lost.name}'):
+    with pytest.raises(UserError, match=f"holds no '{lost.name}'"):
         load_model(str(tmp_path))
 
 
