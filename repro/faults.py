@@ -8,6 +8,10 @@
             bit for bit those of a run that nobody disturbed. After each kill all finished checkpoints can be read,
             and a data set is the old one, the new one, or refused
   rename    the same, with SIGKILL right before each call that changes a folder (replace, remove, mkdir ...) in turn
+  operation the same, right before each of the first 50 file operations of every stage, as python's audit events count
+  signal    SIGHUP, SIGTERM or SIGINT in the place of SIGKILL: the stage stops or ends, and what it says of that holds
+  both      two stages that write one folder at once: one waits before a file operation, the other one runs meanwhile.
+            Who ends with status 0 has made what it makes alone; who does not says who holds the folder
   full      a disk that fills up at a random level: one line, status not 0, and what stood there still stands. Once
             there is room the run goes on to the same end
   damage    a file cut short, with one bit flipped, empty, or swapped with that of another run, and each stage that
@@ -15,10 +19,15 @@
   lines     mutated JSONL lines among good ones: no traceback, no hang, every bad line counted, every good one kept, by
             an oracle of its own. Then none is allowed, and the first ten are named
   code      checkpoints and data with code or foreign content in them, hashes right: refused in one line, nothing is run
+  odd       a table of single cases: closed streams, ranks set by hand, exploded weights, links, FIFOs, long names,
+            control characters, sys.exit(0) in files of the user, runs that would be lost or called done
+
+Whatever is done, no trial may hang, grow beyond 4 GB, print a traceback or a control character, or lose what existed.
 
 Stages run for real, in a process of their own that is forked from one which has torch loaded; every eighth trial starts
-python anew. A trial depends on its class and seed alone, as far as kills can. The full disk is a small tmpfs where the
-user may mount one, else a limit on the size of files. Exit status 1 if anything failed. Writes <out>.md and .json.
+python anew: with -O, LANG=C and no HOME. A trial depends on its class and seed alone, as far as kills can. The full
+disk is a small tmpfs where the user may mount one, else a limit on the size of files. Exit status 1 if anything failed.
+Writes <out>.md and .json.
 
 A Hugging Face directory has no hash: a bit flipped inside its weights, or in a number of its config.json, cannot be
 seen. Such trials pass and are counted as `unseen`.
@@ -27,6 +36,7 @@ import argparse
 import collections
 import contextlib
 import functools
+import gzip
 import hashlib
 import importlib
 import io
@@ -38,6 +48,7 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -53,15 +64,18 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / 'repro')]
+HANGUP = signal.signal(signal.SIGHUP, signal.SIG_DFL)       # under nohup, too, the stages take it as without
 import config                                                                               # noqa: E402
 from config import UserError                                                                # noqa: E402
 from nanodpo import checkpoint, export                                                      # noqa: E402
 from nanodpo.data import Groups, sha256_file, sha256_json                                   # noqa: E402
 from sweep import write_json                                                                # noqa: E402
+signal.signal(signal.SIGHUP, HANGUP)
 
-SCRIPTS = {name: ROOT / f'{name}.py' for name in ('prepare_prefs', 'sft', 'dpo', 'sample')}
-SCRIPTS['draw_prefs'] = ROOT / 'repro/draw_prefs.py'
-MAINS = {name: importlib.import_module(name).main for name in SCRIPTS}          # imported before any fork
+MODULES = {name: name for name in ('prepare_prefs', 'sft', 'dpo', 'sample', 'draw_prefs', 'page')}
+MODULES['export'] = 'nanodpo.export'
+MAINS = {name: importlib.import_module(module).main for name, module in MODULES.items()}    # before any fork
+BARE = dict(LC_ALL='C', LANG='C', PYTHONDONTWRITEBYTECODE='', PYTHONPATH=f'{ROOT}:{ROOT}/repro')    # of a new python
 
 
 def flags(text):
@@ -79,9 +93,12 @@ PREPARE = ['prepare_prefs', *flags('--name=own --source=pairs.jsonl --tokenizer=
 DRAW = ['draw_prefs', *flags('--name=drawn --source=data/own --policy=out/own/sft --reward=reward.py --num_samples=2 '
                              '--num_prompts=8 --max_new_tokens=4 --device=cpu')]
 SAMPLE = ['sample', *flags('--name=own --num_prompts=3 --max_new_tokens=8 --device=cpu')]
+EXPORT = ['export', 'out/own/dpo', 'exported']
 COMMANDS = {        # what is run in a copy of the base, and what its result is
     'prepare': (PREPARE, 'data/own'),
+    'fresh': ([*PREPARE, '--name=drawn'], 'data/drawn'),
     'replace': ([*PREPARE, '--seed=2'], 'data/own'),
+    'again': ([*PREPARE, '--seed=3'], 'data/own'),
     'draw': (DRAW, 'data/drawn'),
     'sft': ([*SFT, '--max_steps=8'], 'out/own/sft'),
     'dpo': ([*DPO, '--max_steps=8'], 'out/own/dpo'),
@@ -89,24 +106,37 @@ COMMANDS = {        # what is run in a copy of the base, and what its result is
     'kto': (KTO, 'out/likes/dpo'),
     'hf': (HF, 'out/own/dpo'),
     'sample': (SAMPLE, None),
+    'export': (EXPORT, 'exported'),
+    'export sft': (['export', 'out/own/sft', 'exported'], 'exported'),
+    'page': (['page', 'page.html', 'samples.jsonl'], 'page.html'),
+    'other sft': ([*SFT, '--max_steps=3', '--seed=2'], 'out/own/sft'),
+    'beside': ([*DPO, '--max_steps=5', '--run_name=beside'], 'out/own/beside'),
+    'other dpo': ([*DPO, '--max_steps=5', '--beta=0.9'], 'out/own/dpo'),
+    'dpo as sft': ([*HF, '--run_name=sft'], 'out/own/sft'),
 }
+RUNS = 'sft', 'dpo', 'resume', 'beside', 'other sft', 'other dpo', 'dpo as sft'
 Done = collections.namedtuple('Done', 'status out err seconds')
+MEMORY = 4_000_000          # KB, of any process
 
 
 # ----------------------------------------------------------------------------------------------------
 # running a stage
 
-def behave(stage, args, cwd, before):
+def behave(command, cwd, tag, new, before):
     """The child: the stage's main as its script would run it, then out."""
+    stage, *args = command
     status = 1
     try:
         os.chdir(cwd)
         for fd, name in ((1, 'stdout'), (2, 'stderr')):
-            os.dup2(os.open(f'{cwd}.{name}', os.O_WRONLY | os.O_CREAT | os.O_TRUNC), fd)
+            os.dup2(os.open(f'{cwd}{tag}.{name}', os.O_WRONLY), fd)
         sys.stdout, sys.stderr = (io.TextIOWrapper(io.FileIO(fd, 'w', closefd=False), 'utf-8', line_buffering=True)
                                   for fd in (1, 2))
-        sys.argv = [str(SCRIPTS[stage]), *args]
         before()
+        if new:
+            environment = {key: value for key, value in os.environ.items() if key != 'HOME'} | BARE
+            os.execve(sys.executable, [sys.executable, '-O', '-m', MODULES[stage], *args], environment)
+        sys.argv = [f'{stage}.py', *args]
         config.run(MAINS[stage])
         status = 0
     except SystemExit as end:
@@ -119,44 +149,51 @@ def behave(stage, args, cwd, before):
         os._exit(status)
 
 
-def run(command, cwd, new=False, kill=None, before=lambda: None, limit=120):
-    """A stage in the folder `cwd`. -> Done
+def launch(command, cwd, new=False, before=lambda: None, tag=''):
+    """Start a stage in the folder `cwd`. -> its process
 
-    new: by starting python. kill: a function of the seconds so far that says when to SIGKILL. before: called in the
-    child first. A run of more than `limit` seconds is a hang: status 'hang'.
+    new: by starting python. before: called in the child first. It prints to <cwd><tag>.stdout and .stderr.
     """
-    stage, *args = command
+    for name in ('stdout', 'stderr'):
+        Path(f'{cwd}{tag}.{name}').write_text('')
+    sys.stdout.flush()
+    pid = os.fork()
+    if pid == 0:
+        behave(command, cwd, tag, new, before)
+    return pid
+
+
+def finish(pid, cwd, kill=None, limit=120, tag=''):
+    """Wait for a process of `launch`. -> Done, of which the status is a word if it broke what none may break
+
+    kill: a function of the seconds so far that says when to SIGKILL. limit: of seconds, on an idle machine; beyond them
+    it hangs.
+    """
     began = time.perf_counter()
-    Path(f'{cwd}.stdout').touch()
-    if new:
-        with open(f'{cwd}.stdout', 'w') as out, open(f'{cwd}.stderr', 'w') as err:
-            child = subprocess.Popen([sys.executable, SCRIPTS[stage], *args], cwd=cwd, stdout=out, stderr=err,
-                                     preexec_fn=before)
-        pid, poll = child.pid, child.poll
-    else:
-        sys.stdout.flush()
-        pid = os.fork()
-        if pid == 0:
-            behave(stage, args, cwd, before)
-
-        def poll():
-            ended, code = os.waitpid(pid, os.WNOHANG)
-            return os.waitstatus_to_exitcode(code) if ended else None
-
-    hung = False
-    while (status := poll()) is None:
-        if kill and not os.path.getsize(f'{cwd}.stdout'):
+    broken = ''
+    while not (ended := os.wait4(pid, os.WNOHANG))[0]:
+        if kill and not os.path.getsize(f'{cwd}{tag}.stdout'):
             began = time.perf_counter()         # python is still importing: nothing to break
         seconds = time.perf_counter() - began
         if kill and kill(seconds):
             os.kill(pid, signal.SIGKILL)
             kill = None
-        elif seconds > limit and not hung:
-            hung = True
+        elif seconds > limit * max(1, os.getloadavg()[0] / os.cpu_count()) and not broken:
+            broken = 'hang'
             os.kill(pid, signal.SIGKILL)
         time.sleep(2e-4 if kill else 5e-3)
-    out, err = (Path(f'{cwd}.{name}').read_text(errors='replace') for name in ('stdout', 'stderr'))
-    return Done('hang' if hung else status, out, err, time.perf_counter() - began)
+    out, err = (Path(f'{cwd}{tag}.{name}').read_bytes().decode(errors='replace') for name in ('stdout', 'stderr'))
+    if ended[2].ru_maxrss > MEMORY:
+        broken = f'{ended[2].ru_maxrss / 1e6:.1f} GB'
+    elif 'Traceback' in err or 'panicked' in err:
+        broken = 'traceback'
+    elif control := re.search(r'[\x00-\x08\x0b-\x1f\x7f-\x9f]', out + err):
+        broken = f'prints {control[0]!r}'
+    return Done(broken or os.waitstatus_to_exitcode(ended[1]), out, err, time.perf_counter() - began)
+
+
+def run(command, cwd, new=False, kill=None, before=lambda: None, limit=120):
+    return finish(launch(command, cwd, new, before), cwd, kill, limit)
 
 
 def one_line(done):
@@ -194,23 +231,32 @@ def result(cwd, folder, done):
     if folder is None:
         return {'printed': done.out}
     made = Path(cwd, folder)
-    if folder.startswith('data'):
-        return snapshot(made)
-    parts = {'files': sorted(p.name for p in made.iterdir())}
-    for path in checkpoint.find(str(made)):
+    if not folder.startswith('out'):
+        return snapshot(made) if made.is_dir() else {folder: sha256_file(made)}
+    paths = checkpoint.find(str(made))
+    older = [Path(path).stem for path in paths[:-2]]        # a kill in `save` may leave one more
+    parts = {'files': sorted(p.name for p in made.iterdir() if p.stem not in older)}
+    for path in paths[-2:]:
         state = checkpoint.read(path)
         state['config'].pop('resume')
         state.pop('command')            # the resumed run's has --resume
         parts |= {f'{os.path.basename(path)} {key}': digest(value) for key, value in state.items()}
-    with open(made / 'log.jsonl') as f:
-        parts['log'] = [{k: v for k, v in json.loads(line).items() if 'second' not in k} for line in f]
+    parts['log'] = []
+    for line in (made / 'log.jsonl').read_bytes().splitlines():
+        with contextlib.suppress(ValueError):           # a line with a flipped bit: no row, and the log is another one
+            parts['log'].append({k: v for k, v in json.loads(line).items() if 'second' not in k})
     return parts
 
 
 def leftovers(cwd):
-    """Temporary files that stayed."""
-    files = [p.relative_to(cwd) for p in Path(cwd).rglob('*') if p.is_file()]
-    return [str(p) for p in files if p.name.endswith('.tmp') or any(part.startswith('.tmp-') for part in p.parts)]
+    """Temporary files and folders that stayed. A lock of a dead process locks nothing, and the next one tells of it."""
+    paths = [p.relative_to(cwd) for p in Path(cwd).rglob('*')]
+    return [str(p) for p in paths if re.search(r'\.tmp$|/\.tmp-|nanodpo-', str(p))]
+
+
+def lost(before, after):
+    """The files of which the content is nowhere any more. before, after: snapshots"""
+    return [path for path in before if before[path] not in after.values()]
 
 
 def differs(ours, theirs):
@@ -244,9 +290,10 @@ def make_base(base, seed):
         dict(prompt=f'Q{i}', completion=sentence(rng, 1, 20), label=bool(rng.random() < 0.6)) for i in range(60)])
     (base / 'reward.py').write_text(REWARD)
     likes = [flag.replace('own', 'likes').replace('pairs', 'likes') for flag in PREPARE]
-    for command in (PREPARE, likes, [*SFT, '--max_steps=4'], [*DPO, '--max_steps=6']):
+    for command in (PREPARE, likes, [*SFT, '--max_steps=4'], [*DPO, '--max_steps=6'], [*SAMPLE, '--json']):
         done = run(command, base)
         assert done.status == 0, tail(done)
+    (base / 'samples.jsonl').write_text(done.out)
     export.save_pretrained(checkpoint.load_model(str(base / 'out/own/sft')), str(base / 'hf'))
 
 
@@ -257,16 +304,20 @@ def copy(base, where):
 
 @functools.cache
 def undisturbed(base, name):
-    """What a command makes of a copy of the base that nobody disturbs: its result, seconds and number of changes to
-    folders. It is done once, by the worker that first asks."""
+    """What a command makes of a copy of the base that nobody disturbs: its result, seconds and numbers of file
+    operations, all and those that change a folder. It is done once, by the worker that first asks."""
     file = base.parent / f'undisturbed-{name}.json'
     command, folder = COMMANDS[name]
     if not file.exists():
         cwd = copy(base, base.parent / f'undisturbed-{name}-{os.getpid()}')
-        Path(f'{cwd}.changes').touch()
-        done = run(command, cwd, before=lambda: stop_at_change(-1, f'{cwd}.changes'))
+
+        def count():
+            at_operation(-1, f'{cwd}.operations', 0)
+            at_operation(-1, f'{cwd}.changes', 0, CHANGES)
+        done = run(command, cwd, before=count)
         assert done.status == 0, tail(done)
-        facts = dict(result=result(cwd, folder, done), seconds=done.seconds, changes=os.path.getsize(f'{cwd}.changes'))
+        facts = dict(result=result(cwd, folder, done), seconds=done.seconds)
+        facts |= {what: os.path.getsize(f'{cwd}.{what}') for what in ('operations', 'changes')}
         Path(f'{cwd}.json').write_text(json.dumps(facts))
         os.replace(f'{cwd}.json', file)
         shutil.rmtree(cwd)
@@ -276,26 +327,43 @@ def undisturbed(base, name):
 # ----------------------------------------------------------------------------------------------------
 # kills
 
-def stop_at_change(n, count):
-    """From here on this process dies right before its n-th call that changes a folder; the file `count` grows by a byte
-    each."""
-    def deadly(function):
-        def call(*args, **options):
-            with open(count, 'ab') as f:
-                f.write(b'.')
-                f.flush()
-                if f.tell() == n + 1:
-                    os.kill(os.getpid(), signal.SIGKILL)
-            return function(*args, **options)
-        return call
-    for name in ('replace', 'rename', 'remove', 'unlink', 'mkdir', 'rmdir'):
-        setattr(os, name, deadly(getattr(os, name)))
+CHANGES = 'os.rename', 'os.remove', 'os.mkdir', 'os.rmdir'
+OPERATIONS = 'open', 'os.listdir', 'os.scandir', 'os.truncate', 'os.link', 'os.symlink', 'os.utime', *CHANGES
+
+
+def at_operation(n, count, number, events=OPERATIONS):
+    """From here on this process sends itself the signal `number` right before its n-th operation on files below its
+    folder. The file `count` grows by a byte each. events: of python's audit events."""
+    counter = os.open(count, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    here = os.getcwd() + os.sep
+    seen = []
+
+    def trace(event, args):
+        if event in events and isinstance(args[0], (str, bytes)):
+            if os.path.abspath(os.fsdecode(args[0])).startswith(here):
+                seen.append(event)
+                os.write(counter, b'.')
+                if len(seen) == n + 1:
+                    os.kill(os.getpid(), number)
+    sys.addaudithook(trace)
 
 
 def unreadable(cwd, name, base):
     """'' where after a kill all that is finished can be read, else what cannot."""
     folder = COMMANDS[name][1]
+    if folder is None or not (cwd / folder).exists():
+        return ''
     made = cwd / folder
+    if folder == 'page.html':
+        return differs({folder: sha256_file(made)}, undisturbed(base, name)['result']) and 'half a page'
+    if folder == 'exported':
+        if snapshot(made) == undisturbed(base, name)['result']:
+            return ''
+        try:
+            checkpoint.load_model(str(made))
+        except UserError:
+            return ''
+        return 'a half-written export is read as whole'
     if folder.startswith('data'):
         now = {k: v for k, v in snapshot(made).items() if not k.startswith('.tmp-')}
         if now in (snapshot(base / folder), undisturbed(base, name)['result'], {}):
@@ -347,13 +415,17 @@ def aimed(rng, cwd, folder, seconds):
     return now_is_the_time
 
 
-def to_the_end(cwd, name, base, new):
-    """Run on until the end, undisturbed. -> '' or what is wrong with the result"""
+def to_the_end(cwd, name, base, new, but=()):
+    """Run on until the end, undisturbed. -> '' or what is wrong with the result, but for some of its parts"""
     command, folder = COMMANDS[name]
     done = run(again(command), cwd, new)
+    if folder == 'exported' and one_line(done) and 'is not empty: export into' in done.err:
+        shutil.rmtree(cwd / folder)
+        done = run(command, cwd, new)
     if done.status:
         return f'does not go on: {tail(done)}'
-    wrong = differs(result(cwd, folder, done), undisturbed(base, name)['result'])
+    made = result(cwd, folder, done) | dict.fromkeys(but)
+    wrong = differs(made, undisturbed(base, name)['result'] | dict.fromkeys(but))
     if wrong:
         return f'not what an undisturbed run makes: {wrong}'
     return ', '.join(f'{left} stays' for left in leftovers(cwd))
@@ -388,19 +460,100 @@ def kill(seed, rng, base, cwd, new):
     return wrong and f'{name}: {wrong}', kills
 
 
+def interrupted(name, n, number, events, base, cwd, new):
+    """Send a signal to a command before its n-th operation, then let it go on. -> '' or what is wrong, its signals"""
+    command, folder = COMMANDS[name]
+    start(name, base, cwd)
+    before = snapshot(cwd)
+    done = run(command, cwd, before=lambda: at_operation(n, f'{cwd}.count', number, events))
+    what = f'{name}, {signal.Signals(number).name} before operation {n}: '
+    if done.status == 0:                    # a fresh run has one or two operations fewer
+        wrong = differs(result(cwd, folder, done), undisturbed(base, name)['result'])
+        return wrong and what + f'status 0, but {wrong}', 0
+    ways = {-number} if number == signal.SIGKILL else {-number, 128 + number, 1}
+    if done.status not in ways or done.err.count('\n') > 1 or done.status == 1 and not one_line(done):
+        return what + tail(done), 1
+    if done.status > 1 and not re.search(r'saved at step \d', done.out):
+        return what + 'it says that it has saved nothing', 1
+    after = snapshot(cwd)
+    changed = [path for path in before if before[path] != after.get(path) and not path.startswith(str(folder))]
+    but = ['log'] if done.status > 1 else []        # the step that a signal ends is not evaluated
+    wrong = changed and f'changed {changed}' or unreadable(cwd, name, base) or to_the_end(cwd, name, base, new, but)
+    return wrong and what + wrong, 1
+
+
 def rename(seed, rng, base, cwd, new):
     names = ('replace', 'sft', 'dpo', 'resume')
     name = names[seed % len(names)]
-    command, folder = COMMANDS[name]
-    start(name, base, cwd)
     n = seed // len(names) % undisturbed(base, name)['changes']
-    done = run(command, cwd, before=lambda: stop_at_change(n, f'{cwd}.changes'))
-    if done.status == 0:
-        return '', 0                # its last changes, of which a fresh run has one or two fewer
-    if done.status != -signal.SIGKILL:
-        return f'{name}, before change {n}: status {done.status} instead of a kill', 1
-    wrong = unreadable(cwd, name, base) or to_the_end(cwd, name, base, new)
-    return wrong and f'{name}, killed before change {n}: {wrong}', 1
+    return interrupted(name, n, signal.SIGKILL, CHANGES, base, cwd, new)
+
+
+STAGES = 'fresh', 'replace', 'draw', 'sft', 'dpo', 'resume', 'sample', 'export', 'page'
+
+
+def operation(seed, rng, base, cwd, new):
+    n, which = divmod(seed, len(STAGES))
+    return interrupted(STAGES[which], n, signal.SIGKILL, OPERATIONS, base, cwd, new)
+
+
+STOPPED = [(name, number) for name in STAGES for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGINT)]
+
+
+def stop(seed, rng, base, cwd, new):
+    name, number = STOPPED[seed % len(STOPPED)]
+    n = int(rng.integers(undisturbed(base, name)['operations']))
+    return interrupted(name, n, number, OPERATIONS, base, cwd, new)
+
+
+# ----------------------------------------------------------------------------------------------------
+# two at once
+
+PAIRS = [       # who waits before an operation, and who runs meanwhile
+    ('replace', 'again'), ('again', 'replace'), ('fresh', 'draw'), ('draw', 'fresh'), ('draw', 'draw'),
+    ('sft', 'other sft'), ('other sft', 'sft'), ('sft', 'dpo as sft'), ('dpo as sft', 'sft'),
+    ('dpo', 'other dpo'), ('other dpo', 'dpo'), ('dpo', 'resume'), ('resume', 'dpo'), ('resume', 'resume'),
+    ('dpo', 'beside'), ('export', 'export sft'), ('export sft', 'export'), ('page', 'page'),
+]
+HELD = 'is in use by process|is not empty|page.html cannot be written'       # what the one says that gives way
+PLACES = 8      # before which operations: so many, spread over all
+
+
+def both(seed, rng, base, cwd, new):
+    names = PAIRS[seed % len(PAIRS)]
+    copy(base, cwd)
+    for cache in (cwd / 'out/own').glob('reference-*'):
+        cache.unlink()                          # both write it
+    n = int((seed // len(PAIRS) + 0.5) / PLACES * undisturbed(base, names[0])['operations'])
+    pid = launch(COMMANDS[names[0]][0], cwd, tag='-first',
+                 before=lambda: at_operation(n, f'{cwd}.count', signal.SIGSTOP))
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WSTOPPED | os.WNOWAIT)
+    meanwhile = run(COMMANDS[names[1]][0], cwd, new)
+    os.kill(pid, signal.SIGCONT)
+    dones = list(zip(names, [finish(pid, cwd, tag='-first'), meanwhile]))
+    what = f'{names[0]} waits before operation {n} for {names[1]}: '
+    for name, done in dones:
+        if done.status and not (one_line(done) and re.search(HELD, done.err)):
+            return what + f'{name}: {tail(done)}', 0
+    ended = [(name, done) for name, done in dones if done.status == 0]
+    wrong = all_is_there(base, cwd, names, ended) or ', '.join(leftovers(cwd))
+    return wrong and what + f'{len(ended)} ended, {wrong}', len(dones) - len(ended)
+
+
+def all_is_there(base, cwd, names, ended):
+    """'' where what each ended run makes is there, and what was there before, else what is not."""
+    expected = [(name, undisturbed(base, name)['result']) for name, _ in ended]
+    folder = COMMANDS[names[0]][1]
+    if names[0] not in RUNS:                # the last one replaces the other
+        made = result(cwd, folder, None)
+        return '' if made in [content for _, content in expected] else f'{folder} is of neither'
+    paths = sorted((cwd / folder).parent.glob(f'{Path(folder).name}*'))         # an earlier run has a number
+    found = [result(cwd, str(path.relative_to(cwd)), None) for path in paths]
+    for other in {COMMANDS[name][1] for name in names} - {folder}:
+        found.append(result(cwd, other, None))
+    if (base / folder).exists() and 'resume' not in names:
+        expected.append(('the earlier run', result(base, folder, None)))
+    return ', '.join(f'{name} is lost' for name, content in expected if content not in found)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -479,8 +632,10 @@ READS = {
     'prepare': DATA,
     'draw': DATA + START,
 }
-HARMS = 'cut', 'flip', 'empty', 'swap'
-CELLS = [(name, path, how) for name, paths in READS.items() for path in paths for how in HARMS]
+HARMS = 'cut', 'flip', 'empty', 'swap', 'pipe', 'folder'
+WRITTEN = {('prepare', path) for path in DATA[:-1]} | {('resume', path) for path in RUN}
+CELLS = [(name, path, how) for name, paths in READS.items() for path in paths for how in HARMS
+         if how != 'folder' or (name, path) not in WRITTEN]     # no folder where it writes a file
 
 
 def harm(path, how, rng, other):
@@ -496,6 +651,10 @@ def harm(path, how, rng, other):
         content[at] ^= 1 << bit
         path.write_bytes(content)
         return f'bit {bit} of byte {at} flipped'
+    if how in ('pipe', 'folder'):
+        path.unlink()
+        os.mkfifo(path) if how == 'pipe' else path.mkdir()
+        return f'is a {how}'
     path.write_bytes(b'' if how == 'empty' else other.read_bytes())
     return 'empty' if how == 'empty' else 'of another run'
 
@@ -506,7 +665,7 @@ def damage(seed, rng, base, cwd, new):
     copy(base, cwd)
     what = f'{name}, {path} {harm(cwd / path, how, rng, base.parent / "other" / path)}: '
     before = snapshot(cwd)
-    done = run(command, cwd, new)
+    done = run(command, cwd, new, limit=60)
     if done.status:
         changed = differs(before, snapshot(cwd))
         wrong = (changed and f'changed {changed}') if one_line(done) else tail(done)
@@ -644,11 +803,17 @@ def turns_of(value, role):
     """[(role, content), ...] of messages or of what `role` says; None where it is neither."""
     if isinstance(value, str):
         return [(role, value)] if is_text(value, blank=True) else None
+    value = [value] if isinstance(value, dict) else value
     if not isinstance(value, list) or not value:
         return None
-    good = all(isinstance(m, dict) and m.get('role') in ('system', 'user', 'assistant', 'tool')
-               and is_text(m.get('content'), blank=True) for m in value)
-    return [(m['role'], m['content']) for m in value] if good else None
+    turns = []
+    for message in value:
+        known = isinstance(message, dict) and isinstance(message.get('role'), str)
+        role = message['role'].strip().lower() if known else ''
+        if role not in ('system', 'user', 'assistant', 'tool') or not is_text(message.get('content'), blank=True):
+            return None
+        turns.append((role, message['content']))
+    return turns
 
 
 def expected_of_messages(row):
@@ -658,11 +823,13 @@ def expected_of_messages(row):
     sides = [turns_of(row.get(key), 'assistant') for key in ('chosen', 'rejected')]
     if before is None or None in sides:
         return False
+    if prompt is None:                      # then what is rejected may be an answer alone
+        before = sides[0][:-1]
+    asked = [content.strip() for _, content in before]
     sides = [before + side if side[0][0] == 'assistant' else side for side in sides]
     for side in sides:
-        if isinstance(prompt, list) and side[:len(before)] != before:
-            return False
-        if isinstance(prompt, str) and not any(prompt.strip() in content for _, content in side[:-1]):
+        said = '\n'.join(content for _, content in side[:-1])
+        if prompt is not None and not all(content in said for content in asked):
             return False
         if side[-1][0] == 'tool':
             return ()
@@ -878,6 +1045,11 @@ def other_config(state, **changes):
     return state | {'model_config': state['model_config'] | changes}
 
 
+def other_weights(state, change):
+    return state | {'model': {name: change(p) for name, p in state['model'].items()}}
+
+
+RED = '\x1b[31mred\x07'
 CHECKPOINTS = {     # what stands in place of a checkpoint: a function of the real one's state
     'a pickle with code': lambda state: pickle.dumps(Payload()),
     'code in a pickle of protocol 0': lambda state: pickle.dumps(Payload(), 0),
@@ -902,6 +1074,19 @@ CHECKPOINTS = {     # what stands in place of a checkpoint: a function of the re
     'weights of other shapes': lambda state: state | {'model': {k: v[:1] for k, v in state['model'].items()}},
     'an optimizer that is none': lambda state: state | {'optimizer': {}},
     'weights that are no tensors': lambda state: state | {'model': {k: 1 for k in state['model']}},
+    'a config that is a list': lambda state: state | {'config': [1]},
+    'a beta that is text': lambda state: state | {'config': state['config'] | {'beta': 'high'}},
+    'a beta that is no number': lambda state: state | {'config': state['config'] | {'beta': float('nan')}},
+    'an epsilon that is text': lambda state: other_config(state, layer_norm_epsilon='1e-5'),
+    'a million layers': lambda state: other_config(state, n_layer=10**6),
+    'a million columns': lambda state: other_config(state, n_embd=10**6),
+    'integer weights': lambda state: other_weights(state, lambda p: (100 * p).long()),
+    'complex weights': lambda state: other_weights(state, lambda p: p.to(torch.complex64)),
+    'a weight that is no number': lambda state: other_weights(state, lambda p: p / 0),
+    'infinite weights': lambda state: other_weights(state, lambda p: p + torch.inf),
+    'a name with control characters': lambda state: state | {'model': state['model'] | {RED: torch.zeros(2)}},
+    'no fingerprint of its start': lambda state: state | {'origin': {'data': state['origin']['data']}},
+    'no origin': lambda state: {k: v for k, v in state.items() if k != 'origin'},
     'text': lambda state: b'hello',
     'gzip': lambda state: b'\x1f\x8b' + b'\0' * 50,
 }
@@ -987,9 +1172,9 @@ HARMLESS = {        # code that nobody asks for: the result is as ever
     'code as text in a step file': ('dpo', changed_json, START[1],
                                     dict(config="__import__('os').system('touch code-was-run')")),
 }
-NOT_RESUMED = {'a model_config that is a list', 'no heads', 'a negative width'}      # a run that resumes has it already
-RESUMED = {'an optimizer that is none'}                                              # nobody else reads that
-CODE = [(reader, what) for what in CHECKPOINTS for reader in ('dpo', 'resume', 'sample', 'draw')
+NOT_RESUMED = {'no heads', 'a negative width', 'a million layers', 'a million columns'}     # a run has its model
+RESUMED = {'an optimizer that is none', 'no fingerprint of its start', 'no origin'}         # nobody else reads that
+CODE = [(reader, what) for what in CHECKPOINTS for reader in ('dpo', 'resume', 'sample', 'draw', 'export')
         if what not in (NOT_RESUMED if reader == 'resume' else RESUMED)]
 CODE += [(reader, what) for what, (reader, *_) in (FILES | HARMLESS).items()]
 
@@ -999,7 +1184,7 @@ def code(seed, rng, base, cwd, new):
     command, folder = COMMANDS[reader]
     copy(base, cwd)
     if what in CHECKPOINTS:
-        places = {'resume': RUN[::2], 'sample': RUN[:1]}.get(reader, START[:1])
+        places = {'resume': RUN[::2], 'sample': RUN[:1], 'export': RUN[:1]}.get(reader, START[:1])
         for path in places:         # a run that resumes would go back to the one before
             as_checkpoint(cwd / path, CHECKPOINTS[what](checkpoint.read(str(base / path))))
     else:
@@ -1011,7 +1196,9 @@ def code(seed, rng, base, cwd, new):
     if 'code-was-run' in after:
         return f'{reader}, {what}: THE CODE WAS RUN', 0
     if what in HARMLESS:
-        wrong = tail(done) if done.status else differs(result(cwd, folder, done), undisturbed(base, reader)['result'])
+        made, expected = {} if done.status else result(cwd, folder, done), undisturbed(base, reader)['result']
+        told = [key for key in expected if key.endswith('model_config')]        # it keeps what a base says of itself
+        wrong = tail(done) if done.status else differs(made | dict.fromkeys(told), expected | dict.fromkeys(told))
         return wrong and f'{reader}, {what}: {wrong}', 0
     if not one_line(done):
         return f'{reader}, {what}: {tail(done)}', 0
@@ -1020,15 +1207,277 @@ def code(seed, rng, base, cwd, new):
 
 
 # ----------------------------------------------------------------------------------------------------
+# single cases
+
+SAME = 'the same result as undisturbed'
+ANY = 'any result, or one line'
+# names: of commands; says: SAME, ANY or words of the one line; change: of the folder; child: called in the process
+Case = collections.namedtuple('Case', 'names says flags change child new', defaults=('', None, None, False))
+
+
+def closed(fd, name):
+    def child():
+        os.close(fd)
+        setattr(sys, name, None)            # as python has it that starts so
+    return child
+
+
+def printing(where):
+    """Standard output goes to a path, or to a pipe that nobody reads."""
+    def child():
+        read, write = os.pipe()
+        os.close(read)
+        os.dup2(os.open(where, os.O_WRONLY) if where else write, 1)
+        sys.stdout = open(1, 'w', closefd=False)
+    return child
+
+
+def rank(number, **environment):
+    known = dict(WORLD_SIZE='2', RANK=f'{number}', LOCAL_RANK=f'{number}', MASTER_ADDR='127.0.0.1', MASTER_PORT='9')
+    return lambda: os.environ.update(known | environment)
+
+
+def beside_a_server():
+    """Rank 1, where at the port of rank 0 something listens that never answers."""
+    server = socket.create_server(('127.0.0.1', 0))
+    rank(1, MASTER_PORT=str(server.getsockname()[1]))()
+    os.set_inheritable(os.dup(server.fileno()), True)       # it stays open
+
+
+def little_memory():
+    resource.setrlimit(resource.RLIMIT_AS, (3 * MEMORY * 1000, resource.RLIM_INFINITY))
+
+
+def wrote(path, content):
+    content = content.encode() if isinstance(content, str) else content
+    return lambda cwd: (cwd / path).write_bytes(content)
+
+
+def pipe(path):
+    def change(cwd):
+        (cwd / path).unlink(missing_ok=True)
+        os.mkfifo(cwd / path)
+    return change
+
+
+def linked(path, to, moved=True):
+    """In place of a path stands a link, to where it was moved or to what is not there yet."""
+    def change(cwd):
+        (cwd / 'scratch').mkdir()
+        if moved:
+            os.rename(cwd / path, cwd / to)
+        elif (cwd / path).exists():
+            shutil.rmtree(cwd / path)
+        os.symlink(cwd / to, cwd / path)
+    return change
+
+
+def link_to_precious(path):
+    def change(cwd):
+        (cwd / 'precious').mkdir()
+        (cwd / 'precious/file').write_text('precious')
+        os.symlink(cwd / ('precious' if path.endswith('set') else 'precious/file'), cwd / path)
+    return change
+
+
+def before_it(name, *more, n=None):
+    """Another command is run first, and killed before its n-th file operation where that is given."""
+    def change(cwd):
+        def child():
+            if n is not None:
+                at_operation(n, f'{cwd}.count', signal.SIGKILL)
+        run([*COMMANDS[name][0], *more], cwd, before=child)
+    return change
+
+
+def rows(**changes):
+    """mine.jsonl, of which the second row has other fields."""
+    good = [dict(prompt=f'Q{i}', chosen=' yes', rejected=' no') for i in range(8)]
+    good[1] |= changes
+    return wrote('mine.jsonl', ''.join(json.dumps(row) + '\n' for row in good))
+
+
+def parquet(cwd):
+    import pyarrow
+    import pyarrow.parquet
+    rows = [{'prompt': f'{i}', 'chosen': ' a', RED: ' b'} for i in range(9)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), cwd / 'mine.parquet')
+
+
+def big_row(cwd):
+    with gzip.open(cwd / 'mine.jsonl.gz', 'wb', compresslevel=1) as file:
+        file.write(b'{"prompt": "')
+        for _ in range(400):
+            file.write(b'a ' * 500_000)
+        file.write(b'", "chosen": "b", "rejected": "c"}\n')
+
+
+def shard_elsewhere(cwd):
+    os.rename(cwd / 'hf/model.safetensors', cwd / 'model.safetensors')
+    index = dict(weight_map={'wte.weight': '../model.safetensors'})
+    (cwd / 'hf/model.safetensors.index.json').write_text(json.dumps(index))
+
+
+def temporary():
+    os.environ['TMPDIR'] = tempfile.tempdir = os.getcwd()
+
+
+def killed_dry_run(cwd):
+    def child():
+        temporary()
+        at_operation(4, f'{cwd}.count', signal.SIGKILL)
+    run([*PREPARE, '--dry_run'], cwd, before=child)
+
+
+TRAINING = 'sft, dpo, resume'
+WRITING = 'fresh, replace, draw, sft, dpo, resume, export'
+ALL = WRITING + ', sample, page'
+ENDING = ALL.replace('resume, ', '')      # a run that is resumed replaces its checkpoints before it ends so
+MANY = 'x' * 300
+EXPLODED = 'not finite|broke the model| is nan| is inf'
+EXIT = 'import sys\nsys.exit(0)\n'
+ROWS = 'def pairs(split, seed):\n    yield dict(prompt="a", chosen="b", rejected="c")\n    sys.exit(0)\n'
+MINE = '--source=mine.jsonl'
+LIMIT = '--join_timeout=1'
+SINGLE = {
+    # what a process is started in
+    'standard output is closed': Case(WRITING, SAME, child=closed(1, 'stdout')),
+    'standard error is closed': Case(ALL, SAME, child=closed(2, 'stderr')),
+    'standard input is closed': Case(ALL, SAME, child=closed(0, 'stdin')),
+    'standard output is full': Case(ENDING, 'No space left', child=printing('/dev/full')),
+    'nobody reads its output': Case(ENDING, 'Broken pipe', child=printing('')),
+    'nobody reads its help': Case(ALL, ANY, '--help', child=printing('')),
+    'python -O, LANG=C, no HOME': Case(ALL, SAME, new=True),
+    'WORLD_SIZE=abc': Case(WRITING[:-8], 'start with torchrun|one process', child=rank(0, WORLD_SIZE='abc')),
+    'WORLD_SIZE=0': Case(TRAINING, 'start with torchrun', child=rank(0, WORLD_SIZE='0')),
+    'rank 5 of 2': Case(TRAINING, 'start with torchrun', child=rank(5)),
+    'WORLD_SIZE alone': Case(TRAINING, 'start with torchrun', child=lambda: os.environ.update(WORLD_SIZE='2')),
+    'RANK alone': Case(ALL, SAME, child=lambda: os.environ.update(RANK='3')),
+    'rank 0 waits for nobody': Case('sft, dpo', 'do not meet', LIMIT, child=rank(0, MASTER_PORT='0')),
+    'rank 1 finds nobody': Case('sft, dpo', 'do not meet', LIMIT, child=rank(1)),
+    'rank 1 finds another server': Case('sft, dpo', 'does not answer', LIMIT, child=beside_a_server),
+    # what is no success
+    'exploded weights': Case(TRAINING + ', kto, hf', EXPLODED, '--learning_rate=1e20 --warmup_steps=0'),
+    'exploded weights, saved at once': Case(TRAINING, EXPLODED, '--learning_rate=1e20 --warmup_steps=0 '
+                                           '--eval_interval=0 --log_interval=100'),
+    'exploded weights in one step': Case('sft, dpo, kto, hf', EXPLODED, '--learning_rate=1e20 --warmup_steps=0 '
+                                        '--max_steps=1 --save_interval=0 --eval_interval=0'),
+    'fewer steps than there are': Case('resume', 'beyond the 4 steps', '--max_steps=4'),
+    '--resume forgotten twice': Case('dpo', SAME, change=before_it('dpo', '--max_steps=1')),
+    'a run that finished, then one killed early': Case('dpo, resume', SAME, change=before_it('dpo', n=60)),
+    'a killed dry run': Case('fresh', ANY, '--dry_run', killed_dry_run, temporary),
+    # links, and files where folders should be
+    'a run on another disk': Case('dpo, resume', SAME, change=linked('out/own/dpo', 'scratch/run')),
+    'a run that will be on another disk': Case('dpo', SAME, change=linked('out/own/dpo', 'scratch/run', moved=False)),
+    'out on another disk': Case(TRAINING + ', sample', SAME, change=linked('out', 'scratch/out')),
+    'data on another disk': Case(ALL, SAME, change=linked('data', 'scratch/data')),
+    'a set on another disk': Case(ALL, SAME, change=linked('data/own', 'scratch/data')),
+    'an export on another disk': Case('export', SAME, change=linked('exported', 'scratch/hf', moved=False)),
+    'a log that is a link': Case('dpo, resume', SAME, change=linked('out/own/dpo/log.jsonl', 'scratch/log')),
+    **{f'a link called {Path(path).name}': Case(names, SAME, change=link_to_precious(path)) for path, names in {
+        'out/own/dpo/log.jsonl.tmp': 'resume', 'out/own/dpo/step-000007.pt.tmp': 'resume',
+        'out/own/dpo/step-000007.json.tmp': 'resume', 'out/own/reference-train.npz.tmp': 'beside',
+        'out/own/.dpo.lock': 'dpo, resume', 'data/.own.lock': 'replace', 'data/own/.tmp-set': 'replace',
+        'page.html.tmp': 'page', '.exported.lock': 'export'}.items()},
+    'a lock that is a pipe': Case('dpo', ANY, change=pipe('out/own/.dpo.lock')),
+    'a lock that is a folder': Case('dpo', ANY, change=lambda cwd: (cwd / 'out/own/.dpo.lock').mkdir()),
+    'a file in place of a set': Case('fresh, draw', 'drawn', change=wrote('data/drawn', 'mine')),
+    'a file in place of a run': Case('beside', 'beside', change=wrote('out/own/beside', 'mine')),
+    'a file in place of an export': Case('export', 'exported', change=wrote('exported', 'mine')),
+    'a folder in place of a page': Case('page', 'page.html', change=lambda cwd: (cwd / 'page.html').mkdir()),
+    'an export into what is there': Case('export', 'not empty', change=linked('exported', 'hf', moved=False)),
+    'a shard elsewhere': Case('hf', 'model.safetensors', change=shard_elsewhere),
+    # files of the user that are none
+    **{f'sys.exit(0) in a {what}': Case(names, 'SystemExit: 0', flag, wrote('mine.py', content))
+       for what, names, flag, content in (
+           ('config', ALL.replace(', export', '').replace(', page', '').replace('draw, ', ''), 'mine.py', EXIT),
+           ('source', 'fresh, replace', '--source=mine.py', EXIT),
+           ('source of rows', 'fresh', '--source=mine.py', 'import sys\n' + ROWS),
+           ('row(raw)', 'fresh', 'mine.py', 'import sys\n\ndef row(raw):\n    sys.exit(0)\n'),
+           ('reward', 'sample, draw', '--reward=mine.py', EXIT),
+           ('call of a reward', 'sample, draw', '--reward=mine.py',
+            'import sys\n\ndef reward(prompts, responses):\n    sys.exit(0)\n'))},
+    'a key that is no string': Case('sft, dpo, fresh', 'unknown key', 'mine.py',
+                                   wrote('mine.py', 'sft = {1: 2}\ndpo = {3: 4}\nprepare = {(): 1}\n')),
+    'a pipe as config': Case('fresh, sft, dpo, sample', 'mine.py', 'mine.py', pipe('mine.py')),
+    'a pipe as source': Case('fresh', 'mine.jsonl', MINE, pipe('mine.jsonl')),
+    'a pipe as a source of python': Case('fresh', 'mine.py', '--source=mine.py', pipe('mine.py')),
+    'a pipe in a folder of data': Case('fresh', 'train.jsonl', '--source=hf', pipe('hf/train.jsonl')),
+    'a pipe as documents': Case('fresh', 'mine.txt', '--documents=mine.txt', pipe('mine.txt')),
+    'a pipe as prompts': Case('sample', 'mine.txt', '--prompts_file=mine.txt', pipe('mine.txt')),
+    'a pipe as reward': Case('sample, draw', 'mine.py', '--reward=mine.py', pipe('mine.py')),
+    # names
+    **{f'300 characters in {flag[2:] or "a path"}': Case(names, '.', f'{flag}{"=" * (flag > "")}{MANY}')
+       for flag, names in {
+           '--name': 'fresh, sft, dpo, sample, draw', '--run_name': 'sft, dpo, sample', '--source': 'fresh, draw',
+           '--init_from': 'sft, dpo', '--tokenizer': 'fresh', '--policy': 'draw', '--reward': 'draw, sample',
+           '--after': 'sample', '--data': 'export', '': 'fresh, sft, dpo, sample, export, page'}.items()},
+    **{f'control characters in {flag[2:] or "a path"}': Case(names, '.', f'{flag}{"=" * (flag > "")}{RED}')
+       for flag, names in {
+           '--name': 'fresh, sft, dpo', '--source': 'fresh, draw', '--init_from': 'sft, dpo', '--tokenizer': 'fresh',
+           '--' + RED: 'fresh, sft, dpo, sample', '--loss': 'dpo', '--after': 'sample', '--reward': 'sample',
+           '': 'fresh, dpo, export, page'}.items()},
+    # control characters in data
+    'control characters in a key': Case('fresh', ANY, MINE, rows(**{RED: 'x'})),
+    'control characters in a text': Case('fresh', ANY, MINE, rows(prompt=RED, chosen=RED)),
+    'control characters in a text, looked at': Case('fresh', ANY, MINE + ' --dry_run', rows(prompt=RED, chosen=RED)),
+    'control characters in a bad row': Case('fresh', 'mine.jsonl line 2', MINE, rows(chosen={RED: RED})),
+    'control characters in a role': Case('fresh', 'mine.jsonl line 2', MINE, rows(chosen=[dict(role=RED, content='')])),
+    'control characters in a label': Case('fresh', 'mine.jsonl line 2', MINE, wrote('mine.jsonl', ''.join(
+        json.dumps(dict(prompt='Q', completion=' a', label=label)) + '\n' for label in (True, RED, False)))),
+    'control characters in a header': Case('fresh', '.', '--source=mine.csv',
+                                          wrote('mine.csv', f'prompt,chosen,{RED}\na,b,c\nd,e,f\n')),
+    'control characters in a column': Case('fresh', '.', '--source=mine.parquet', parquet),
+    'control characters in prompts': Case('sample', ANY, '--prompts_file=mine.txt', wrote('mine.txt', f'{RED}\n')),
+    'control characters in a message of the user': Case('sample, draw', 'ValueError', '--reward=mine.py', wrote(
+        'mine.py', f'def reward(prompts, responses):\n    raise ValueError({RED!r})\n')),
+    'control characters in a Hugging Face config': Case('hf', '.', change=lambda cwd: changed_json(
+        cwd / HF_CONFIG, {'model_type': RED})),
+    'a row of 400 MB in 2 MB': Case('fresh', ANY, '--source=mine.jsonl.gz', big_row, little_memory),
+}
+CASES = [(name, what) for what, case in SINGLE.items() for name in case.names.split(', ')]
+
+
+def odd(seed, rng, base, cwd, new):
+    name, what = CASES[seed % len(CASES)]
+    case = SINGLE[what]
+    command, folder = COMMANDS[name]
+    copy(base, cwd)
+    if case.change:
+        case.change(cwd)
+    before, had = snapshot(cwd), leftovers(cwd)
+    links = [path for path in cwd.rglob('*') if path.is_symlink() and not path.is_file()]       # to folders
+    own = os.path.relpath(os.path.realpath(cwd / (folder or 'nothing')), os.path.realpath(cwd))     # a link's folder
+    done = run([*command, *flags(case.flags)], cwd, new or case.new, before=case.child or (lambda: None), limit=60)
+    said = one_line(done) and (case.says == ANY or re.search(case.says, done.err))
+    wrong = '' if said or case.says == ANY and done.status == 0 else tail(done)
+    if case.says == SAME and done.status == 0:
+        wrong = differs(result(cwd, folder, done), undisturbed(base, name)['result'])
+    if not wrong:
+        kept = {path: content for path, content in before.items() if not path.endswith(('log.jsonl', '.lock'))
+                and not (done.status == 0 and path.startswith(own))}
+        gone = lost(kept, snapshot(cwd))
+        gone += [path.name for path in links if not path.is_symlink() and not path.name.startswith('.tmp-')]
+        names = [os.path.basename(path) for path in had]        # a run that is moved away takes its own along
+        left = [path for path in leftovers(cwd) if os.path.basename(path) not in names]
+        wrong = ', '.join([f'{path} is lost' for path in gone] + [f'{path} stays' for path in left])
+    return wrong and f'{name}, {what}: {wrong}', int(done.status != 0)
+
+
+# ----------------------------------------------------------------------------------------------------
 # the campaign
 
 CLASSES = {         # name: (function, trials, what its second number counts)
     'kill': (kill, 50, 'kills'),
     'rename': (rename, 120, 'kills'),
+    'operation': (operation, 50 * len(STAGES), 'kills'),
+    'signal': (stop, 4 * len(STOPPED), 'signals'),
+    'both': (both, PLACES * len(PAIRS), 'refused'),
     'full': (full, 60, 'refused'),
-    'damage': (damage, 300, 'refused'),
+    'damage': (damage, len(CELLS), 'refused'),
     'lines': (lines, 40, 'lines'),
     'code': (code, len(CODE), 'refused'),
+    'odd': (odd, len(CASES), 'refused'),
 }
 
 
@@ -1093,6 +1542,7 @@ def main(argv=None):
     head = f'{"class":10}{"trials":>8}{"passed":>9}   {"of which":26}{"of a core":>9}'
     print(f'seed {options.seed}, {options.workers} trials at a time\n{head}', flush=True)
     with tempfile.TemporaryDirectory() as work:
+        BARE['PYTHONPYCACHEPREFIX'] = f'{work}/compiled'        # what -O makes of torch, once
         results = campaign(names, options.seed, options.trials, options.workers, Path(work))
     results.sort(key=lambda r: (names.index(r['name']), r['seed']))
     failed = [r for r in results if r['wrong']]

@@ -42,7 +42,7 @@ def test_a_slice_of_the_campaign_passes(tmp_path):
     assert {r['name'] for r in results} == set(faults.CLASSES) and len(results) == len(faults.CLASSES)
     assert len(text.splitlines()) == len(results) + 2, 'a record a line'
     assert sum(r['n'] for r in results if r['name'] == 'kill') == 2, 'two kills a trial'
-    assert '6 of 6 trials passed' in (tmp_path / 'faults.md').read_text()
+    assert '10 of 10 trials passed' in (tmp_path / 'faults.md').read_text()
 
 
 def test_the_published_score_is_of_this_campaign():
@@ -53,18 +53,46 @@ def test_the_published_score_is_of_this_campaign():
     assert f'{passed:,} of {len(results):,} trials passed' in (ROOT / 'repro/results/faults.md').read_text()
 
 
-def test_the_campaign_fails_where_a_stage_does_not_check_what_it_reads():
+def test_the_campaign_fails_where_a_stage_does_not_check_what_it_reads_or_who_else_writes():
     cell = faults.CELLS.index(('sft', 'data/own/train.bin', 'flip'))
+    pair = faults.PAIRS.index(('dpo', 'other dpo')) + 4 * len(faults.PAIRS)
     code = f'''if 1:
         import sys
         sys.path.insert(0, {str(ROOT / 'repro')!r})
         import faults
-        from nanodpo import data
+        from nanodpo import data, run
         data.check_file = lambda path, sha256: None
+        run.hold = lambda folder, say: None
+        faults.main(['--only=both', '--seed={pair}', '--trials=1', '--workers=1'])
         sys.exit(faults.main(['--only=damage', '--seed={cell}', '--trials=1', '--workers=1']))'''
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert done.returncode == 1 and 'sft, data/own/train.bin bit' in done.stdout, done.stdout + done.stderr
     assert f'--only=damage --seed={cell} --trials=1' in done.stdout and '0 of 1 trials passed' in done.stdout
+    assert 'for other dpo: ' in done.stdout, done.stdout
+    assert done.stdout.count('0 of 1 trials passed') == 2
+
+
+def test_the_tracer_stops_before_each_operation_in_turn(tmp_path):
+    def work():
+        os.mkdir('made')
+        Path('made/file').write_text('whole')
+        os.replace('made/file', 'made/renamed')
+        os.listdir('made')
+        Path('/dev/null').read_text()           # elsewhere: not counted
+    seen = []
+    for n in range(5):
+        folder = tmp_path / f'{n}'
+        folder.mkdir()
+        pid = os.fork()
+        if pid == 0:
+            os.chdir(folder)
+            faults.at_operation(n, tmp_path / f'{n}.count', signal.SIGKILL)
+            work()
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == (-signal.SIGKILL if n < 4 else 0)
+        seen.append([p.name for p in sorted(folder.rglob('*'))])
+        assert (tmp_path / f'{n}.count').stat().st_size == min(n + 1, 4)
+    assert seen == [[], ['made'], ['made', 'file'], ['made', 'renamed'], ['made', 'renamed']]
 
 
 @pytest.mark.parametrize('kind, line, says', [
@@ -146,7 +174,8 @@ def test_killed_between_any_two_renames_a_set_is_old_or_new_or_refused_and_the_n
         folder = Path(shutil.copytree(old, tmp_path / 'd'))
         pid = os.fork()
         if pid == 0:
-            faults.stop_at_change(n, tmp_path / f'changes-{n}')
+            os.chdir(tmp_path)
+            faults.at_operation(n, tmp_path / f'changes-{n}', signal.SIGKILL, faults.CHANGES)
             try:
                 replace_set(folder, new)
             finally:
