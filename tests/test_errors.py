@@ -133,8 +133,8 @@ CASES = {       # name: (script, its flags or what makes them, what the line mus
                       r'pairs.jsonl line 3: not JSON.*max_bad_lines'),
     'JSONL: not UTF-8': ('prepare_prefs', lambda: jsonl(b'{"prompt": "\xff", "chosen": "y", "rejected": "z"}'),
                          r'line 3: not JSON.*utf-8'),
-    'JSONL: empty file': ('prepare_prefs', lambda: text_file('e.jsonl', '', '--name=own', '--source=e.jsonl'),
-                          r'e.jsonl'),
+    'JSONL: empty file': ('prepare_prefs', lambda: text_file('e.jsonl', '', '--name=own', '--source=e.jsonl',
+                                                             '--tokenizer=bytes'), r'e.jsonl holds no rows'),
     # sample.py
     'no AFTER to sample': ('sample', ['--name=tiny'], r'out/tiny/dpo holds no checkpoint: run dpo.py'),
     'no checkpoint to sample': ('sample', ['--name=tiny', '--after=out'], r'out is no checkpoint, and no directory'),
