@@ -7,6 +7,7 @@ import os
 import shutil
 import socket
 import tempfile
+import time
 
 import config
 from config import UserError
@@ -71,10 +72,11 @@ def scratch():
     with tempfile.TemporaryDirectory(prefix='nanodpo-') as mine:
         for path in [mine, *glob.glob(os.path.join(tempfile.gettempdir(), 'nanodpo-*'))]:
             with contextlib.suppress(OSError):          # in use, or another user's
-                fcntl.flock(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if path != mine:
-                    shutil.rmtree(path)
-                    print(f'note: removed {path}, which a killed process has left')
+                if path == mine or time.time() - os.path.getmtime(path) > 60:       # a new one may not be locked yet
+                    fcntl.flock(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    if path != mine:
+                        shutil.rmtree(path)
+                        print(f'note: removed {path}, which a killed process has left')
         yield mine
 
 

@@ -77,6 +77,10 @@ FOUND = {       # by --search, repro/results/family-search.md
     'dpo_norm': {'beta': 10.0, 'learning_rate': 1.2e-3}, 'simpo': {'beta': 10.0, 'learning_rate': 9e-4},
     'orpo': {'beta': 5.0, 'learning_rate': 1.2e-3}, 'kto': {'beta': 1.0, 'learning_rate': 1.2e-3},
     'plackett_luce': {'beta': 0.5, 'learning_rate': 1.2e-3}, 'dpo_nll': {'beta': 0.5, 'learning_rate': 1.2e-3},
+    # repro/results/family-more.md
+    'apo_zero': {'beta': 0.25, 'learning_rate': 1.2e-3}, 'forward_kl': {'beta': 0.5, 'learning_rate': 1.2e-3},
+    'js_divergence': {'beta': 0.5, 'learning_rate': 1.2e-3}, 'chi_po': {'beta': 0.5, 'learning_rate': 1.2e-3},
+    'alpha_divergence': {'beta': 0.5, 'learning_rate': 1.2e-3}, 'wpo': {'beta': 1.0, 'learning_rate': 1.2e-3},
 }
 
 

@@ -220,7 +220,7 @@ def planner_row(groups, batch_size, world, works, planning, packing):
 
 def measure(groups, what, options):
     """-> the report, a dict of lists of numbers."""
-    row_tokens = options.row_tokens or row_limit(0, torch.device('cuda'), groups)
+    row_tokens = row_limit(options.row_tokens, torch.device('cpu'), groups)
     report = dict(data=what, pairs=len(groups.lengths), tokens_a_pair=float(groups.lengths.mean()),
                   row_tokens=row_tokens,
                   options={key: value for key, value in vars(options).items() if key not in ('data', 'out')},
@@ -362,7 +362,7 @@ def main(argv=None):
     add('--data', default='', help='a folder that prepare_prefs.py made; default: random pairs with the lengths of HH')
     add('--pairs', type=int, default=10000, help='of the random ones')
     add('--steps', type=int, default=100, help='full batches to plan, of each size')
-    add('--row_tokens', type=int, default=0, help="dpo.py's knob; default: as on CUDA")
+    add('--row_tokens', type=int, default=8192, help="dpo.py's knob")
     add('--utilisation', type=float, default=UTILISATION, help="of the data sheet's peak: assumed, not measured")
     add('--seed', type=int, default=1337)
     add('--out', default='', help='writes OUT.json, OUT.md and OUT.png')

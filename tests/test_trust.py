@@ -151,6 +151,8 @@ def test_the_temporary_folder_of_a_killed_process_goes_that_of_a_living_one_stay
     killed, alive = (other.stdout.readline().decode().strip() for other in others)
     others[0].kill()
     others[0].wait()
+    for path in killed, alive:
+        os.utime(path, (0, 0))          # long ago
     with folder.scratch() as mine:
         assert {str(path) for path in tmp_path.iterdir()} == {mine, alive}
     assert f'removed {killed}' in capsys.readouterr().out
