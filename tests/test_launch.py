@@ -187,7 +187,7 @@ def test_a_launch_that_cannot_work_ends_with_one_line(tmp_path, monkeypatch, cas
     for key, value in environment.items():
         monkeypatch.setenv(key, value)
     with pytest.raises(SystemExit, match=f'^error: .*{expected}') as caught:
-        dpo.main([*ARGS['dpo'], '--join_timeout=1'])
+        dpo.main([*ARGS['dpo'], '--join_timeout=4'])
     assert '\n' not in caught.value.code and not os.listdir()
 
 
