@@ -1276,6 +1276,8 @@ def link_to_precious(path):
     def change(cwd):
         (cwd / 'precious').mkdir()
         (cwd / 'precious/file').write_text('precious')
+        if path.endswith('.npz.tmp'):
+            (cwd / path.removesuffix('.tmp')).unlink()          # a cache is written where there is none
         os.symlink(cwd / ('precious' if path.endswith('set') else 'precious/file'), cwd / path)
     return change
 
@@ -1327,6 +1329,8 @@ def killed_dry_run(cwd):
         temporary()
         at_operation(4, f'{cwd}.count', signal.SIGKILL)
     run([*PREPARE, '--dry_run'], cwd, before=child)
+    for path in cwd.glob('nanodpo-*'):
+        os.utime(path, (0, 0))              # a new one may be of a live process
 
 
 TRAINING = 'sft, dpo, resume'
@@ -1445,7 +1449,7 @@ def odd(seed, rng, base, cwd, new):
     copy(base, cwd)
     if case.change:
         case.change(cwd)
-    before, had = snapshot(cwd), leftovers(cwd)
+    before = snapshot(cwd)
     links = [path for path in cwd.rglob('*') if path.is_symlink() and not path.is_file()]       # to folders
     own = os.path.relpath(os.path.realpath(cwd / (folder or 'nothing')), os.path.realpath(cwd))     # a link's folder
     done = run([*command, *flags(case.flags)], cwd, new or case.new, before=case.child or (lambda: None), limit=60)
@@ -1458,8 +1462,7 @@ def odd(seed, rng, base, cwd, new):
                 and not (done.status == 0 and path.startswith(own))}
         gone = lost(kept, snapshot(cwd))
         gone += [path.name for path in links if not path.is_symlink() and not path.name.startswith('.tmp-')]
-        names = [os.path.basename(path) for path in had]        # a run that is moved away takes its own along
-        left = [path for path in leftovers(cwd) if os.path.basename(path) not in names]
+        left = [path for path in leftovers(cwd) if not re.search(r'/dpo\.\d/', path)]     # a moved run keeps its own
         wrong = ', '.join([f'{path} is lost' for path in gone] + [f'{path} stays' for path in left])
     return wrong and f'{name}, {what}: {wrong}', int(done.status != 0)
 
