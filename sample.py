@@ -7,7 +7,6 @@
 The implicit reward of a response is beta log(after / before). A terminal with colours tints each token by its part.
 Both models draw with the same random numbers, a batch at a time: another batch_size gives other samples.
 """
-import inspect
 import json
 import sys
 from dataclasses import asdict, dataclass
@@ -186,7 +185,7 @@ def main(argv=None):
     before = load(sources['before'], val, worker)
     models = before, after
     reward = losses.LOSSES.get(trained.get('loss'), losses.LOSSES['dpo'])[0]
-    of_mean = 'means' in inspect.signature(reward).parameters           # its beta is that of a mean over tokens
+    of_mean = losses.takes(reward, 'means')                             # its beta is that of a mean over tokens
     beta = cfg.beta or (0.1 if of_mean else trained.get('beta') or 0.1)
     room = min(model.config.block_size for model in models)
     longest = room - min(cfg.max_new_tokens, room // 2)     # of a prompt

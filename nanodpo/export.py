@@ -119,7 +119,7 @@ def tokenizer_files(data_dir, meta, max_length):
     paths = [Path(data_dir, name) for name in MODEL_FILES]
     files = {path.name: path.read_bytes() for path in paths if path.exists()}
     if meta['template'] != tokenizer.template:
-        *begin, end = map(tokenizer.library.id_to_token, [*tokenizer.start, tokenizer.eot_token])
+        *begin, end = map(tokenizer.backend.id_to_token, [*tokenizer.start, tokenizer.eot_token])
         settings = json.loads(files.get('tokenizer_config.json', '{}'))
         files['tokenizer_config.json'] = settings | dict(chat_template=chat(meta['template'], ''.join(begin), end))
         files.pop('chat_template.jinja', None)

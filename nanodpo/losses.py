@@ -156,17 +156,21 @@ def relative_loss(cfg, logps, ref_logps, tokens, labels=None, z=None):
     reward, link, _ = LOSSES[cfg.loss]
     logps = wide(logps)
     means = logps / tokens
-    rewards = call(reward, logps=logps, ref_logps=wide(ref_logps), tokens=tokens, means=means,
-                   **vars(cfg))
+    known = dict(vars(cfg), tokens=tokens, means=means)
+    rewards = call(reward, logps=logps, ref_logps=wide(ref_logps), **known)
     desirable = torch.arange(logps.shape[1], device=logps.device) == 0 if labels is None else labels[:, None]
     losses = call(link, chosen=rewards[:, 0], rejected=rewards[:, -1], ranking=rewards, responses=rewards,
-                  desirable=desirable, z=z, nll=-means[:, 0], tokens=tokens, means=means, **vars(cfg))
+                  desirable=desirable, z=z, nll=-means[:, 0], **known)
     return losses, cfg.beta * rewards.detach()
+
+
+def takes(function, argument):
+    return argument in inspect.signature(function).parameters
 
 
 def needs(loss, argument):
     """Whether the reward or the link of a loss takes `argument`: 'ref_logps', 'means', 'z', ..."""
-    return any(argument in inspect.signature(function).parameters for function in LOSSES[loss][:2])
+    return any(takes(function, argument) for function in LOSSES[loss][:2])
 
 
 def check(cfg, groups):

@@ -36,7 +36,7 @@ from optimum import World, mean_kl, sample_pairs                    # noqa: E402
 from pathologies_figure import BLUE, EXACT, GREEN, ORANGE, PINK, cell, interval, of     # noqa: E402
 from ppo import advantages_and_returns, clipped_losses              # noqa: E402
 from rollout import Task                                            # noqa: E402
-from sweep import write_json                                        # noqa: E402
+from sweep import write_report                                        # noqa: E402
 
 BETA = 1.0
 PAIRS = 1000, 10_000, 100_000
@@ -338,10 +338,7 @@ def main(argv=None):
     rows, points = worlds(cfg.seeds)
     said = text(rows, classes)
     print(said)
-    os.makedirs(os.path.dirname(cfg.out) or '.', exist_ok=True)
-    with open(cfg.out + '.md', 'w') as f:
-        f.write(said)
-    write_json(cfg.out + '.json', dict(worlds=rows, reviews=classes))
+    write_report(cfg.out, said, dict(worlds=rows, reviews=classes))
     figure(rows, points, classes, scatter, cfg.out + '.png')
     print(f'written: {cfg.out}.md, .json, .png')
 

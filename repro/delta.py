@@ -29,7 +29,7 @@ from nanodpo.data import Sampled                                            # no
 from offline import dpo_losses, preferred_ft_losses, train                  # noqa: E402
 from pathologies_figure import BLUE, EXACT, ORANGE, cell, interval, of      # noqa: E402
 from rollout import Task                                                    # noqa: E402
-from sweep import write_json                                                # noqa: E402
+from sweep import write_report                                                # noqa: E402
 
 DRAWS = 8
 GAP = 1.0                                                       # nats of true reward between the two sides, at least
@@ -169,10 +169,7 @@ def main(argv=None):
                            f'{row["gain"]:+.2f} | KL {after["kl"]:.2f} | well-formed {after["well_formed"]:.0%}')
     said = text(rows)
     print(said)
-    os.makedirs(os.path.dirname(cfg.out) or '.', exist_ok=True)
-    with open(cfg.out + '.md', 'w') as f:
-        f.write(said)
-    write_json(cfg.out + '.json', dict(before=before, runs=rows))
+    write_report(cfg.out, said, dict(before=before, runs=rows))
     figure(rows, cfg.out + '.png')
     print(f'written: {cfg.out}.md, .json, .png')
 

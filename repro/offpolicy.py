@@ -39,7 +39,7 @@ from pathologies_figure import BLUE, EXACT, ORANGE, cell, interval, of      # no
 from prepare_prefs import encode                                            # noqa: E402
 from reward_model import RewardModel, all_rewards, bradley_terry_losses, correct, response_rewards     # noqa: E402
 from rollout import Task                                                    # noqa: E402
-from sweep import write_json                                                # noqa: E402
+from sweep import write_report                                                # noqa: E402
 
 CLOSEST, FARTHEST = 1.0, 3.0        # nats of true reward between the two responses that are judged
 DRAWS = 4                           # responses of DPO's policy to a prompt, of which one pair is taken
@@ -287,10 +287,7 @@ def main(argv=None):
         rows += found
     said = text(rows, searched)
     print(said)
-    os.makedirs(os.path.dirname(cfg.out) or '.', exist_ok=True)
-    with open(cfg.out + '.md', 'w') as f:
-        f.write(said)
-    write_json(cfg.out + '.json', dict(rates=searched, runs=rows))
+    write_report(cfg.out, said, dict(rates=searched, runs=rows))
     figure(rows, cfg.out + '.png')
     print(f'written: {cfg.out}.md, .json, .png')
 

@@ -118,8 +118,15 @@ def write_json(path, value):
         f.write(text + '\n')
 
 
-def write_results(out, text, results):
-    """Write <out>.md, the text, and <out>.json, what sweep gave, without what all jobs have in common."""
+def write_report(out, text, value):
+    """Write <out>.md, a text, and <out>.json, the numbers behind it; their folder is made."""
+    os.makedirs(os.path.dirname(out) or '.', exist_ok=True)
     with open(out + '.md', 'w') as f:
         f.write(text)
-    write_json(out + '.json', [{**r, 'job': {k: v for k, v in r['job'].items() if k != 'common'}} for r in results])
+    write_json(out + '.json', value)
+
+
+def write_results(out, text, results):
+    """Write <out>.md, the text, and <out>.json, what sweep gave, without what all jobs have in common."""
+    jobs = [{**r, 'job': {k: v for k, v in r['job'].items() if k != 'common'}} for r in results]
+    write_report(out, text, jobs)

@@ -31,7 +31,7 @@ from frontier import FOUND, GRID, train_offline                                 
 from offline import dpo_losses                                                              # noqa: E402
 from ppo import read_score                                                                  # noqa: E402
 from rollout import Task                                                                    # noqa: E402
-from sweep import be_a_worker, write_json                                                   # noqa: E402
+from sweep import be_a_worker, write_report                                                   # noqa: E402
 
 BETA = 1.0          # of DPO: the setting of frontier.py whose policies end furthest out with their text intact
 POLICIES = {'dpo': ('DPO, beta 1', 'dpo-beta=1-*=0.0006', 'C0'),
@@ -198,11 +198,8 @@ def main(argv=None):
         curves[f'best of {n}'] = [estimate(won['best_of_n', reward_model, t][n]) for t in TEMPERATURES]
     over_steps = {step: [estimate(wins) for wins in looks] for step, looks in won[training].items()}
     text = table(curves, over_steps)
-    os.makedirs(os.path.dirname(cfg.out) or '.', exist_ok=True)
-    with open(cfg.out + '.md', 'w') as f:
-        f.write(text)
-    write_json(cfg.out + '.json', {'temperatures': TEMPERATURES, 'curves': curves,
-                                   'over_steps': {'temperatures': OVER_STEPS, **over_steps}})
+    write_report(cfg.out, text, {'temperatures': TEMPERATURES, 'curves': curves,
+                                 'over_steps': {'temperatures': OVER_STEPS, **over_steps}})
     figure(curves, over_steps, cfg.out + '.png')
     print(f'{text}written: {cfg.out}.md, .json, .png')
 
