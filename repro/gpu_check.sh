@@ -106,9 +106,9 @@ export -f data pipeline two_ranks
 rm -f wait
 section machine 45 $PY "$ROOT/repro/gpu_check.py" machine
 section data 60 data
+section pipeline 200 pipeline
 tests() { section tests 170 $PY -m pytest -q -p no:cacheprovider "$ROOT/tests/test_gpu.py"; }
 numerics() { section numerics 100 $PY "$ROOT/repro/gpu_check.py" numerics; }
-stages() { section pipeline 200 pipeline; }
 losses() {
     mkdir -p losses
     cp -r data init losses/
@@ -119,11 +119,11 @@ ranks() { section two_ranks 160 two_ranks; }
 bench_xl() { section bench_xl 330 $PY "$ROOT/repro/gpu_check.py" bench $BIG block 16384 $STEPS profile "$@"; }
 if [ -n "$DRY" ]; then
     bench_xl
-    together tests numerics stages losses ranks
+    together tests numerics losses ranks
 else
     bench_xl wait &
     waiting=$!
-    together tests numerics stages losses ranks
+    together tests numerics losses ranks
     touch wait
     wait $waiting
 fi

@@ -136,7 +136,7 @@ def draw_misspecification(ax, report, shown):
     ax.set_xlim(thetas.min(), 1.6 * thetas.max())
     ax.set_ylim(None, 1.4 + worst['star_gain'])
     ax.legend(fontsize=8, frameon=False, loc='upper right')
-    inset = ax.inset_axes([0.1, 0.09, 0.36, 0.34])
+    inset = ax.inset_axes([0.6, 0.2, 0.38, 0.34])
     rows = report['misspecification']
     inset.plot([r['share'] for r in rows], [100 * r['below'] for r in rows], color=BLUE, marker='o', ms=3)
     inset.axhline(0, color=EXACT, lw=1)
