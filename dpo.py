@@ -1,6 +1,6 @@
 """Direct Preference Optimization: a policy and its frozen reference, preference pairs, one classification loss.
 
-    python dpo.py config/reviews.py                                          # a laptop, the embedded experiment
+    python dpo.py config/reviews.py                                          # a laptop, the quickstart's pairs
     torchrun --standalone --nproc_per_node=8 dpo.py config/hh.py --beta=0.2  # eight GPUs
     python dpo.py config/hh.py --resume                                      # go on where a run was stopped
     python dpo.py config/reviews.py --loss=ipo --beta=0.5                    # a relative: nanodpo/losses.py

@@ -72,8 +72,8 @@ class Stretches:
 
 
 def visible(group, part):
-    """The attention rule, as FlexAttention's mask_mod. A query sees the keys of its own group up to itself, in the
-    prompt (part 0) and in its own response: the same numbers as each prompt + response alone."""
+    """The attention rule, as FlexAttention's mask_mod. A query sees earlier keys of its own group: those of the prompt
+    (part 0) and of its own response. So the numbers are those of each prompt + response alone."""
     def rule(b, h, q, k):
         return (group[b, q] == group[b, k]) & (q >= k) & ((part[b, k] == 0) | (part[b, k] == part[b, q]))
     return rule

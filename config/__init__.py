@@ -194,7 +194,7 @@ def load(Config, stage, argv=None):
 def data_flags(argv, stage):
     """The arguments, with --source=FILE in place of a FILE of data. Only a .py file is ever run.
 
-    Data without a --name and a config file are called as the file is, never as the embedded experiment.
+    Data without a --name and a config file are called as the file is, never as the quickstart's.
     """
     data = [a for a in argv if not a.startswith('-') and not a.endswith('.py')]
     need(not data or stage == 'prepare' and (os.path.exists(data[0]) or '=' not in data[0]),

@@ -6,15 +6,14 @@ Anthropic HH with GPT-2 XL on eight GPUs: the paper's dialogue task with its hyp
     torchrun --standalone --nproc_per_node=8 dpo.py config/hh.py
     python sample.py config/hh.py
 
-Measured on one H200 with pairs of HH's lengths: 125 pairs/s, 60 GB (repro/README.md, "On a GPU"). At that speed DPO's
-epoch takes 21 minutes on the one. All other figures are ESTIMATES:
+Measured on one H200 with pairs of HH's lengths, by row_tokens: 16384 gives 125 pairs/s in 60 GB, 8192 gives 114 in 46
+(repro/README.md, "On a GPU"). So DPO's epoch takes 21 to 24 minutes on the one. All other figures are ESTIMATES:
 - Data: 160,800 training pairs, 8,552 test pairs. With some 270 distinct tokens a pair, prompt and two responses
   (the mean of a sample of harmless-base is printed by prepare; the helpful subsets are longer): 43 M tokens.
 - Steps: 160,800 / 64 = 2,513 an epoch; DPO runs one.
 - FLOPs of DPO: forward 2 and backward 4 of the policy, forward 2 of the reference, times 1.5 G weights a token:
-  12 GFLOP, 5e17 in all. At 40% of eight H100s' 989 TFLOP/s: 3 minutes; A100s: 9. Add the all-reduce of 6.2 GB of
-  gradients a step, some 60 ms over NVLink, 3 minutes, and short rows (64 pairs are few for 8 GPUs):
-  0.2 to 0.5 hours, SFT 0.1 to 0.3.
+  12 GFLOP, 5e17 in all. At 40% of eight H100s' 989 TFLOP/s that is 3 minutes, of A100s 9. A batch of 64 is small for 8
+  GPUs: by repro/scale.py a step takes 114 ms on H100s, a third of it the optimizer. So the epoch takes 5 minutes.
 - Memory a GPU: policy, gradients and RMSprop's average 6.2 GB each in float32, the reference 3.3 GB, its matrices in
   bfloat16: 22 GB; activations of a row of 4,096 tokens, about 34 * 1600 bytes a token and layer in bfloat16, 11 GB:
   33 GB, and the compiler's buffers. On 40 GB cards set --activation_checkpointing=True if that is too tight,

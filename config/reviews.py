@@ -23,10 +23,9 @@ does so with IMDb prefixes of 2-8 tokens and a sentiment classifier. Here the re
 and so is whether a text is still a review.
 
 Every review has a hidden polarity z, +1 or -1, an even coin. Sentiment words come in pairs of opposites
-with weights +s and -s. Each is drawn from its list with probability proportional to exp(z/2 * weight):
-kind words are likelier in a positive review, but most reviews hold both sorts. A list holds the opposite
-of each of its words, so the sum that makes its probabilities add up to one does not depend on z, and
-Bayes' rule leaves
+with weights +s and -s. Each is drawn from its list with probability proportional to exp(z/2 * weight).
+So kind words are likelier in a positive review, but most reviews hold both sorts. A list holds the
+opposite of each of its words. So its normalising sum does not depend on z, and Bayes' rule leaves
 
     reward(review) = log P(z=+1 | review) / P(z=-1 | review) = the sum of the weights of its words, exactly.
 """
@@ -250,8 +249,8 @@ def ways(kind, start=''):
 def review(rng, start=''):
     """A review that begins with `start`, which ends inside the first sentence; and z: (str, +1 or -1).
 
-    Exactly the grammar's distribution given the text `start`: z is drawn from P(z | start), the form and open
-    slots of the first sentence from theirs given z and `start`, and everything later given z alone.
+    It has exactly the grammar's distribution given `start`. First z is drawn from P(z | start). Then the first
+    sentence is drawn given z and `start`, and the rest given z alone.
     """
     opening = ways('opening', start)
     z = rng.choices((1, -1), (sum(opening[1]), sum(opening[-1])))[0]
@@ -307,8 +306,8 @@ def pairs(split, seed):
 def reward(prompts, responses):
     """The log-odds that each review, prompt + response, is positive: a list of float, in nats.
 
-    Defined for any text: put it in lower case, cut it into words (the longest runs of letters, digits and _),
-    and add up the weights of the sentiment words, each as often as it occurs. All other words add 0.
+    It is defined for any text: its words, in lower case, are the longest runs of letters, digits and _. The
+    weights of the sentiment words are added, each as often as it occurs. All other words add 0.
     """
     words = (re.findall(r'\w+', (prompt + response).lower()) for prompt, response in zip(prompts, responses))
     return [math.fsum(weights().get(word, 0.0) for word in review_words) for review_words in words]

@@ -16,8 +16,7 @@ Arithmetic, every figure an ESTIMATE, none measured yet:
   in all.
 - Steps: 92,534 / 64 = 1,446 an epoch; DPO runs one.
 - FLOPs of DPO: 12 GFLOP a token (see hh.py), 5e17 in all. At 40% of eight H100s' 989 TFLOP/s: 2.5 minutes; A100s:
-  8. Add the all-reduce of 6.2 GB a step, some 60 ms over NVLink, 1.5 minutes, and short rows: 0.1 to 0.4 hours,
-  SFT half.
+  8. Add the optimizer and the all-reduce, some 60 ms a step by repro/scale.py: 4 minutes on H100s.
 - Memory a GPU: as hh.py, 33 GB and the compiler's buffers. On one card of 24 GB: --init_from=gpt2-large for SFT
   (policy, gradients and RMSprop 3.1 GB each, reference 1.6, 4,096 tokens of activations 6.4: 17 GB).
 - To expect: the paper reports a GPT-4 win rate of about 61% over the human summaries at temperature 0, for GPT-J,

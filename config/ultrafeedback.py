@@ -15,7 +15,7 @@ Arithmetic, every figure an ESTIMATE, none measured yet:
   pair, 43 M tokens; what exceeds 1,024 in prompt and one response is cut (prepare says how many).
 - Steps: 61,135 / 128 = 478 an epoch; DPO runs one (Zephyr: up to three, more over-fits).
 - FLOPs of DPO: 12 GFLOP a token (see hh.py), 5e17 in all: at 40% of eight H100s' 989 TFLOP/s 3 minutes, of A100s
-  9. Add the all-reduce of 6.2 GB a step, some 60 ms over NVLink, half a minute: 0.1 to 0.3 hours, SFT half.
+  9. Add the optimizer and the all-reduce, some 60 ms a step by repro/scale.py: 4 minutes on H100s.
 - Memory a GPU: policy, gradients 6.2 GB each, AdamW's two averages 12.4, the reference 3.3: 28 GB; a row of 4,096
   tokens 11 GB: 39 GB and the compiler's buffers. On 40 GB cards set --activation_checkpointing=True, or
   --optimizer=rmsprop, which needs 6.2 GB less.

@@ -25,8 +25,8 @@ SHARD = 5 * 2**30       # bytes of a file of weights at most, as transformers ha
 def save_pretrained(model, folder, data_dir='', card=''):
     """Write a GPT for transformers, the tokenizer of data_dir (data/<name>), if given, and the model card.
 
-    A base's config.json goes out again. Of a model trained from scratch, a vocabulary that is padded beyond the
-    tokenizer's is cut to it, and without a tokenizer the last id ends a text.
+    A base's config.json goes out again. A model from scratch may have a padded vocabulary, which is cut to the
+    tokenizer's. Without a tokenizer its last id ends a text.
     """
     from safetensors.torch import save
     c = model.config

@@ -2,7 +2,7 @@
 
     python prepare_prefs.py config/hh_cpu.py && python sft.py config/hh_cpu.py
     python dpo.py config/hh_cpu.py
-    python repro/reward_model.py config/hh_cpu.py --learning_rate=1e-4 --eval_interval=11
+    python repro/reward_model.py config/hh_cpu.py --learning_rate=1e-4 --eval_interval=11 --warmup_steps=10
     python repro/accuracy.py config/hh_cpu.py --out=repro/results/hh_cpu            # writes .md and .png
 
 Both start from the SFT weights and see each pair once. An accuracy is the share of validation pairs whose chosen

@@ -2,13 +2,13 @@
 
     python repro/delta.py       # after the quickstart's first two stages; writes repro/results/delta.*
 
-arXiv 2507.06187 says that DPO on such pairs improves the model, since it learns the difference, and that SFT on their
-chosen side makes it worse. Here the SFT model of the reviews draws DRAWS responses to each prompt, and the true reward
+arXiv 2507.06187 says that DPO on such pairs improves the model, since it learns the difference. SFT on their chosen
+side makes it worse. Here the SFT model of the reviews draws DRAWS responses to each prompt, and the true reward
 scores them. A response's quality is its reward less the mean of its prompt's draws, so 0 is what the model writes. For
-each band of BANDS one pair a prompt is taken: the chosen side's quality lies in the band, the rejected side's is at
+each band of BANDS one pair a prompt is taken. The chosen side's quality lies in the band, and the rejected side's is at
 least GAP lower. DPO, and SFT on the chosen side, make one pass over as many pairs of each band at the same rate. A seed
-stands for prompts, draws, the choice of pairs and their order. Judged by samples on held-out prompts, which all runs
-share: the true reward less that of the SFT model's own samples there.
+stands for prompts, draws, the choice of pairs and their order. The policies are judged by samples on held-out prompts,
+which all runs share. A gain is their true reward less that of the SFT model's samples.
 """
 import math
 import os

@@ -43,6 +43,7 @@ from rollout import Task                                                        
 from sweep import path_of, result_of, sweep, write_results                                  # noqa: E402
 
 MOST_KL, LEAST_FORMED = 4.0, 0.8        # the rule of the search: the highest true reward within these
+SEARCHED = 0, 100                       # seeds of the search, not those of the comparison
 K, SAMPLES, FLIPPED = 4, 2, 0.2         # completions a prefix, samples of each held-out one, share of flipped labels
 BATCH = 16                              # pairs a step; of rankings half as many: 32 responses in both
 OVER = 'dpo', 'cdpo', 'ipo'             # over-trained
@@ -59,28 +60,38 @@ NAMES = {'dpo': 'DPO', 'cdpo': 'cDPO', 'robust': 'robust DPO', 'ipo': 'IPO', 'ip
 TRIED = {       # (beta, learning rate); where those ended too far out or nowhere, more
     'dpo': ((0.5, 6e-4), (0.5, 1.2e-3), (1.0, 1.2e-3)),
     'cdpo': ((0.25, 6e-4), (0.25, 1.2e-3), (0.5, 1.2e-3)),
-    'robust': ((0.5, 6e-4), (0.5, 1.2e-3), (1.0, 1.2e-3), (0.5, 9e-4)),
-    'ipo': ((0.1, 6e-4), (0.1, 1.2e-3), (0.2, 1.2e-3)),
+    'robust': ((0.5, 6e-4), (0.5, 1.2e-3), (1.0, 1.2e-3), (0.5, 9e-4), (1.0, 9e-4)),
+    'ipo': ((0.1, 6e-4), (0.1, 1.2e-3), (0.2, 1.2e-3), (0.1, 9e-4)),
     'ipo_mean': ((2.0, 6e-4), (2.0, 1.2e-3), (5.0, 1.2e-3)),
     'hinge': ((0.25, 6e-4), (0.25, 1.2e-3), (0.5, 1.2e-3), (0.5, 9e-4)),
     'dpo_norm': ((10.0, 6e-4), (10.0, 1.2e-3), (20.0, 1.2e-3)),
     'simpo': ((10.0, 6e-4), (10.0, 1.2e-3), (5.0, 1.2e-3), (10.0, 9e-4)),
     'orpo': ((5.0, 6e-4), (5.0, 1.2e-3), (2.0, 1.2e-3)),
-    'kto': ((0.25, 6e-4), (0.25, 1.2e-3), (0.5, 1.2e-3), (1.0, 6e-4), (1.0, 1.2e-3)),
+    'apo_down': ((5.0, 3e-4), (5.0, 6e-4), (2.0, 1e-4), (1.0, 1e-4)),
+    'kto': ((0.25, 6e-4), (0.25, 1.2e-3), (0.5, 1.2e-3), (1.0, 6e-4), (1.0, 1.2e-3), (0.25, 9e-4)),
     'plackett_luce': ((0.5, 6e-4), (0.5, 1.2e-3), (1.0, 1.2e-3)),
     'dpo_nll': ((0.5, 6e-4), (0.5, 1.2e-3), (1.0, 1.2e-3)),
 }
 FOUND = {       # by --search, repro/results/family-search.md
-    'dpo': {'beta': 0.5, 'learning_rate': 1.2e-3}, 'cdpo': {'beta': 0.25, 'learning_rate': 1.2e-3},
-    'robust': {'beta': 0.5, 'learning_rate': 6e-4}, 'ipo': {'beta': 0.1, 'learning_rate': 1.2e-3},
-    'ipo_mean': {'beta': 2.0, 'learning_rate': 1.2e-3}, 'hinge': {'beta': 0.5, 'learning_rate': 9e-4},
-    'dpo_norm': {'beta': 10.0, 'learning_rate': 1.2e-3}, 'simpo': {'beta': 10.0, 'learning_rate': 9e-4},
-    'orpo': {'beta': 5.0, 'learning_rate': 1.2e-3}, 'kto': {'beta': 1.0, 'learning_rate': 1.2e-3},
-    'plackett_luce': {'beta': 0.5, 'learning_rate': 1.2e-3}, 'dpo_nll': {'beta': 0.5, 'learning_rate': 1.2e-3},
-    # repro/results/family-more.md
-    'apo_zero': {'beta': 0.25, 'learning_rate': 1.2e-3}, 'forward_kl': {'beta': 0.5, 'learning_rate': 1.2e-3},
-    'js_divergence': {'beta': 0.5, 'learning_rate': 1.2e-3}, 'chi_po': {'beta': 0.5, 'learning_rate': 1.2e-3},
-    'alpha_divergence': {'beta': 0.5, 'learning_rate': 1.2e-3}, 'wpo': {'beta': 1.0, 'learning_rate': 1.2e-3},
+    'dpo': {'beta': 0.5, 'learning_rate': 1.2e-3},
+    'cdpo': {'beta': 0.25, 'learning_rate': 1.2e-3},
+    'robust': {'beta': 1.0, 'learning_rate': 1.2e-3},
+    'ipo': {'beta': 0.1, 'learning_rate': 6e-4},
+    'ipo_mean': {'beta': 2.0, 'learning_rate': 1.2e-3},
+    'hinge': {'beta': 0.5, 'learning_rate': 9e-4},
+    'dpo_norm': {'beta': 10.0, 'learning_rate': 1.2e-3},
+    'simpo': {'beta': 10.0, 'learning_rate': 9e-4},
+    'orpo': {'beta': 5.0, 'learning_rate': 1.2e-3},
+    'apo_zero': {'beta': 0.25, 'learning_rate': 1.2e-3},
+    'apo_down': {'beta': 5.0, 'learning_rate': 3e-4},
+    'forward_kl': {'beta': 0.5, 'learning_rate': 1.2e-3},
+    'js_divergence': {'beta': 0.5, 'learning_rate': 1.2e-3},
+    'alpha_divergence': {'beta': 0.5, 'learning_rate': 1.2e-3},
+    'chi_po': {'beta': 0.5, 'learning_rate': 1.2e-3},
+    'wpo': {'beta': 1.0, 'learning_rate': 1.2e-3},
+    'kto': {'beta': 0.25, 'learning_rate': 1.2e-3},
+    'plackett_luce': {'beta': 0.5, 'learning_rate': 1.2e-3},
+    'dpo_nll': {'beta': 0.5, 'learning_rate': 1.2e-3},
 }
 
 
@@ -114,7 +125,7 @@ def fixed(method):
 def tried(method):
     """The pairs of beta and learning rate of the search: those of TRIED, else five times the usual beta and more."""
     beta = 5 * LOSSES[loss_of(method)][2]['beta']
-    return TRIED.get(method, ((beta, 6e-4), (beta, 1.2e-3), (2 * beta, 1.2e-3)))
+    return TRIED.get(method, ((beta, 6e-4), (beta, 1.2e-3), (2 * beta, 1.2e-3), (beta, 9e-4)))
 
 
 def found(method):
@@ -311,11 +322,24 @@ def minutes(jobs, workers):
 # ----------------------------------------------------------------------------------------------------
 # the search
 
+def within(run):
+    """Whether a run keeps to the rule."""
+    last = run['points'][-1] if run['points'] else {}
+    return last.get('kl', math.inf) <= MOST_KL and last.get('well_formed', 1.0) >= LEAST_FORMED
+
+
+def by_setting(results):
+    """{setting: its runs, one a seed}"""
+    groups = {}
+    for run in results:
+        groups.setdefault(settings(run['job']), []).append(run)
+    return groups
+
+
 def winner(results):
-    """Of the runs of one loss, the one with the highest true reward within the rule's bounds, or None."""
-    fit = [r for r in results if r['points'] and r['points'][-1]['kl'] <= MOST_KL
-           and r['points'][-1].get('well_formed', 1.0) >= LEAST_FORMED]
-    return max(fit, key=lambda r: r['points'][-1]['true_reward'], default=None)
+    """Of one loss, the setting with the highest mean reward among those all of whose runs keep to the rule, or None."""
+    fit = {setting: runs for setting, runs in by_setting(results).items() if all(map(within, runs))}
+    return max(fit, key=lambda setting: np.mean(last_of(fit[setting], 'true_reward')), default=None)
 
 
 def own_knobs(job):
@@ -329,24 +353,22 @@ def settings(job):
 
 def search_table(results):
     """Markdown: every setting that was tried, the winners in bold, and FOUND as Python."""
-    rows = [['loss', 'setting', 'true reward', 'KL', 'well-formed', 'accuracy', 'tokens']]
-    best_of = {}
+    rows = [['loss', 'setting', 'true reward', 'KL', 'well-formed, %', 'accuracy, %', 'tokens']]
+    lines = ''
     for method in METHODS:
-        runs = [r for r in results if r['job']['method'] == method]
-        best = winner(runs)
+        tested = by_setting([r for r in results if r['job']['method'] == method])
+        best = winner([run for runs in tested.values() for run in runs])
+        for setting, runs in tested.items():
+            cells = [name_of(method), setting]
+            for key, form, scale in (('true_reward', '+.2f', 1), ('kl', '.2f', 1), ('well_formed', '.0f', 100),
+                                     ('accuracy', '.1f', 100), ('tokens', '.1f', 1)):
+                cells.append(cell(last_of([run for run in runs if run['points']], key), form, scale))
+            rows.append([f'**{text}**' for text in cells] if setting == best else cells)
         if best:
-            best_of[method] = {key: best['job'][key] for key in ('beta', 'learning_rate')}
-        for run in runs:
-            cells = [name_of(method), settings(run['job']), run.get('stopped', ''), '', '', '', '']
-            if run['points']:
-                last = run['points'][-1]
-                cells[2:] = [f"{last['true_reward']:+.2f}", f"{last['kl']:.2f}",
-                             f"{last.get('well_formed', math.nan):.0%}", f"{last['accuracy']:.1%}",
-                             f"{last['tokens']:.1f}"]
-            rows.append([f'**{cell}**' for cell in cells] if run is best else cells)
-    head = (f'The highest true reward with a KL of at most {MOST_KL:g} nats and {LEAST_FORMED:.0%} of the samples '
-            'well-formed wins (bold).\n\n')
-    lines = ''.join(f'        {method!r}: {knobs},\n' for method, knobs in best_of.items())
+            knobs = {key: tested[best][0]['job'][key] for key in ('beta', 'learning_rate')}
+            lines += f'        {method!r}: {knobs},\n'
+    head = (f'The highest mean reward over the seeds wins (bold), if each seed has a KL of at most {MOST_KL:g} nats and '
+            f'{LEAST_FORMED:.0%} of its samples well-formed. ± is the standard error.\n\n')
     return f'{head}{table(rows)}\n    FOUND = {{\n{lines}    }}\n'
 
 
@@ -561,14 +583,14 @@ class Config:
     held_out: In[int, 'x >= 2'] = 250               # prefixes of val
     workers: In[int, 'x >= 1'] = os.cpu_count() or 1    # runs at a time, one thread each
     quick: bool = False                             # one seed, 200 prefixes, four losses, fewer epochs of over-training
-    search: bool = False                            # the search for FOUND instead: seed 0, other prefixes of val
+    search: bool = False                            # the search for FOUND instead: other seeds, other prefixes of val
     only: str = ''                                  # these losses alone, by commas, and no over-training; needs out
     out: str = ''                                   # '' = repro/results/family, with -quick or -search
 
 
 def jobs_of(cfg, common):
     """The data of each seed, and the runs: each loss on clean and on flipped labels, and the over-trained ones."""
-    seeds = [0] if cfg.search else [1] if cfg.quick else range(1, cfg.seeds + 1)
+    seeds = SEARCHED if cfg.search else [1] if cfg.quick else range(1, cfg.seeds + 1)
     methods = cfg.only.split(',') if cfg.only else QUICK if cfg.quick else METHODS
     for method in methods:
         need(method in METHODS, f'only={method}: no such loss; there are {", ".join(METHODS)}')

@@ -385,7 +385,7 @@ class Config:
 
 
 def prepare(name):
-    """Make the embedded experiment's data and SFT model where they are missing, as the quickstart does."""
+    """Make the quickstart's data and SFT model where they are missing, as the quickstart does."""
     if name != 'reviews':
         return
     for script, is_there in (('prepare_prefs.py', os.path.isfile('data/reviews/meta.json')),

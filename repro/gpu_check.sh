@@ -21,6 +21,7 @@ HH=${HH:+$(cd "$HH" && pwd)}
 export ROOT OUT W DRY
 export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
 mkdir -p "$OUT" "$W"
+OUT=$(cd "$OUT" && pwd)
 cd "$W"
 SECONDS=0
 if [ -n "$DRY" ]; then

@@ -2,8 +2,8 @@
 
     python repro/offpolicy.py       # after the quickstart's first two stages; writes repro/results/offpolicy.*
 
-arXiv 2409.03650: DPO's implicit reward beta log(policy / reference) fits its pairs as well as a reward model does, and
-is right less often on pairs from elsewhere, by 3 points of accuracy in the mean. Here the pairs are reviews of a part
+arXiv 2409.03650: DPO's implicit reward beta log(policy / reference) fits its pairs as well as a reward model does. On
+pairs from elsewhere it is right less often, by 3 points in the mean. Here the pairs are reviews of a part
 of the grammar of config/reviews.py: two thirds of each list's pairs of opposites, and two thirds of the sentences.
 Their labels are noisy, Bradley-Terry on the true reward. Both judges start from the reviews' SFT model, which has
 read the whole grammar, and see the same pairs once. Then they judge new pairs, whose true rewards differ by CLOSEST

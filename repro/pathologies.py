@@ -11,7 +11,7 @@
                       chosen responses fall?
   over-optimisation   pairs that cover the good responses alone (arXiv 2406.02900), and the link of chi-PO (2407.13399)
   length              labels that prefer long sentences a little (arXiv 2403.19159), in the world of sentences.py
-  accuracy            pairs that are right by the margin and wrong by the likelihood (arXiv 2405.19534)
+  accuracy            how many pairs are right by the likelihood, and by the margin alone (arXiv 2405.19534)
 
 All distributions over responses are tables, also those of the GPTs: optimum.py lists what they can say. Numbers are in
 nats and float64. An interval is Student's at 95%, over seeds. A seed draws world, reference, pairs and labels.

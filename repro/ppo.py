@@ -5,9 +5,9 @@
     python sample.py config/reviews.py --after=out/reviews/ppo                              # what came of it
 
 It follows Ziegler et al. (arXiv 1909.08593) and Ouyang et al. (arXiv 2203.02155). A token is an action. Its reward is
--coef log(pi / ref), and the last token also gets the score. Advantages are generalized ones (arXiv 1506.02438), the
-losses of policy and value are clipped (arXiv 1707.06347), and a controller moves coef to hold the sequence KL at a
-target. The value function is a network of its own that starts from the same weights. Of a score only differences
+-coef log(pi / ref), and the last token also gets the score. Advantages are generalized ones (arXiv 1506.02438). The
+policy's loss is clipped (arXiv 1707.06347), and so is the value's, as in OpenAI's code. A controller moves coef to hold
+the sequence KL at a target. The value function is a network of its own that starts from the same weights. Of a score only differences
 matter, so it is whitened with the mean and deviation of all scores seen. One process.
 """
 import json

@@ -6,7 +6,7 @@
     python repro/readme.py --folder=try     # work in this new folder and keep it; otherwise a temporary one
 
 A command runs as it is written. What it would take from the hub stands in the copy as a small folder of the same name,
-in the hub's own layout: data sets with made-up rows, GPT-2 of every name with two narrow layers of random weights. The
+in the hub's own layout. Data sets have made-up rows, and every GPT-2 has two narrow layers of random weights. The
 reader's own file is written too. A command that would take long gets a flag that makes it small, LONG, and the output
 says so. The exit status is 1 where a command fails.
 """

@@ -5,8 +5,8 @@
 
 Real: the pairs' lengths, the planner (step_groups and plan_rows of nanodpo/data.py, over --steps full batches), the
 FLOPs (Groups.forward_flops' formula), and the CPU time of `pack` and `plan_rows`, taken here. A model: everything
-else. NOTHING HERE WAS MEASURED ON A GPU. The constants below are data sheets and assumptions; the utilisation above
-all is a guess.
+else. THE STEPS ARE COMPUTED, NOT MEASURED. The constants below are data sheets and assumptions, but for the utilisation:
+one H200 ran GPT-2 XL at it.
 
 A step, as dpo.py runs it. Each rank has m rows (micro-steps), each a forward of the reference, a forward of the policy
 and a backward that costs two: 4 forwards' FLOPs. Ranks meet once a step, in the last row's backward.
@@ -38,7 +38,7 @@ from sweep import write_json                                                    
 from throughput import HH_CORRELATION, HH_MEAN, HH_STD                                  # noqa: E402
 
 PEAK = 989e12               # FLOP/s, bfloat16 dense, H100 and H200 SXM: data sheet
-UTILISATION = 0.4           # of PEAK, in all of a row's kernels but the casts: assumed, the knob --utilisation
+UTILISATION = 0.33          # of PEAK, in a row's kernels but the casts: measured, results/gpu/h200-first.jsonl, GPT-2 XL
 HBM = 0.8 * 3.35e12         # bytes/s, memory: H100's data sheet (H200: 4.8e12); 80% of it assumed
 NVLINK = 0.8 * 450e9        # bytes/s a direction and GPU, within a node: data sheet; 80% of it assumed
 NETWORK = 0.8 * 8 * 50e9    # bytes/s a direction and node, 8 x 400 Gb/s InfiniBand: data sheet; 80% of it assumed
@@ -298,7 +298,7 @@ def text(report):
         label = f'{m["card"]}, {m["tokens"]:,} tokens a row'
         row = cells.setdefault(m['case'], {'largest model': m['case']})
         row[label] = f'{m["params"] / 1e9:.1f} B ({m["layers"]} x {m["width"]:,})'
-    heading = (f'Nothing below was measured on a GPU. {report["pairs"]:,} pairs of {report["data"]}, '
+    heading = (f'The steps are computed, not measured. {report["pairs"]:,} pairs of {report["data"]}, '
                f'{report["tokens_a_pair"]:.0f} distinct tokens a pair; {report["options"]["steps"]} full batches of '
                f'each size; rows of at most {report["row_tokens"]:,} tokens; '
                f'H100 at {u:.0%} of {PEAK / 1e12:.0f} TFLOP/s, '
@@ -348,7 +348,7 @@ def draw(report, path):
              'input': 'exposed input' if exposed else 'exposed input (none)'}
     labels = [names.get(label, label) for label in labels]
     figure.legend(handles, labels, loc='outside lower center', ncols=len(PARTS), frameon=False, fontsize=10)
-    figure.suptitle('A DPO step by the model of repro/scale.py, not measured: H100 at '
+    figure.suptitle('A DPO step by the model of repro/scale.py, computed: H100 at '
                     f'{report["options"]["utilisation"]:.0%} of peak, DDP, live reference, no checkpointing',
                     fontsize=11.5)
     figure.savefig(path, dpi=110)
@@ -363,7 +363,7 @@ def main(argv=None):
     add('--pairs', type=int, default=10000, help='of the random ones')
     add('--steps', type=int, default=100, help='full batches to plan, of each size')
     add('--row_tokens', type=int, default=8192, help="dpo.py's knob")
-    add('--utilisation', type=float, default=UTILISATION, help="of the data sheet's peak: assumed, not measured")
+    add('--utilisation', type=float, default=UTILISATION, help="of the data sheet's peak; the default is that of GPT-2 XL on one H200")
     add('--seed', type=int, default=1337)
     add('--out', default='', help='writes OUT.json, OUT.md and OUT.png')
     options = parser.parse_args(argv)

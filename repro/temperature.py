@@ -3,8 +3,8 @@
     python repro/frontier.py        # first: it trains the policies and the reward models
     python repro/temperature.py     # writes repro/results/temperature.json, .md and .png
 
-A win is a higher true reward than the completion that the data set's pairs prefer for the same held-out prefix, a tie
-one half; it takes the place of the paper's GPT-4. DPO, PPO and preferred-FT are the policies at the end of
+A win is a higher true reward than that of the pair's preferred completion of the same held-out prefix. A tie is one
+half. This takes the place of the paper's GPT-4. DPO, PPO and preferred-FT are the policies at the end of
 frontier.py's runs named in POLICIES. The win of a prefix is the mean over their seeds. Best-of-N draws from the SFT
 model and chooses by the learned reward of seed 1, as in the paper. Intervals are 95%, over prefixes. The second figure
 trains DPO of seed 1 again and looks every few steps.

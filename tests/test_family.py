@@ -101,13 +101,17 @@ def test_distinct_3_counts_trigrams_of_words_within_a_text():
 
 # --- the search and the runs ----------------------------------------------------------------------
 
-def test_the_winner_has_the_highest_reward_within_4_nats_and_with_its_text_intact():
-    def run(reward, kl, formed):
-        return {'points': [{'true_reward': 9.0, 'kl': 0.1, 'well_formed': 1.0},
+def test_the_winner_has_the_highest_mean_reward_of_the_settings_whose_every_run_keeps_to_the_rule():
+    def run(beta, reward, kl, formed, seed=0):
+        return {'job': {'method': 'dpo', 'seed': seed, 'beta': beta},
+                'points': [{'true_reward': 9.0, 'kl': 0.1, 'well_formed': 1.0},
                            {'true_reward': reward, 'kl': kl, 'well_formed': formed}]}
-    far, broken, best, less = run(5, 4.1, 0.9), run(4, 3, 0.79), run(3, 4.0, 0.8), run(2, 1, 0.95)
-    assert family.winner([less, far, best, broken, {'points': [], 'stopped': 'not finite'}]) is best
+    far, broken, best, less = run(1, 5, 4.1, 0.9), run(2, 4, 3, 0.79), run(3, 3, 4.0, 0.8), run(4, 2, 1, 0.95)
+    stopped = {'job': {'method': 'dpo', 'seed': 0, 'beta': 5}, 'points': [], 'stopped': 'not finite'}
+    assert family.winner([less, far, best, broken, stopped]) == 'beta 3'
     assert family.winner([far, broken]) is None
+    assert family.winner([less, best, run(3, 0.9, 1, 0.9, seed=1), run(4, 2, 1, 0.9, seed=1)]) == 'beta 4'  # 1.95, 2
+    assert family.winner([less, best, run(3, 9, 4.1, 0.9, seed=1)]) == 'beta 4'
 
 
 def test_every_loss_has_settings_a_colour_and_the_shape_of_its_data(monkeypatch):

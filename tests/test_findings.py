@@ -138,11 +138,11 @@ def length():
                      for method in ('optimum', 'DPO', 'length-desensitised', 'SimPO'))]
 
 
-def hidden():
+def right_by_likelihood():
     rows = results('pathologies')['accuracy']
-    shares = [[f'{100 * np.mean([row[f"{who}_hidden"] / row[f"{who}_margin"] for row in of(rows, beta=beta)]):.1f}'
-               for beta in (0.1, 1.0)] for who in ('dpo', 'optimum')]
-    return ['0.1', '1', *shares[0], *shares[1]]
+    shares = [[f'{100 * np.mean([row[f"{who}_likelihood"] for row in of(rows, beta=beta)]):.1f}'
+               for beta in (0.1, 0.5, 1.0)] for who in ('dpo', 'optimum')]
+    return ['0.1', '0.5', '1', *shares[0], *shares[1]]
 
 
 def credit():
@@ -190,10 +190,10 @@ def faults():
 MEASURED = {            # the beginning of a claim -> the numbers of its cell, in order
     'Gradient descent': optimum, 'DPO beats PPO]': lambda: frontier('ppo'),
     'DPO beats PPO-GT': lambda: frontier('ppo_gt'), 'DPO equals': lambda: frontier('best_of_n'),
-    'DPO bears': temperature, 'Without its weight': gradient, 'Log pi(chosen)': chosen_falls,
+    'Temperature hurts': temperature, 'Without its weight': gradient, 'Log pi(chosen)': chosen_falls,
     'DPO over-fits': over_training, 'Losses for flipped': flipped, 'Online': online,
     'DPO ends below': misspecification, 'Without noise': labels, 'Pushing a token': squeezing,
-    'The CHES': ches, 'The true reward': over_optimisation, 'Labels\' bias': length, 'Most pairs': hidden,
+    'The CHES': ches, 'The true reward': over_optimisation, 'Labels\' bias': length, 'After DPO': right_by_likelihood,
     'A token\'s log-ratio': credit, 'Pairs worse': delta, 'The implicit reward': offpolicy, 'On real text': hh,
     'Shared prompts': speed, 'Four nodes': nothing, 'An LLM': nothing, 'What breaks': faults}
 
