@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import read_log, small_gpt
+from conftest import ROOT, read_log, small_gpt
 import dpo
 import family
 import sweep
@@ -112,6 +112,14 @@ def test_the_winner_has_the_highest_mean_reward_of_the_settings_whose_every_run_
     assert family.winner([far, broken]) is None
     assert family.winner([less, best, run(3, 0.9, 1, 0.9, seed=1), run(4, 2, 1, 0.9, seed=1)]) == 'beta 4'  # 1.95, 2
     assert family.winner([less, best, run(3, 9, 4.1, 0.9, seed=1)]) == 'beta 4'
+
+
+def test_the_settings_of_the_comparison_won_the_search():
+    results = json.loads((ROOT / 'repro/results/family-search.json').read_text())
+    for method in family.METHODS:
+        runs = [run for run in results if run['job']['method'] == method]
+        job = family.by_setting(runs)[family.winner(runs)][0]['job']
+        assert family.FOUND[method] == {'beta': job['beta'], 'learning_rate': job['learning_rate']}, method
 
 
 def test_every_loss_has_settings_a_colour_and_the_shape_of_its_data(monkeypatch):
