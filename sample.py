@@ -24,9 +24,9 @@ from nanodpo.folder import regular
 from nanodpo.rollout import draw_responses, mean_and_error, read_reward, token_logps_of
 from nanodpo.run import Worker
 from nanodpo.rows import read_prompt
-from nanodpo.sources import lines_of
+from nanodpo.sources import READERS, from_file, lines_of, stem_and_sort
 from nanodpo.terminal import BOLD, DIM, colours, printable, say, styled, tinted
-from nanodpo.text import load_tokenizer, prompt_ids, render, text_of, token_pieces
+from nanodpo.text import can_render, load_tokenizer, prompt_ids, render, text_of, token_pieces
 
 SIDES = 'before', 'after'
 
@@ -40,7 +40,7 @@ class Config:
     before: str = ''                                # the reference: '' = AFTER's, or as init_from of dpo.py
     after: str = ''                                 # the policy: '' = out/<name>/<run_name>, or as above
     prompt: str = ''                                # one of your own; --prompt= is the empty one
-    prompts_file: str = ''                          # many: a text file, one a line, or .jsonl with "prompt"
+    prompts_file: str = ''                          # many: a text file, one a line, or rows as prepare_prefs.py reads
     num_prompts: In[int, 'x >= 1'] = 8              # of val, distinct, in a fixed order: more extend fewer
     num_samples: In[int, 'x >= 1'] = 1              # of each prompt
     show: In[int, 'x >= 0'] = 8                     # samples to look at, of different prompts first
@@ -48,7 +48,7 @@ class Config:
     temperature: In[float, 'x >= 0'] = 1.0          # 1 samples the model itself; 0 is greedy
     top_k: In[int, 'x >= 0'] = 0                    # draw from the k likeliest tokens only; 0 = all
     top_p: In[float, '0 < x <= 1'] = 1.0            # draw from the likeliest tokens up to this mass; 1 = all
-    beta: In[float, 'x >= 0'] = 0.0                 # of the implicit reward; 0 = AFTER's own, else 0.1
+    beta: In[float, 'x >= 0'] = 0.0                 # of the implicit reward; 0 = AFTER's, or 0.1 if that is of means
     reward: str = ''                                # a Python file: reward(prompts, responses), perhaps metrics
     batch_size: In[int, 'x >= 1'] = 64              # responses made at once
     json: bool = False                              # JSON lines alone on stdout: a sample each, then the summary
@@ -60,12 +60,14 @@ class Config:
 # --- prompts, and what is measured on the responses -----------------------------------------------
 
 def read_prompts(path):
-    """The prompts of a text file, one a line, or of a .jsonl. Blank lines are skipped. UserErrors."""
+    """The prompts of a text file, one a line, or of a file of rows. Blank lines are skipped. UserErrors."""
+    if stem_and_sort(path)[1] not in READERS:
+        with one_line(f'prompts_file {path} cannot be read'), open(regular(path), encoding='utf-8-sig') as f:
+            return [line.rstrip('\n') for line in filter(str.strip, lines_of(f))]
     prompts = []
-    with one_line(f'prompts_file {path} cannot be read'), open(regular(path), encoding='utf-8-sig') as f:
-        for line in filter(str.strip, lines_of(f)):
-            with one_line(f'prompts_file {path}, in {line!r:.60}'):
-                prompts.append(read_prompt(json.loads(line)) if path.endswith('.jsonl') else line.rstrip('\n'))
+    for place, row in from_file(path):
+        with one_line(f'prompts_file {place}'):
+            prompts.append(read_prompt(row))
     return prompts
 
 
@@ -75,7 +77,10 @@ def choose_prompts(cfg, val, tokenizer):
     prompts = distinct_prompts(val, cfg.num_prompts, seed=0)
     if 'prompt' in cfg.origin or cfg.prompts_file:
         own = read_prompts(cfg.prompts_file) if cfg.prompts_file else [cfg.prompt]
-        prompts = [prompt_ids(tokenizer, render(prompt, val.meta['template']), val.meta['template']) for prompt in own]
+        template = val.meta['template']
+        need(all(can_render(prompt, template) for prompt in own),
+             f'{cfg.prompts_file}: a prompt has turns of tools, which the template does not write')
+        prompts = [prompt_ids(tokenizer, render(prompt, template), template) for prompt in own]
     need(prompts, f'{cfg.prompts_file or val.folder} holds no prompt: set --prompt, or another --prompts_file')
     return prompts
 

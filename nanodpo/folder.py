@@ -69,8 +69,8 @@ def held(folder):
 @contextlib.contextmanager
 def scratch():
     """A temporary folder, locked while its process lives. Those that killed processes have left are removed."""
-    with tempfile.TemporaryDirectory(prefix='nanodpo-') as mine:
-        for path in [mine, *glob.glob(os.path.join(tempfile.gettempdir(), 'nanodpo-*'))]:
+    with tempfile.TemporaryDirectory(prefix='nanodpo-scratch-') as mine:
+        for path in [mine, *glob.glob(os.path.join(tempfile.gettempdir(), 'nanodpo-scratch-*'))]:
             with contextlib.suppress(OSError):          # in use, or another user's
                 if path == mine or time.time() - os.path.getmtime(path) > 60:       # a new one may not be locked yet
                     fcntl.flock(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -51,7 +51,7 @@ SIDES = [('chosen', 'rejected'), ('response_j', 'response_k'), ('messages', 'rej
          ('messages', 'rejected_messages'), ('responses',), ('output',), ('completion',), ('messages',),
          ('conversations',)]
 NEEDED = {*PROMPTS[:-1], 'system', 'system_prompt', 'history', 'input', 'query', 'chosen', 'rejected',
-          'rejected_response', 'rejected_messages', 'image', 'images'}      # not read, such a column stops the run
+          'rejected_response', 'rejected_messages', 'image', 'images', 'tools'}     # if it is not read, the run stops
 LABELS = {'true': True, '1': True, '1.0': True, 'false': False, '0': False, '0.0': False}
 
 
@@ -72,7 +72,10 @@ def read_row(row):
         expect(len(row['output']) == 2, f"no pair: 'output' must be a text or [good, bad], not {row['output']!r:.40}")
         sides = {'output[0]': row['output'][0], 'output[1]': row['output'][1]}
     result, shape, columns = read_answers(row, asked, sides)
-    columns += [*keys, 'scores']
+    columns += keys
+    if keys == ('responses',):
+        columns.append('scores')
+        shape += ", sorted by 'scores'" if 'scores' in row else ', the best first'
     tag = next((key for key in ('label', 'kto_tag') if key in row), None)
     if len(sides) == 1 and tag:
         result.label = LABELS.get(str(row[tag]).strip().lower())
@@ -109,10 +112,11 @@ def read_dialogues(row):
 
 def dialogue_messages(text):
     """The prompt of a dialogue as in Anthropic HH as messages."""
-    pieces = re.split('\n\n(Human|Assistant):', text)         # before the first turn; then name and text of each
+    before, *pieces = re.split('(?:^|\n\n)(Human|Assistant):', text)    # then name and text of each turn
     roles = {'Human': 'user', 'Assistant': 'assistant'}
-    turns = zip(pieces[1:-2:2], pieces[2:-2:2])                 # the last turn is still to be said
-    return [dict(role=roles[name], content=content.strip()) for name, content in turns]
+    turns = zip(pieces[:-2:2], pieces[1:-2:2])                  # the last turn is still to be said
+    system = [dict(role='system', content=before.strip())] * bool(before.strip())
+    return system + [dict(role=roles[name], content=content.strip()) for name, content in turns]
 
 
 def ranked(row):
@@ -136,6 +140,8 @@ def read_document(row):
 
 def read_prompt(row):
     """The prompt of an object, or a prompt itself: a string, or messages that the assistant is to answer."""
+    if isinstance(row, BadRow):
+        raise row
     row = {'prompt': None} | filled(row) if isinstance(row, dict) else {'prompt': row}
     asked = next((key for key in PROMPTS if row.get(key) is not None), 'prompt')
     return read_answers(row, asked, {'answer': '?'})[0].prompt
@@ -227,6 +233,7 @@ def distinct(responses):
 ROLES = {'system': 'system', 'developer': 'system', 'user': 'user', 'human': 'user', 'assistant': 'assistant',
          'gpt': 'assistant', 'model': 'assistant', 'function_call': 'call', 'tool_call': 'call', 'tool': 'tool',
          'function': 'tool', 'observation': 'tool', 'tool_response': 'tool', 'ipython': 'tool'}
+UNREAD = 'reasoning_content', 'reasoning', 'thinking', 'images', 'audio', 'refusal'         # what else a turn may say
 MESSAGES = re.compile(r"""\[?\s*\{(?=.*["'](role|from)["']\s*:)(?=.*["'](content|value)["']\s*:)""", re.DOTALL)
 
 
@@ -255,6 +262,8 @@ def message(turn, key):
     """{'role', 'content'} of a message of OpenAI's or of ShareGPT. A turn of tools keeps what else it has."""
     expect(isinstance(turn, dict), f"no message: '{key}' holds {turn!r:.40}")
     name, what = ('from', 'value') if 'from' in turn else ('role', 'content')
+    lost = [part for part in UNREAD if not empty(turn.get(part))]
+    expect(not lost, f"not read: a turn of '{key}' has {', '.join(lost)}; only its {what} is read")
     role = ROLES.get(string(turn, name).strip().lower())
     expect(role, f"unknown role: '{key}' has a turn of {turn[name]!r:.40}; known: {', '.join(ROLES)}")
     if isinstance(turn.get(what), list):
@@ -262,7 +271,8 @@ def message(turn, key):
         expect(set(map(str, kinds)) == {'text'}, f"not text: '{key}' holds {kinds!r:.60}; only text is read")
         turn = turn | {what: ''.join(string(part, 'text', blank=True) for part in turn[what])}
     if calls := calls_of(turn, role, what, key):
-        return dict(role='assistant', content='' if role == 'call' else turn.get(what) or '', tool_calls=calls)
+        return dict(role='assistant', tool_calls=calls,
+                    content='' if role == 'call' or not turn.get(what) else string(turn, what, blank=True))
     extra = {name: value for name, value in turn.items() if value is not None} if role == 'tool' else {}
     return dict(extra, role=role, content=string(turn, what, blank=True))
 
@@ -276,7 +286,7 @@ def calls_of(turn, role, what, key):
         calls = [call if 'function' in call else dict(type='function', function=call) for call in calls]
         string({key: json.dumps(calls, ensure_ascii=False)}, key)
         named = all(string(call['function'], 'name') for call in calls) and (calls or role != 'call')
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         named = False
     expect(named, f"tool turns: '{key}' holds a call without a name, or in no JSON")
     return calls

@@ -3,6 +3,7 @@
 A conversation begins with a turn of the user again, so some room may be left. A text without turns fills its room.
 """
 import array
+import os
 import re
 
 from nanodpo.text import prompt_ids, render, text_ids
@@ -15,7 +16,7 @@ def shorten(row, ids, room, tokenizer, template):
         ids = prompt_ids(tokenizer, text, template)
         if len(ids) <= room:
             return ids
-    at = last_turn(row, text)
+    at = last_turn(row, text, template)
     before = prompt_ids(tokenizer, text[:at], template) if at else []       # a system turn, and the frame
     left = room - len(before)
     return array.array('I', [*before, *text_ids(tokenizer, text[at:])[-left:]] if at and left > 0 else ids[-room:])
@@ -32,9 +33,12 @@ def shorter(row, template):
         yield from (row.prompt[at:] for at in starts if at > 0)
 
 
-def last_turn(row, text):
-    """Where what the user said last begins in the text of a prompt; 0 where it has no turns."""
+def last_turn(row, text, template):
+    """Where what the user said last begins in the text of a prompt: after the template's frame, if it has no turns."""
     if row.dialogue and not row.turns:
         return text.rfind('\n\nHuman:') + len('\n\nHuman:')
-    at = text.rfind(row.turns[-1]['content'].strip()) if row.turns else 0
+    if row.turns:
+        at = text.rfind(row.turns[-1]['content'].strip())
+    else:
+        at = len(os.path.commonprefix([text, render('', template)]))
     return len(text[:at].rstrip(' '))

@@ -1329,7 +1329,7 @@ def killed_dry_run(cwd):
         temporary()
         at_operation(4, f'{cwd}.count', signal.SIGKILL)
     run([*PREPARE, '--dry_run'], cwd, before=child)
-    for path in cwd.glob('nanodpo-*'):
+    for path in cwd.glob('nanodpo-scratch-*'):
         os.utime(path, (0, 0))              # a new one may be of a live process
 
 

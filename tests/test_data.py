@@ -110,10 +110,10 @@ HEADER = b'prompt,chosen,rejected\n'
     ('x.json', b'[{"prompt": "a", "chosen": "b", "rejected": "c"}\n', 'x.json cannot be read: JSONDecodeError'),
     ('x.json', b'{"prompt": "a",\n "chosen": "b",\n "rejected": "c"}\n', 'x.json line 1: not JSON'),
     ('x.json', b'[1]', 'x.json item 1: not an object: int'),
-    ('x.json', b'["\xff"]', 'x.json cannot be read: ValueError: it is not utf-8 but likely cp1252'),
+    ('x.json', b'["\xff"]', 'x.json cannot be read: ValueError: it is not utf-8: save it as UTF-8, or name'),
     ('x.json', b'[' * 100_000, 'x.json cannot be read: RecursionError'),
     ('x.csv', b'', 'x.csv holds no rows'),
-    ('x.csv', 'prompt,chosen\na,b'.encode('utf-16'), 'not utf-8 but likely utf-16: read it with --encoding=utf-16'),
+    ('x.csv', 'prompt,chosen\na,b'.encode('utf-16'), 'not utf-8: save it as UTF-8, or name what it is, as --encoding=utf-16'),
     ('x.csv', b'why?,good,bad\nhow?,fine,worse\n',
      "x.csv row 2: missing key: it has 'why?', 'good', 'bad'; it needs chosen and rejected"),
     ('x.csv', HEADER.replace(b',', b':') + b'a:b:c\n', "it has 'prompt:chosen:rejected'; it needs"),
@@ -124,7 +124,7 @@ HEADER = b'prompt,chosen,rejected\n'
     ('x.csv', HEADER + b'a,b,c\nd,"e\n\ne",f\ng,h\n',
      'x.csv row 4: cell count: 2 cells, and the first row names 3 columns'),
     ('x.csv', HEADER + b'a,b,c\nd,e,f,g\n', 'x.csv row 3: cell count: 4 cells, and the first row names 3 columns'),
-    ('x.csv', HEADER + b'a,b,c\nd,\xff,f\n', 'it is not utf-8 but likely cp1252: read it with --encoding=cp1252, or'),
+    ('x.csv', HEADER + b'a,b,c\nd,\xff,f\n', 'it is not utf-8: save it as UTF-8, or name what it is, as --encoding=cp1252 ('),
     ('x.csv', HEADER + b'a,b,c\n"open,b,c\nd,e,f\n', 'x.csv cannot be read: ValueError: row 3: unexpected end of data'),
     ('x.csv', HEADER + b'a,"[{\'role\': \'user\', \'content\': \'a\'}]",b\n',
      "x.csv row 2: not JSON: 'chosen' begins as messages do: Expecting property name"),
@@ -132,7 +132,7 @@ HEADER = b'prompt,chosen,rejected\n'
     ('x.jsonl.gz', gzip.compress(b'{}' * 1000, mtime=0)[:-9], 'x.jsonl.gz cannot be read'),
     ('x.parquet', b'', 'x.parquet cannot be read'),
     ('x.parquet', None, 'x.parquet cannot be read'),
-    ('x.xlsx', b'PK', 'x.xlsx must be a .jsonl, .json, .csv, .tsv, .parquet or .py file'),
+    ('x.xlsx', b'PK', 'x.xlsx must be a .jsonl, .json, .csv, .tsv (also .gz) or .parquet file'),
 ])
 def test_a_broken_file_is_one_line(path, data, expected):
     if data is None:
@@ -228,7 +228,7 @@ BAD = [(PAIRS, *bad) for bad in [
     (dict(PAIR, chosen=' \n'), "empty response: 'chosen'"),
     (dict(PAIR, rejected=''), "empty response: 'rejected'"),
     (dict(PAIR, rejected='b'), 'identical: two of chosen, rejected are the same'),
-    (b'{"prompt": "a", "chosen": "\xff", "rejected": "c"}', "not JSON: it is not utf-8 but likely cp1252: read it"),
+    (b'{"prompt": "a", "chosen": "\xff", "rejected": "c"}', "not JSON: it is not utf-8: save it as UTF-8, or name"),
     (b'{"prompt": "a", "chosen": "\\ud800", "rejected": "c"}', "not UTF-8: 'chosen' holds half a character"),
     (RANKING, 'another kind: 3 responses'),
     (EXAMPLE, 'another kind: 1 responses, labelled: True')]]

@@ -257,7 +257,7 @@ def test_a_user_s_mistake_is_one_line_on_stderr_without_a_traceback():
     (['--tokenizer=gpt3'], "tokenizer 'gpt3' cannot be loaded"),
     (['--source='], 'nothing to prepare'),
     (['--source=absent.jsonl'], 'absent.jsonl does not exist'),
-    (['--source=notes.txt'], 'notes.txt must be a .jsonl, .json, .csv, .tsv, .parquet or .py file'),
+    (['--source=notes.txt'], 'notes.txt must be a .jsonl, .json, .csv, .tsv (also .gz) or .parquet file'),
     (['--source=empty'], "source 'empty' could not be loaded"),
     (['--documents=absent.txt'], 'absent.txt does not exist'),
     (['--documents=pairs'], "source 'pairs' could not be loaded from here or the hub"),

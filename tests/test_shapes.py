@@ -146,7 +146,7 @@ SHAPES = {      # name: (row, prompt, chosen, rejected or label, the sentence)
         's' + THREE, ' yes', ' no', f"prompt from 'chosen' up to its last turn, {SIDES}"),
     'a ranking with scores': (
         dict(question='c?', responses=['no', 'yes'], scores=[-1, 0.5]),
-        human('c?'), ' yes', ' no', "prompt from 'question', responses from 'responses'"),
+        human('c?'), ' yes', ' no', "prompt from 'question', responses from 'responses', sorted by 'scores'"),
     'messages with more keys': (
         dict(chosen=[user('c?') | dict(name='Bo', weight=0, tool_calls=None), assistant('yes') | dict(weight=1)],
              rejected=[user('c?') | dict(weight=2), assistant('no') | dict(tool_calls=[], tool_call_id=None)]),
@@ -594,7 +594,8 @@ def test_excel_s_csv_is_read_whatever_divides_its_cells_and_whatever_its_encodin
     text = '\r\n'.join(delimiter.join(f'"{cell}"' for cell in line) for line in lines) + '\r\n' + delimiter * 2 + '\r\n'
     Path(name).write_bytes(text.encode(encoding))
     if not encoding.startswith('utf-8'):
-        message = f'{name} cannot be read: ValueError: it is not utf-8 but likely {encoding}: read it with --encoding='
+        message = (f'{name} cannot be read: ValueError: it is not utf-8: save it as UTF-8, or name what it is, as '
+                   f'--encoding={encoding}')
         assert message in error_of(f'--source={name}', '--max_bad_lines=99') and not Path('data').exists()
     groups, _ = made(f'--source={name}', *([] if encoding.startswith('utf-8') else [f'--encoding={encoding}']))
     assert sorted(groups) == [[ids(f'Größe {i}, oder; was? '), ids(f' gut\n{i}{EOT}'), ids(f' schlecht{EOT}')]
@@ -622,7 +623,7 @@ TABLES = {      # name: (file, bytes, flags, what an error says, or the chosen s
     'Excel itself': ('a.csv', b'PK\x03\x04' + bytes(99), [], 'it is packed, as .gz, .zip and .xlsx are'),
     'nothing': ('a.csv', b'', [], 'a.csv holds no rows'),
     'JSON of Windows': ('a.jsonl', '{"prompt": "ü"}'.encode('cp1252'), [],
-                        'it is not utf-8 but likely cp1252: read it with --encoding=cp1252'),
+                        'it is not utf-8: save it as UTF-8, or name what it is, as --encoding=cp1252'),
     'JSON of Windows, read': (
         'a.jsonl', ''.join(f'{{"prompt": "{i}? ", "chosen": "ü0", "rejected": "n"}}\n' for i in range(4)).encode('cp1252'),
         ['--encoding=cp1252'], 'ü0'),
