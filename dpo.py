@@ -99,7 +99,7 @@ class Config:
     compile: bool = None                            # torch.compile the blocks: a minute once; None = on CUDA
     # log and checkpoints
     eval_interval: In[int, 'x >= 0'] = 100          # steps between evaluations on all of val; 0 = first and last
-    kl_prompts: In[int, 'x >= 0'] = 64              # val prompts, one response drawn to each, for eval/kl; 0 = none
+    kl_prompts: In[int, 'x >= 0'] = 64              # val prompts, a response to each, for eval/kl, where the reference is in memory
     log_interval: In[int, 'x >= 1'] = 10            # steps a log line sums up
     save_interval: In[int, 'x >= 0'] = 500          # steps between checkpoints; the last step always has one
     track: Literal['', 'wandb'] = ''                # also log there
@@ -157,7 +157,7 @@ def main(argv=None):
     train, val = Groups(run.data_dir, 'train'), Groups(run.data_dir, 'val')
     losses.check(cfg, train)
     needs_z = losses.needs(cfg.loss, 'z')
-    row_tokens = row_limit(cfg.row_tokens, run.device, train, val)
+    row_tokens = min(run.gather(row_limit(cfg.row_tokens, run.device, train, val)))     # GPUs may differ
     steps_per_epoch = math.ceil(len(train) / cfg.batch_size)
     total_steps = cfg.max_steps or cfg.epochs * steps_per_epoch
 
@@ -186,7 +186,7 @@ def main(argv=None):
     def reference_logps(groups, batch):
         """(G, K), or None where the loss needs no reference."""
         if cached:
-            return cached[groups.split][batch.ids].to(run.device, non_blocking=True)
+            return cached[groups.split][batch.ids].to(run.device, non_blocking=run.device.type == 'cuda')
         return response_logps(reference, batch) if reference is not None else None
 
     # --- evaluation: all of val, each pair once, sums over ranks ----------------------------------
@@ -216,6 +216,8 @@ def main(argv=None):
             f'{policy.num_params():,} weights; reference: {cfg.ref_from or "the same" if ref_fingerprint else "none"}')
     if needs_z and cfg.batch_size == 1:
         run.say(f'note: {cfg.loss} takes z from other examples of a batch, and batch_size=1 has none: z = 0')
+    if cfg.kl_prompts and reference is None:
+        run.say('note: no kl in the log, since no reference is in memory')
     if start == 0:
         run.log(0, evaluate(), 'eval/')
     policy.train()

@@ -74,7 +74,7 @@ def run(main):
     """Call main(). A UserError or OSError, such as of a full disk, ends it with one line on stderr, status 1."""
     for name in ('stdout', 'stderr'):
         stream = getattr(sys, name) or open(os.devnull, 'w')        # it may be closed, or know few characters
-        stream.reconfigure(errors='backslashreplace')
+        stream.reconfigure(errors='backslashreplace', line_buffering=True)      # a log file grows with its run
         setattr(sys, name, stream)
     for number in STOPS:
         signal.signal(number, stopped)
@@ -86,6 +86,10 @@ def run(main):
         message = error.message
     except KeyboardInterrupt:
         message = 'stopped'
+    except RuntimeError as error:
+        if type(error).__name__ != 'OutOfMemoryError':      # torch's, of a GPU
+            raise
+        message = 'the GPU is out of memory: lower --row_tokens, or see Trouble in README.md'
     except OSError as error:
         message = UserError(f'{error.strerror or error}: {error.filename or "standard output, or a file"}').message
     AT_END.close()

@@ -54,5 +54,10 @@ def load_or_compute(run, weights, score, reference, groups, row_tokens):
     run.say(f'reference log-probs of {groups.split}: {how}')
     if reason:
         logps = compute(run, score, reference, groups, np.arange(len(groups)), row_tokens)
-        run.on_first(lambda: write(path, key, logps), f'cannot write {path}')
+        if run.rank == 0:
+            try:
+                write(path, key, logps)
+            except OSError as error:        # a full disk, or another run of this experiment that writes it now
+                run.say(f'note: {path} is not kept: {error}')
+        run.gather(None)                    # the others do not run ahead
     return logps

@@ -1,4 +1,5 @@
 """What a training stage needs around its loop, and no loss. Only rank 0 writes, through run.on_first."""
+import contextlib
 import copy
 import gc
 import json
@@ -103,7 +104,11 @@ class Run(Worker):
 
     def say(self, text, hang=2):
         if self.rank == 0:
-            tqdm.write(folded(text, hang))
+            try:
+                tqdm.write(folded(text, hang))
+            except OSError:
+                if not self.own_signal:         # which may have come with the end of the terminal, or of `| tee`
+                    raise
 
     def gather(self, value):
         """The value that each rank has, a list."""
@@ -152,7 +157,9 @@ class Run(Worker):
 
     def on_signal(self, number, frame):
         self.own_signal = number
-        self.say(f'signal {number}: finishing this step, then saving')
+        if self.rank == 0:
+            with contextlib.suppress(OSError):  # not by print, which may be what the signal interrupts
+                os.write(2, f'signal {number}: finishing this step, then saving\n'.encode())
         signal.signal(signal.SIGINT, signal.SIG_DFL)        # a second Ctrl-C stops at once
 
     def stopping(self):
@@ -184,6 +191,9 @@ class Run(Worker):
         self.train = train
         knobs = {key: getattr(self.cfg, key) for key in ('batch_size', 'seed', 'optimizer')}
         self.origin = dict(data=train.fingerprint, **weights, **knobs)
+        source = self.cfg.init_from or f'out/{self.cfg.name}/sft'
+        need(os.path.realpath(self.out_dir) not in map(os.path.realpath, (source, os.path.dirname(source))),
+             f'init_from={source} is in the folder that this run writes: start it with --run_name=OTHER')
         self.on_first(lambda: hold(self.out_dir, self.say), f'cannot write to {self.out_dir}')
         step = 0
         if self.cfg.resume or self.restarted:
@@ -193,7 +203,8 @@ class Run(Worker):
                 step = state['step']
             else:
                 self.say(f'nothing to resume in {self.out_dir}: starting at step 0')
-        self.check_alike(asdict(self.cfg) | self.origin | dict(val=val.fingerprint, step=step))
+        facts = {'val': val.fingerprint, 'step': step, 'kind of device': self.device.type, 'use of bfloat16': self.bf16}
+        self.check_alike(asdict(self.cfg) | self.origin | facts)
         return step
 
     def load(self, state, path):
@@ -221,7 +232,7 @@ class Run(Worker):
     def speed(self, passes):
         """{name: value} since the last call. passes: forward ones; a backward pass counts two."""
         tokens = int(self.train.lengths[self.ids].sum())
-        computed = self.sum(torch.tensor([self.computed])).item()
+        computed = sum(self.gather(self.computed))
         record = dict(tokens_per_second=tokens / self.seconds, pairs_per_second=len(self.ids) / self.seconds,
                       padding=1 - tokens / computed)
         if self.device.type == 'cuda':

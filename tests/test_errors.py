@@ -159,9 +159,9 @@ def test_a_mistake_ends_with_one_line_and_nothing_lost(experiment, case):
 
 @pytest.mark.parametrize('name, content, words', [
     ('none.txt', b'', 'none.txt cannot be read'), ('p.txt', b' \n\n', 'p.txt holds no prompt'),
-    ('p.txt', b'a\n\xff', 'UnicodeDecodeError'), ('p.jsonl', b'{"prompt": "a"}\n\n{"prompt": 3}', '"prompt": 3'),
-    ('p.jsonl', b'{"prompt": "a"}\nprompt', "in 'prompt'"), ('p.jsonl', b'{"text": "a"}', "'prompt' is None"),
-    ('p.jsonl', b'["a"]', "no message: 'prompt' holds 'a'"), ('p.jsonl', b'{"prompt": "\\ud800"}', 'half a character'),
+    ('p.txt', b'a\n\xff', 'UnicodeDecodeError'), ('p.jsonl', b'{"prompt": "a"}\n\n{"prompt": 3}', "line 3: BadRow: not a string: 'prompt' is 3"),
+    ('p.jsonl', b'{"prompt": "a"}\nprompt', 'line 2: BadRow: not JSON'), ('p.jsonl', b'{"text": "a"}', "'prompt' is None"),
+    ('p.jsonl', b'[["a"]]', "no message: 'prompt' holds 'a'"), ('p.jsonl', b'{"prompt": "\\ud800"}', 'half a character'),
     ('none.py', b'', 'none.py: FileNotFoundError'), ('r.py', b'def reword(p, r): 0', 'defines no function reward'),
     ('r.py', b'1 +', 'SyntaxError'), ('r.py', b'import nothing_like_it', 'r.py line 1'),
     ('r.py', b'def reward(p): 0', 'TypeError'), ('r.py', b'def reward(p, r): return ["good"] * 8', 'ValueError'),

@@ -290,7 +290,7 @@ def test_the_sentence_comes_first_and_no_line_is_wider_than_the_terminal(capfd, 
 def test_a_log_line_breaks_between_its_columns_and_the_bar_ends_at_its_end(script, experiment, capfd, monkeypatch):
     in_80_columns(monkeypatch)
     flags = ['--init_from=out/tiny/sft', '--max_steps=3', '--batch_size=8', '--device=cpu', '--kl_prompts=4']
-    script.main(['--name=tiny', *flags[:5 if script is dpo else 4]])
+    script.main(['--name=tiny', '--run_name=again', *flags[:5 if script is dpo else 4]])
     out, bar = capfd.readouterr()
     assert '| 3/3 [' in bar.split('\r')[-1] + bar.split('\r')[-2]
     assert max(map(len, out.splitlines())) <= 80

@@ -262,6 +262,7 @@ def test_a_user_s_mistake_is_one_line_on_stderr_without_a_traceback():
     (['--documents=absent.txt'], 'absent.txt does not exist'),
     (['--documents=pairs'], "source 'pairs' could not be loaded from here or the hub"),
     (['--documents=latin.txt'], 'latin.txt cannot be read: UnicodeDecodeError'),
+    (['--source=', '--documents=notes.txt', '--data_dir=x'], 'val_source and data_dir go with a source'),
 ])
 def test_knobs_and_sources_that_cannot_be_are_said_in_one_line(flags, expected):
     Path('notes.txt').write_text('text')
@@ -418,6 +419,28 @@ def test_the_same_inputs_are_reused_and_anything_else_is_remade(capfd):
             assert content() == good
     prepare('--source=own')
     assert not os.path.exists('data/made/documents_train.bin')      # nothing is left of the older set
+
+
+def test_documents_of_a_folder_count_as_content_where_the_source_has_a_data_dir(capfd):
+    write_rows('own/sub/train.jsonl', UNPAIRED)
+    write_rows('texts/train.jsonl', [dict(text='old'), dict(text='more')])
+    flags = '--source=own', '--data_dir=sub', '--documents=texts'
+    prepare(*flags)
+    write_rows('texts/train.jsonl', [dict(text='new'), dict(text='more')])
+    prepare(*flags)
+    assert 'reused' not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize('name, encoding', [('texts.jsonl', 'cp1252'), ('texts.txt', 'cp1252'), ('texts.txt', 'utf-8-sig')])
+def test_documents_have_the_encoding_of_the_knob_and_no_byte_order_mark(name, encoding):
+    texts = ['Größe', 'Maß']
+    content = '\n'.join(json.dumps(dict(text=text), ensure_ascii=False) for text in texts) if name.endswith('l') else \
+        '\n<|endoftext|>\n'.join(texts)
+    Path(name).write_bytes(content.encode(encoding))
+    prepare('--source=', f'--documents={name}', f'--encoding={encoding.removesuffix("-sig")}')
+    found = [bytes(group[1][:-1].tolist()).decode() for split in ('train', 'val')
+             for group in Groups('data/made', f'documents_{split}')]
+    assert sorted(found) == texts
 
 
 @pytest.mark.parametrize('at', ['truncate', 'save', 'dump', 'Ctrl-C'])

@@ -274,6 +274,8 @@ def test_a_prompt_goes_into_the_template_and_is_cut_from_the_left(trained, capsy
     ('p.txt', 'one\n\n  \nfür zwei\r\n three', ['one', 'für zwei', ' three']),
     ('p.txt', '\ufeffone\ttab\x0b\u2028same line', ['one\ttab\x0b\u2028same line']),
     ('p.jsonl', '{"prompt": "a\\nb", "more": 1}\n\n{"prompt": ""}', ['a\nb', '']),
+    ('p.json', '[\n {"prompt": "a"},\n {"prompt": "b"}\n]', ['a', 'b']),
+    ('p.csv', 'prompt,note\n"a, or\nb",x\nc,y\n', ['a, or\nb', 'c']),
 ])
 def test_prompts_file_is_text_or_jsonl_and_all_of_it_is_used(trained, capsys, name, content, expected):
     trained.joinpath(name).write_text(content, encoding='utf-8', newline='')

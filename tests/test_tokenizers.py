@@ -229,3 +229,50 @@ def test_a_changed_template_makes_the_set_anew(tokenizers, tmp_path, monkeypatch
     assert read_meta('data/chat')['splits']['train']['bin_sha256'] != before['splits']['train']['bin_sha256']
     prepare(PAIRS, 'mine')
     assert 'data/chat is reused' in capsys.readouterr().out
+
+
+def prompts_of(folder):
+    """The texts of all prompts of a set."""
+    tokenizer = load_tokenizer(folder, 'tokenizer.json')
+    return {text_of(tokenizer, group[0]) for split in ('train', 'val') for group in Groups(folder, split)}
+
+
+@pytest.mark.parametrize('before, system', [('', 'Be kind.'), ('Speak like a pirate.\n\n', 'Speak like a pirate.')])
+def test_a_dialogue_goes_into_a_chat_template_whole(tokenizers, before, system, tmp_path, monkeypatch):
+    """The text may be stripped, so that no line break stands before its first turn."""
+    monkeypatch.chdir(tmp_path)
+    prepare([{side: f'{before}Human: q{i}\n\nAssistant: a\n\nHuman: r\n\nAssistant: {side}'
+              for side in ('chosen', 'rejected')} for i in range(4)], tokenizers['chatml'][0])
+    turns = 'user\nq{}<|im_end|>\n<|im_start|>assistant\na<|im_end|>\n<|im_start|>user\nr<|im_end|>\n'
+    assert prompts_of('data/chat') == {
+        f'<|im_start|>system\n{system}<|im_end|>\n<|im_start|>{turns.format(i)}<|im_start|>assistant\n' for i in range(4)}
+
+
+def test_a_long_prompt_keeps_the_frame_of_its_template(tokenizers, tmp_path, monkeypatch):
+    """As a text it is cut as a conversation of one turn is."""
+    monkeypatch.chdir(tmp_path)
+    frame = '<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\n'
+    found = []
+    for wrap in (str, lambda text: [dict(role='user', content=text)]):
+        rows = [dict(prompt=wrap('why ' * 300 + str(i)), chosen='yes', rejected='no') for i in range(4)]
+        prepare(rows, tokenizers['chatml'][0], '--max_length=80')
+        found.append(prompts_of('data/chat'))
+    assert found[0] == found[1] and all(text.startswith(frame) and text.count('why') > 5 for text in found[0])
+    prepare([row | dict(prompt=row['prompt'][0]['content']) for row in rows], 'bytes', '--max_length=80',
+            '--template=Q: {prompt} A:')
+    assert all(text.startswith('Q:') and text.endswith(' A:') for text in prompts_of('data/chat'))
+
+
+def test_documents_alone_keep_the_chat_template(tokenizers, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'notes.txt').write_text('one\n<|endoftext|>\ntwo\n')
+    prepare_prefs.main(['--name=made', '--documents=notes.txt', f"--tokenizer={tokenizers['chatml'][0]}"])
+    assert read_meta('data/made')['template'] == load_tokenizer('data/made', 'tokenizer.json').template
+
+
+def test_a_template_begins_with_its_line_break_and_may_ask_for_tools_as_in_transformers(tmp_path):
+    template = "\n{% if tools is not none or documents is not none %}no{% endif %}user: {{ messages[0]['content'] }}"
+    (tmp_path / 'kept').mkdir()
+    ours, theirs = load(make(tmp_path / 'own', ['<|end|>'], dict(eos_token='<|end|>'), template), tmp_path / 'kept')
+    talk = [dict(role='user', content='hi')]
+    assert render(talk, ours.template) == theirs.apply_chat_template(talk, tokenize=False) == '\nuser: hi'

@@ -138,7 +138,7 @@ def test_what_keeps_wandb_away_is_one_line_and_moves_no_old_run(experiment, monk
     monkeypatch.delitem(sys.modules, 'wandb', raising=False)
     Path('wandb.py').write_text(module)
     monkeypatch.syspath_prepend(os.getcwd())
-    for stage, flags in ((dpo, DPO), (sft, [*DPO, '--init_from=out/tiny/sft'])):
+    for stage, flags in ((dpo, DPO), (sft, [*DPO, '--init_from=out/tiny/sft', '--run_name=x'])):
         with pytest.raises(SystemExit, match=f'^error: track=wandb needs .*{message}'):
             stage.main([*flags, '--max_steps=1', '--track=wandb'])
     assert {path: path.read_bytes() for path in Path('out/tiny').rglob('*') if path.is_file()} == old

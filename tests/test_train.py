@@ -17,7 +17,8 @@ import torch
 
 import dpo
 import sft
-from conftest import ROOT, last_checkpoint, random_groups, read_log, run_stage, save_sft, small_gpt, write_data
+from conftest import (ROOT, by_hand, free_port, last_checkpoint, random_groups, read_log, run_stage, save_sft, small_gpt,
+                      write_data)
 from nanodpo import checkpoint
 from nanodpo.data import Groups, step_groups
 from test_exact import one_at_a_time
@@ -78,10 +79,10 @@ def test_processes_accumulation_and_row_length_change_nothing_but_rounding(exper
 
 def test_sft_loss_is_per_target_token_of_the_global_batch(experiment):
     """Step 1's logged loss against one-at-a-time log-probs of the chosen responses of that batch."""
-    sft.main([*DPO, '--max_steps=1', '--init_from=out/tiny/sft'])
+    sft.main([*DPO, '--max_steps=1', '--init_from=out/tiny/sft', '--run_name=again'])
     data = first_batch(k=1)
     expected = -one_at_a_time(small_gpt(), data).sum() / sum(len(g[1]) for g in data)
-    logged = [r['loss'] for r in read_log('out/tiny/sft') if 'loss' in r]
+    logged = [r['loss'] for r in read_log('out/tiny/again') if 'loss' in r]
     assert logged[0] == pytest.approx(expected.item(), rel=1e-5)
 
 
@@ -161,6 +162,28 @@ def test_sigterm_under_torchrun_saves_and_leaves_on_both_ranks(experiment):
     assert f'Traceback (most recent call last):\n  File "{ROOT}' not in output
     dpo.main([*DPO, f'--max_steps={saved["step"] + 2}', '--resume'])
     assert last_checkpoint('out/tiny/dpo')['step'] == saved['step'] + 2
+
+
+UNEQUAL = f'''if 1:
+    import os, sys
+    sys.path.insert(0, {str(ROOT)!r})
+    import config, dpo
+    def row_limit(*args):
+        return 400 if os.environ['RANK'] == '0' else 200
+    dpo.row_limit = row_limit
+    config.run(lambda: dpo.main(sys.argv[1:]))'''
+
+
+def test_ranks_whose_gpus_differ_in_memory_make_one_plan(experiment):
+    args = [*DPO, '--max_steps=5', '--precompute_ref']
+    dpo.main([*args, '--run_name=one'])
+    for path in Path('out/tiny').glob('reference-*'):
+        path.unlink()
+    port = free_port()
+    ranks = [subprocess.Popen([sys.executable, '-c', UNEQUAL, *args], env=os.environ | by_hand(rank, 2, port))
+             for rank in range(2)]
+    assert [rank.wait(120) for rank in ranks] == [0, 0]
+    assert losses('out/tiny/dpo') == pytest.approx(losses('out/tiny/one'), rel=1e-5)
 
 
 def test_ctrl_c_saves_and_exits_130(experiment):

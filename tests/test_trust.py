@@ -99,6 +99,16 @@ def test_runs_of_several_names_share_the_data_and_sample_takes_one(experiment, c
     refused('run_name=', dpo.main, [*DPO, '--run_name=../x'])
 
 
+def test_a_run_does_not_start_from_its_own_folder(experiment):
+    dpo.main(DPO)
+    (path,) = Path('out/tiny/dpo').glob('*.pt')
+    for source in ('out/tiny/dpo', path):
+        refused('is in the folder that this run writes', dpo.main, [*DPO, f'--init_from={source}'])
+    refused('is in the folder that this run writes', dpo.main, [*DPO, '--run_name=sft'])
+    dpo.main([*DPO, '--init_from=out/tiny/dpo', '--run_name=second'])
+    refused('n_layer is for --init_from=scratch', sft.main, ['--name=tiny', '--init_from=out/tiny/sft', '--n_layer=7'])
+
+
 def test_torchrun_takes_no_knob_for_an_option_of_its_own():
     """It reads the flags behind the script, too, and completes those that are a beginning of one of its own."""
     parser = pytest.importorskip('torch.distributed.run').get_args_parser()
@@ -151,13 +161,15 @@ def test_the_temporary_folder_of_a_killed_process_goes_that_of_a_living_one_stay
     killed, alive = (other.stdout.readline().decode().strip() for other in others)
     others[0].kill()
     others[0].wait()
-    for path in killed, alive:
+    clone = str(tmp_path / 'nanodpo-main')          # of a user
+    os.mkdir(clone)
+    for path in killed, alive, clone:
         os.utime(path, (0, 0))          # long ago
     with folder.scratch() as mine:
-        assert {str(path) for path in tmp_path.iterdir()} == {mine, alive}
+        assert {str(path) for path in tmp_path.iterdir()} == {mine, alive, clone}
     assert f'removed {killed}' in capsys.readouterr().out
     others[1].communicate(b'\n')
-    assert not list(tmp_path.iterdir())
+    assert [str(path) for path in tmp_path.iterdir()] == [clone]
 
 
 # --- what is no success ---------------------------------------------------------------------------
