@@ -48,7 +48,7 @@ K, SAMPLES, FLIPPED = 4, 2, 0.2         # completions a prefix, samples of each 
 BATCH = 16                              # pairs a step; of rankings half as many: 32 responses in both
 OVER = 'dpo', 'cdpo', 'ipo'             # over-trained
 QUICK, OVER_QUICK = ('dpo', 'ipo', 'simpo', 'plackett_luce'), ('dpo', 'ipo')
-FURTHEST = 20.0                         # nats of KL that the figure shows
+FURTHEST = 5.0                          # nats of KL that the figure shows
 FEW, OVER_EPOCHS = 250, (1, 2, 6, 16)   # over-training: on so many pairs, judged after these
 
 METHODS = [*LOSSES, 'dpo_nll']          # the last is dpo with nll_coef
@@ -504,11 +504,7 @@ def draw_comparison(scatter, drop, results):
     order = sorted((m for m in METHODS if (m, 'clean') in mean), key=lambda m: mean[m, 'clean'][1][0])
     for y, method in enumerate(order):
         colour = colour_of(method)
-        both = [mean[method, labels] for labels in ('clean', 'flipped') if (method, labels) in mean]
-        ends = [end for end in both if end[0][0] <= FURTHEST]
-        if len(ends) < len(both) and ends:
-            drop.text(ends[0][1][0] - 0.15, y, 'flipped: fell apart, off the scale', color=colour, fontsize=8,
-                      ha='right', va='center')
+        ends = [mean[method, labels] for labels in ('clean', 'flipped') if (method, labels) in mean]
         kls, rewards = [end[0][0] for end in ends], [end[1][0] for end in ends]
         scatter.plot(kls, rewards, color=colour, lw=0.6, alpha=0.35, zorder=1)
         drop.plot(rewards, [y] * len(ends), color=colour, lw=1, alpha=0.5, zorder=1)
@@ -516,8 +512,10 @@ def draw_comparison(scatter, drop, results):
             style = dict(fmt='o', ms=6, color=colour, mfc=fill, lw=0.8)
             scatter.errorbar(kl[0], reward[0], reward[1], kl[1], **style)
             drop.errorbar(reward[0], y, xerr=reward[1], **style)
+    far = [f'{name_of(method)}, {labels}: {kl[0]:.1f}' for (method, labels), (kl, _) in mean.items() if kl[0] > FURTHEST]
+    beyond = f' ({"; ".join(far)})' if far else ''
     scatter.set(title='true reward against KL: filled, clean labels; hollow, 20% flipped', ylabel='true reward, nats',
-                xlabel='KL(policy || SFT), nats a response')
+                xlabel=f'KL(policy || SFT), nats a response{beyond}', xlim=(0, FURTHEST))
     drop.set(title='what flipped labels cost', xlabel='true reward, nats', yticks=range(len(order)),
              yticklabels=[name_of(method) for method in order])
     for tick, method in zip(drop.get_yticklabels(), order):

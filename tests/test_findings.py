@@ -84,6 +84,11 @@ def over_training():
             *(f'{100 * np.mean([p["well_formed"] for p in points]):.0f}' for points in few)]
 
 
+def diverse():
+    return ['3', *(f'{100 * np.mean([p["distinct_3"] for p in last_points("clean", method)]):.1f}'
+                   for method in ('dpo', 'forward_kl', 'js_divergence'))]
+
+
 def flipped():
     return ['20', *(part for method in ('dpo', 'cdpo', 'robust')
                     for part in error([p['true_reward'] for p in last_points('flipped', method)], '+.2f'))]
@@ -191,11 +196,11 @@ MEASURED = {            # the beginning of a claim -> the numbers of its cell, i
     'Gradient descent': optimum, 'DPO beats PPO]': lambda: frontier('ppo'),
     'DPO beats PPO-GT': lambda: frontier('ppo_gt'), 'DPO equals': lambda: frontier('best_of_n'),
     'Temperature hurts': temperature, 'Without its weight': gradient, 'Log pi(chosen)': chosen_falls,
-    'DPO over-fits': over_training, 'Losses for flipped': flipped, 'Online': online,
+    'DPO over-fits': over_training, 'Losses for flipped': flipped, 'Other divergences': diverse, 'Online': online,
     'DPO ends below': misspecification, 'Without noise': labels, 'Pushing a token': squeezing,
     'The CHES': ches, 'The true reward': over_optimisation, 'Labels\' bias': length, 'After DPO': right_by_likelihood,
     'A token\'s log-ratio': credit, 'Pairs worse': delta, 'The implicit reward': offpolicy, 'On real text': hh,
-    'Shared prompts': speed, 'Four nodes': nothing, 'An LLM': nothing, 'What breaks': faults}
+    'Shared prompts': speed, 'Four nodes': nothing, 'What breaks': faults}
 
 
 @pytest.mark.parametrize('start', MEASURED)
