@@ -53,7 +53,7 @@ def test_the_header_states_the_figures_of_the_log_that_it_cites_and_how_often_th
         figures = [word.rstrip('%') for word in re.sub('±\\S+', '', line.removeprefix(title)).split()]
         assert re.search(rf'^    {title} +{figures[0]}%? +{figures[1]}%?$', r.__doc__, re.M), line
     kl = re.search(r'^KL from BEFORE, nats +- +(\S+)', log, re.M)[1]
-    accuracy = re.findall(r'^eval .* acc (\S+)', log, re.M)[-1]
+    accuracy = re.findall(r'^eval .*\| acc (\S+)', log, re.M)[-1]
     assert re.search(rf'KL, nats +- +{kl} +validation accuracy {accuracy}\n', r.__doc__)
     for script, seconds in re.findall(r'^== (\w+\.py) took (\d+) s', log, re.M):
         assert re.search(rf'python {script} .* {seconds} s', r.__doc__), script
