@@ -12,8 +12,8 @@ Measured on one H200 with pairs of HH's lengths, by row_tokens: 16384 gives 125 
   (the mean of a sample of harmless-base is printed by prepare; the helpful subsets are longer): 43 M tokens.
 - Steps: 160,800 / 64 = 2,513 an epoch; DPO runs one.
 - FLOPs of DPO: forward 2 and backward 4 of the policy, forward 2 of the reference, times 1.5 G weights a token:
-  12 GFLOP, 5e17 in all. At 40% of eight H100s' 989 TFLOP/s that is 3 minutes, of A100s 9. A batch of 64 is small for 8
-  GPUs: by repro/scale.py a step takes 114 ms on H100s, a third of it the optimizer. So the epoch takes 5 minutes.
+  12 GFLOP, 5e17 in all. At 33% of eight H100s' 989 TFLOP/s that is 3 minutes, of A100s 10. A batch of 64 is small for 8
+  GPUs: by repro/scale.py a step takes 120 ms on H100s, a third of it the optimizer. So the epoch takes 5 minutes.
 - Memory a GPU: policy, gradients and RMSprop's average 6.2 GB each in float32, the reference 3.3 GB, its matrices in
   bfloat16: 22 GB; activations of a row of 4,096 tokens, about 34 * 1600 bytes a token and layer in bfloat16, 11 GB:
   33 GB, and the compiler's buffers. On 40 GB cards set --activation_checkpointing=True if that is too tight,
