@@ -99,7 +99,7 @@ class Config:
     compile: bool = None                            # torch.compile the blocks: a minute once; None = on CUDA
     # log and checkpoints
     eval_interval: In[int, 'x >= 0'] = 100          # steps between evaluations on all of val; 0 = first and last
-    kl_prompts: In[int, 'x >= 0'] = 64              # val prompts, a response to each, for eval/kl, where the reference is in memory
+    kl_prompts: In[int, 'x >= 0'] = 64              # val prompts, a response to each, for eval/kl; 0 = none
     log_interval: In[int, 'x >= 1'] = 10            # steps a log line sums up
     save_interval: In[int, 'x >= 0'] = 500          # steps between checkpoints; the last step always has one
     track: Literal['', 'wandb'] = ''                # also log there

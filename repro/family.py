@@ -337,7 +337,7 @@ def by_setting(results):
 
 
 def winner(results):
-    """Of one loss, the setting with the highest mean reward among those all of whose runs keep to the rule, or None."""
+    """Of one loss, the setting with the highest mean reward of those whose every run keeps to the rule, or None."""
     fit = {setting: runs for setting, runs in by_setting(results).items() if all(map(within, runs))}
     return max(fit, key=lambda setting: np.mean(last_of(fit[setting], 'true_reward')), default=None)
 
@@ -512,7 +512,8 @@ def draw_comparison(scatter, drop, results):
             style = dict(fmt='o', ms=6, color=colour, mfc=fill, lw=0.8)
             scatter.errorbar(kl[0], reward[0], reward[1], kl[1], **style)
             drop.errorbar(reward[0], y, xerr=reward[1], **style)
-    far = [f'{name_of(method)}, {labels}: {kl[0]:.1f}' for (method, labels), (kl, _) in mean.items() if kl[0] > FURTHEST]
+    far = [f'{name_of(method)}, {labels}: {kl[0]:.1f}' for (method, labels), (kl, _) in mean.items()
+           if kl[0] > FURTHEST]
     beyond = f' ({"; ".join(far)})' if far else ''
     scatter.set(title='true reward against KL: filled, clean labels; hollow, 20% flipped', ylabel='true reward, nats',
                 xlabel=f'KL(policy || SFT), nats a response{beyond}', xlim=(0, FURTHEST))

@@ -5,8 +5,8 @@
 
 Real: the pairs' lengths, the planner (step_groups and plan_rows of nanodpo/data.py, over --steps full batches), the
 FLOPs (Groups.forward_flops' formula), and the CPU time of `pack` and `plan_rows`, taken here. A model: everything
-else. THE STEPS ARE COMPUTED, NOT MEASURED. The constants below are data sheets and assumptions, but for the utilisation:
-one H200 ran GPT-2 XL at it.
+else. THE STEPS ARE COMPUTED, NOT MEASURED. The constants below are data sheets and assumptions, but for the
+utilisation: one H200 ran GPT-2 XL at it.
 
 A step, as dpo.py runs it. Each rank has m rows (micro-steps), each a forward of the reference, a forward of the policy
 and a backward that costs two: 4 forwards' FLOPs. Ranks meet once a step, in the last row's backward.
@@ -38,7 +38,7 @@ from sweep import write_json                                                    
 from throughput import HH_CORRELATION, HH_MEAN, HH_STD                                  # noqa: E402
 
 PEAK = 989e12               # FLOP/s, bfloat16 dense, H100 and H200 SXM: data sheet
-UTILISATION = 0.33          # of PEAK, in a row's kernels but the casts: measured, results/gpu/h200-first.jsonl, GPT-2 XL
+UTILISATION = 0.33          # of PEAK, in a row's kernels but the casts: GPT-2 XL's in results/gpu/h200-first.jsonl
 HBM = 0.8 * 3.35e12         # bytes/s, memory: H100's data sheet (H200: 4.8e12); 80% of it assumed
 NVLINK = 0.8 * 450e9        # bytes/s a direction and GPU, within a node: data sheet; 80% of it assumed
 NETWORK = 0.8 * 8 * 50e9    # bytes/s a direction and node, 8 x 400 Gb/s InfiniBand: data sheet; 80% of it assumed
@@ -363,7 +363,7 @@ def main(argv=None):
     add('--pairs', type=int, default=10000, help='of the random ones')
     add('--steps', type=int, default=100, help='full batches to plan, of each size')
     add('--row_tokens', type=int, default=8192, help="dpo.py's knob")
-    add('--utilisation', type=float, default=UTILISATION, help="of the data sheet's peak; the default is that of GPT-2 XL on one H200")
+    add('--utilisation', type=float, default=UTILISATION, help="of the data sheet's peak; GPT-2 XL's on one H200")
     add('--seed', type=int, default=1337)
     add('--out', default='', help='writes OUT.json, OUT.md and OUT.png')
     options = parser.parse_args(argv)

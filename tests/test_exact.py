@@ -213,6 +213,12 @@ def test_rows_waste_little_on_lengths_like_real_pairs():
         assert (rows.max(0) / rows.mean(0)).max() < 1.05, 'a rank waits for another'
 
 
+def test_many_equal_lengths_that_fit_badly_are_planned_in_a_few_tries():
+    """Two of three eighths fit in a row. A third more rows are needed than tokens alone would ask for."""
+    (rows,) = plan_rows(np.arange(20_000), np.full(20_000, 768), 1, 2048)
+    assert sorted(sum(rows, [])) == list(range(20_000)) and 10_000 <= len(rows) <= 10_100 and max(map(len, rows)) == 2
+
+
 @pytest.mark.parametrize('bf16', [False, True])
 def test_step_0_is_ln_2_with_rewards_0_and_accuracy_one_half(split, bf16):
     policy = small_gpt(dropout=0.0).train()

@@ -191,6 +191,22 @@ def test_ctrl_c_saves_and_exits_130(experiment):
     assert code == 130 and 'Traceback' not in output and 'goes on from there' in output
 
 
+def test_ctrl_c_saves_though_who_reads_the_output_is_gone_too(experiment):
+    """As for `dpo.py | tee log`: the reader dies of the same Ctrl-C."""
+    process = subprocess.Popen([sys.executable, str(ROOT / 'dpo.py'), *DPO, '--max_steps=4000', '--save_interval=0'],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | dict(OMP_NUM_THREADS='1'))
+    log = Path('out/tiny/dpo/log.jsonl')
+    while process.poll() is None and not (log.exists() and log.read_text().count('\n') > 3):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGSTOP)
+    process.stdout.close()
+    process.stderr.close()
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGCONT)
+    process.wait(60)
+    assert last_checkpoint('out/tiny/dpo')['step'] >= 3
+
+
 @pytest.mark.parametrize('damage', ['cut', 'bit', 'code'])
 def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_resumes(experiment, capsys, damage):
     dpo.main(DPO)
@@ -243,6 +259,13 @@ def test_cached_reference_logps_equal_live_ones_and_a_foreign_cache_is_remade(ex
     remade('does not equal live values', 1)
     cache.write_bytes(cache.read_bytes()[:100])
     remade('the cache is damaged', 1)
+
+
+def test_a_cache_that_cannot_be_written_is_a_note(experiment, capsys):
+    Path('out/tiny/reference-train.npz').mkdir()
+    dpo.main([*DPO, '--precompute_ref'])
+    assert 'note: out/tiny/reference-train.npz is not kept: ' in capsys.readouterr().out
+    assert last_checkpoint('out/tiny/dpo')['step'] == 20
 
 
 def test_dpo_learns_and_generalises_where_there_is_something_to_learn(tmp_path, monkeypatch):
