@@ -1,6 +1,6 @@
 """The relatives of DPO, chosen by --loss=. A loss is a reward of each response, and a link from rewards to a loss.
 
-To add one, write a function and a line in LOSSES; a new knob is a line in dpo.py's Config, too. Nothing else knows a
+To add one, write a function and a line in LOSSES. A new knob is a line in dpo.py's Config, too. Nothing else knows a
 loss by its name, but for dpo. A function names what it needs as its arguments, of G groups with K responses each:
 
     a reward    logps, ref_logps        log p of each response, the policy's and the reference's, (G, K)

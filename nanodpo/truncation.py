@@ -34,7 +34,7 @@ def shorter(row, template):
 
 
 def last_turn(row, text, template):
-    """Where what the user said last begins in the text of a prompt: after the template's frame, if it has no turns."""
+    """Where what the user said last begins in the text of a prompt. Without turns, it is all behind the frame."""
     if row.dialogue and not row.turns:
         return text.rfind('\n\nHuman:') + len('\n\nHuman:')
     if row.turns:
