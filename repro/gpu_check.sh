@@ -3,6 +3,7 @@
 #
 #     OUT=/tmp/gpu bash repro/gpu_check.sh                        # pairs with HH's lengths, of random letters
 #     HH=hh-rlhf OUT=/tmp/gpu bash repro/gpu_check.sh             # real pairs, and GPT-2's BPE
+#     MODEL=models/smollm2 HH=hh-rlhf OUT=/tmp/gpu bash repro/gpu_check.sh        # also repro/smollm2.py's chat model
 #
 # At most 9 minutes on an H100, the most valuable first. Everything lands under $OUT: summary.jsonl (what ran, how
 # long), log.txt, bench.jsonl, profile.txt, gpt2.md, xl.md. It needs torch, numpy, tqdm, safetensors, pytest,
@@ -18,7 +19,8 @@ PY=${PY:-python3}
 DRY=${DRY:-}
 DEADLINE=${DEADLINE:-540}
 HH=${HH:+$(cd "$HH" && pwd)}
-export ROOT OUT W DRY
+MODEL=${MODEL:+$(cd "$MODEL" && pwd)}
+export ROOT OUT W DRY MODEL
 export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
 mkdir -p "$OUT" "$W"
 OUT=$(cd "$OUT" && pwd)
@@ -91,6 +93,13 @@ pipeline() {        # the four stages of a real config, resume and export
 print(AutoModelForCausalLM.from_pretrained('exported').cuda().generate(max_new_tokens=8))"
 }
 
+real() {            # a chat model on real pairs, before and after
+    set -eu
+    $PY "$ROOT/prepare_prefs.py" "$ROOT/config/smollm2.py" --source="$HH" --tokenizer="$MODEL"
+    $PY "$ROOT/dpo.py" "$ROOT/config/smollm2.py" --init_from="$MODEL" --max_steps=44 --eval_interval=11 --kl_prompts=32
+    $PY "$ROOT/sample.py" "$ROOT/config/smollm2.py" --before="$MODEL" --num_prompts=32 --show=6
+}
+
 two_ranks() {       # on one GPU, so over gloo
     set -eu
     mkdir -p two
@@ -99,7 +108,7 @@ two_ranks() {       # on one GPU, so over gloo
     $PY "$ROOT/repro/gpu_check.py" two_ranks $flags --init_from=init --batch_size=16 --max_steps=3 --kl_prompts=0 \
         --row_tokens=2048
 }
-export -f data pipeline two_ranks
+export -f data pipeline real two_ranks
 
 # -----------------------------------------------------------------------------
 # the plan. What stands together is not timed: it runs at once, while XL compiles and waits for the file `wait`
@@ -108,6 +117,7 @@ rm -f wait
 section machine 45 $PY "$ROOT/repro/gpu_check.py" machine
 section data 60 data
 section pipeline 200 pipeline
+[ -z "$MODEL" ] || section real 150 real
 tests() { section tests 170 $PY -m pytest -q -p no:cacheprovider "$ROOT/tests/test_gpu.py"; }
 numerics() { section numerics 100 $PY "$ROOT/repro/gpu_check.py" numerics; }
 losses() {
