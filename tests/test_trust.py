@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from conftest import (ROOT, by_hand, last_checkpoint, prepare, read_log, run_sta
 from model import draw
 from nanodpo import checkpoint, export, folder, sources
 from nanodpo.checkpoint import load_model
+from nanodpo.data import Groups
 from nanodpo.run import learning_rate
 
 DPO = ['--name=tiny', '--batch_size=8', '--max_steps=2', '--learning_rate=1e-3', '--warmup_steps=0', '--device=cpu',
@@ -107,6 +109,18 @@ def test_a_run_does_not_start_from_its_own_folder(experiment):
     refused('is in the folder that this run writes', dpo.main, [*DPO, '--run_name=sft'])
     dpo.main([*DPO, '--init_from=out/tiny/dpo', '--run_name=second'])
     refused('n_layer is for --init_from=scratch', sft.main, ['--name=tiny', '--init_from=out/tiny/sft', '--n_layer=7'])
+
+
+def test_ids_of_another_tokenizer_than_the_model_s_are_refused_though_the_sizes_are_alike(experiment):
+    """GPT-2 has 50,257 tokens, and Pythia 50,304 with padding."""
+    groups = Groups('data/tiny', 'train')
+    groups.meta['tokenizer'] = 'gpt2'
+    for end, says in ((256, ''), ([0, 256], ''), (None, ''), (0, 'whose end token is 0: prepare with --tokenizer=pythia')):
+        of_model = replace(small_gpt().config, vocab_size=300, hf=dict(eos_token_id=end))
+        if says:
+            refused(says, groups.check_model, of_model, None, 'pythia')
+        else:
+            groups.check_model(of_model, None, 'pythia')
 
 
 def test_torchrun_takes_no_knob_for_an_option_of_its_own():
