@@ -161,7 +161,9 @@ def test_a_mistake_ends_with_one_line_and_nothing_lost(experiment, case):
     ('none.txt', b'', 'none.txt cannot be read'), ('p.txt', b' \n\n', 'p.txt holds no prompt'),
     ('p.txt', b'a\n\xff', 'UnicodeDecodeError'), ('p.jsonl', b'{"prompt": "a"}\n\n{"prompt": 3}', "line 3: BadRow: not a string: 'prompt' is 3"),
     ('p.jsonl', b'{"prompt": "a"}\nprompt', 'line 2: BadRow: not JSON'), ('p.jsonl', b'{"text": "a"}', "'prompt' is None"),
-    ('p.jsonl', b'[["a"]]', "no message: 'prompt' holds 'a'"), ('p.jsonl', b'{"prompt": "\\ud800"}', 'half a character'),
+    ('p.jsonl', b'[["a"]]', "no message: 'prompt' holds 'a'"),
+    ('p.jsonl', b'{"prompt": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, '
+     b'{"role": "tool", "content": "c"}, {"role": "user", "content": "d"}]}', 'a prompt has turns of tools'), ('p.jsonl', b'{"prompt": "\\ud800"}', 'half a character'),
     ('none.py', b'', 'none.py: FileNotFoundError'), ('r.py', b'def reword(p, r): 0', 'defines no function reward'),
     ('r.py', b'1 +', 'SyntaxError'), ('r.py', b'import nothing_like_it', 'r.py line 1'),
     ('r.py', b'def reward(p): 0', 'TypeError'), ('r.py', b'def reward(p, r): return ["good"] * 8', 'ValueError'),
@@ -193,6 +195,11 @@ def ends_with(main, **environment):
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=os.environ | environment)
     assert done.returncode == 1
     return done.stdout + done.stderr
+
+
+def test_a_gpu_out_of_memory_is_one_line():
+    said = ends_with('lambda: (_ for _ in ()).throw(__import__("torch").OutOfMemoryError("CUDA out of memory"))')
+    assert said.splitlines()[-1].startswith('error: the GPU is out of memory: lower --row_tokens') and 'Trace' not in said
 
 
 def test_what_a_developer_can_cause_keeps_its_traceback():

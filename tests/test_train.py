@@ -261,6 +261,20 @@ def test_cached_reference_logps_equal_live_ones_and_a_foreign_cache_is_remade(ex
     remade('the cache is damaged', 1)
 
 
+def test_a_log_file_grows_as_the_run_does(experiment):
+    with open('said', 'w') as said:
+        process = subprocess.Popen([sys.executable, str(ROOT / 'dpo.py'), *DPO, '--max_steps=4000', '--loss=simpo'],
+                                   stdout=said, stderr=subprocess.DEVNULL,
+                                   env={key: value for key, value in os.environ.items() if key != 'PYTHONUNBUFFERED'})
+    log = Path('out/tiny/dpo/log.jsonl')
+    while process.poll() is None and not (log.exists() and log.read_text().count('\n') > 3):
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    text = Path('said').read_text()
+    assert 'step       2/4,000' in text and 'note: no kl in the log' in text
+
+
 def test_a_cache_that_cannot_be_written_is_a_note(experiment, capsys):
     Path('out/tiny/reference-train.npz').mkdir()
     dpo.main([*DPO, '--precompute_ref'])
