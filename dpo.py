@@ -174,7 +174,7 @@ def main(argv=None):
         ref_fingerprint = fingerprint(reference) if cfg.ref_from else init_fingerprint
         run.freeze(reference.to(run.device))
     optimizer = policy.configure_optimizer(cfg.optimizer, cfg.learning_rate, cfg.weight_decay)
-    start = run.resume(policy, optimizer, train, val, init=init_fingerprint, reference=ref_fingerprint)
+    start = run.resume(policy, optimizer, train, val, init_from, init=init_fingerprint, reference=ref_fingerprint)
     ddp = run.wrap(policy)
     cached = None
     if cfg.precompute_ref:

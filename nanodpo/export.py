@@ -38,7 +38,7 @@ def save_pretrained(model, folder, data_dir='', card=''):
     ends = dict.fromkeys(['bos_token_id', 'eos_token_id', 'pad_token_id'], meta['eot_token'])
     if c.hf:                                # a base has its own; what ended responses in training counts, too
         base = {key: c.hf[key] for key in ends if c.hf.get(key) is not None}
-        known = str(meta['eot_token']) in re.findall(r'\d+', str(base.get('eos_token_id')))
+        known = meta['eot_token'] in hf.end_tokens(base)
         ends = base if known or not data_dir else base | dict(eos_token_id=meta['eot_token'])
     files['generation_config.json'] = ends
     files['config.json'] = hf.config_of(c, vocab_size=size, **ends)     # the last: without it nobody reads the rest

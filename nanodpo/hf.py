@@ -67,6 +67,11 @@ def pack(name, p, family, config):
 
 # --- in -------------------------------------------------------------------------------------------
 
+def end_tokens(hf):
+    """The ids that end a text by the content of config.json, which names one, several or none."""
+    return [int(number) for number in re.findall(r'\d+', str(hf.get('eos_token_id')))]
+
+
 def read_config(hf, **options):
     """The content of config.json as a GPTConfig. UserError where model.py would compute something else."""
     def only(key, value, *allowed):

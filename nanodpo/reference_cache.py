@@ -34,9 +34,13 @@ def read(path, key, live):
     return logps
 
 
-def write(path, key, logps):
-    with written_aside(path) as aside, open(aside, 'wb') as f:
-        np.savez(f, key=key, logps=logps.numpy())
+def write(path, key, logps, say):
+    """Keep them for the next run, or say why not: a full disk, or another run of this experiment that writes it now."""
+    try:
+        with written_aside(path) as aside, open(aside, 'wb') as f:
+            np.savez(f, key=key, logps=logps.numpy())
+    except OSError as error:
+        say(f'note: {path} is not kept: {error}')
 
 
 def load_or_compute(run, weights, score, reference, groups, row_tokens):
@@ -54,10 +58,5 @@ def load_or_compute(run, weights, score, reference, groups, row_tokens):
     run.say(f'reference log-probs of {groups.split}: {how}')
     if reason:
         logps = compute(run, score, reference, groups, np.arange(len(groups)), row_tokens)
-        if run.rank == 0:
-            try:
-                write(path, key, logps)
-            except OSError as error:        # a full disk, or another run of this experiment that writes it now
-                run.say(f'note: {path} is not kept: {error}')
-        run.gather(None)                    # the others do not run ahead
+        run.on_first(lambda: write(path, key, logps, run.say), f'cannot write {path}')
     return logps

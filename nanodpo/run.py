@@ -184,16 +184,15 @@ class Run(Worker):
         if self.compile:
             compile_blocks(model)
 
-    def resume(self, policy, optimizer, train, val, **weights):
+    def resume(self, policy, optimizer, train, val, init_from, **weights):
         """Load the last checkpoint if asked to, or after a restart. -> its step or 0. weights: fingerprints."""
         self.policy = policy
         self.optimizer = optimizer
         self.train = train
         knobs = {key: getattr(self.cfg, key) for key in ('batch_size', 'seed', 'optimizer')}
         self.origin = dict(data=train.fingerprint, **weights, **knobs)
-        source = self.cfg.init_from or f'out/{self.cfg.name}/sft'
-        need(os.path.realpath(self.out_dir) not in map(os.path.realpath, (source, os.path.dirname(source))),
-             f'init_from={source} is in the folder that this run writes: start it with --run_name=OTHER')
+        need(os.path.realpath(self.out_dir) not in map(os.path.realpath, (init_from, os.path.dirname(init_from))),
+             f'init_from={init_from} is in the folder that this run writes: start it with --run_name=OTHER')
         self.on_first(lambda: hold(self.out_dir, self.say), f'cannot write to {self.out_dir}')
         step = 0
         if self.cfg.resume or self.restarted:

@@ -356,8 +356,8 @@ def search_table(results):
     rows = [['loss', 'setting', 'true reward', 'KL', 'well-formed, %', 'accuracy, %', 'tokens']]
     lines = ''
     for method in METHODS:
-        tested = by_setting([r for r in results if r['job']['method'] == method])
-        best = winner([run for runs in tested.values() for run in runs])
+        of_method = [r for r in results if r['job']['method'] == method]
+        tested, best = by_setting(of_method), winner(of_method)
         for setting, runs in tested.items():
             cells = [name_of(method), setting]
             for key, form, scale in (('true_reward', '+.2f', 1), ('kl', '.2f', 1), ('well_formed', '.0f', 100),

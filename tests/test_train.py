@@ -110,6 +110,16 @@ def test_step_0_is_ln_2_val_is_counted_once_and_the_gradient_is_of_the_whole_bat
     assert second['grad_norm'] == pytest.approx(norm, rel=1e-4)
 
 
+def wait_for_log(process, stage, lines):
+    """Until the log of a running stage holds so many lines."""
+    log = Path('out/tiny') / stage / 'log.jsonl'
+    deadline = time.time() + 120
+    while process.poll() is None and time.time() < deadline and not (
+            log.exists() and log.read_text().count('\n') >= lines):
+        time.sleep(0.005)
+    assert process.poll() is None, process.communicate()[0]
+
+
 def start_and_kill(script, args, when, number=signal.SIGKILL, processes=1):
     """Run a stage until its log holds `when` lines, then signal its whole group. -> (returncode, output)"""
     command = [sys.executable, str(ROOT / script), *args]
@@ -117,12 +127,7 @@ def start_and_kill(script, args, when, number=signal.SIGKILL, processes=1):
         command[1:1] = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}']
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                                start_new_session=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
-    log = Path('out/tiny') / script[:-3] / 'log.jsonl'
-    deadline = time.time() + 120
-    while process.poll() is None and time.time() < deadline and not (
-            log.exists() and log.read_text().count('\n') >= when):
-        time.sleep(0.005)
-    assert process.poll() is None, process.communicate()[0]
+    wait_for_log(process, script[:-3], when)
     if number == signal.SIGKILL:
         os.killpg(process.pid, number)
     else:
@@ -195,9 +200,7 @@ def test_ctrl_c_saves_though_who_reads_the_output_is_gone_too(experiment):
     """As for `dpo.py | tee log`: the reader dies of the same Ctrl-C."""
     process = subprocess.Popen([sys.executable, str(ROOT / 'dpo.py'), *DPO, '--max_steps=4000', '--save_interval=0'],
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | dict(OMP_NUM_THREADS='1'))
-    log = Path('out/tiny/dpo/log.jsonl')
-    while process.poll() is None and not (log.exists() and log.read_text().count('\n') > 3):
-        time.sleep(0.005)
+    wait_for_log(process, 'dpo', 4)
     process.send_signal(signal.SIGSTOP)
     process.stdout.close()
     process.stderr.close()
@@ -266,9 +269,7 @@ def test_a_log_file_grows_as_the_run_does(experiment):
         process = subprocess.Popen([sys.executable, str(ROOT / 'dpo.py'), *DPO, '--max_steps=4000', '--loss=simpo'],
                                    stdout=said, stderr=subprocess.DEVNULL,
                                    env={key: value for key, value in os.environ.items() if key != 'PYTHONUNBUFFERED'})
-    log = Path('out/tiny/dpo/log.jsonl')
-    while process.poll() is None and not (log.exists() and log.read_text().count('\n') > 3):
-        time.sleep(0.005)
+    wait_for_log(process, 'dpo', 4)
     process.kill()
     process.wait()
     text = Path('said').read_text()
